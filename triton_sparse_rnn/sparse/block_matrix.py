@@ -1,0 +1,216 @@
+"""Storage of a block-sparse weight: the one packed layout that is held in memory, saved, and read by the CPU kernels.
+
+A weight [G * H, C] of a recurrent layer stacks G gates. Its blocks are ordered so that a kernel finishes BR hidden
+units in one go: unit groups from top to bottom, in each group its gates, in each gate its stored blocks from left to
+right. Example: G = 2, H = 4, C = 6, blocks of 2 x 2; letters are stored blocks, dots are zeros.
+
+           block column  0 1 2                 row of blocks      starts   columns   values
+    gate 0, units 0-1    A . B                 group 0, gate 0    0        0 2       A B
+    gate 0, units 2-3    . C .      ->         group 0, gate 1    2        1 2       D E
+    gate 1, units 0-1    . D E                 group 1, gate 0    4        1         C
+    gate 1, units 2-3    . . .                 group 1, gate 1    5                            (ends at 5)
+
+A block is stored column by column, values[block, c, r] = weight[row + r, column + c], so that one column of it is one
+contiguous vector of BR weights: a processor multiplies it by one broadcast number of the input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from triton_sparse_rnn.sparse.blocks import check_block_size, count_blocks, from_blocks, to_blocks
+
+STORAGE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockMatrix:
+    """A block-sparse matrix [rows, columns]; see the top of the file for the layout.
+
+    Made by `BlockMatrix.from_dense` or `BlockMatrix.from_bsr`; the tensors are not to be written to.
+
+    Attributes:
+        values: [NB, BC, BR], the stored blocks, each transposed; float32, float64, float16, bfloat16 or int8.
+        columns: [NB], int32, the block column of each stored block, ascending within a row of blocks.
+        starts: [ceil(H / BR) * G + 1], int32, where each row of blocks begins in `values`.
+        shape: (rows, columns) of the matrix, rows = G * H.
+        gates: G, the number of matrices [H, columns] stacked in it.
+        scales: [rows], for int8 only: a stored weight is its int8 value times the scale of its row.
+
+    >>> weight = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 3.0, 0.0, 0.0]])
+    >>> matrix = BlockMatrix.from_dense(weight, block_size=(2, 1))
+    >>> matrix.values.tolist(), matrix.columns.tolist(), matrix.density
+    ([[[1.0, 0.0]], [[2.0, 3.0]]], [0, 1], 0.5)
+    >>> torch.equal(matrix.to_dense(), weight)
+    True
+    """
+
+    values: Tensor
+    columns: Tensor
+    starts: Tensor
+    shape: tuple[int, int]
+    gates: int = 1
+    scales: Tensor | None = None
+
+    @classmethod
+    def from_dense(
+        cls, weight: Tensor, block_size: tuple[int, int], *, gates: int = 1, dtype: torch.dtype | None = None
+    ) -> BlockMatrix:
+        """Store every block that holds a weight other than zero (NaN is stored).
+
+        Args:
+            weight: [G * H, columns], floating point.
+            block_size: (BR, BC), any size; blocks at the edge of a gate are filled up with zeros.
+            gates: G; its rows are cut gate by gate.
+            dtype: how weights are stored, None for that of `weight`. int8 is symmetric, with one scale for each row.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(f"weight must be a floating-point matrix, got {weight.dtype} of {tuple(weight.shape)}")
+        if gates < 1 or weight.shape[0] % gates:
+            raise ValueError(f"gates must divide the {weight.shape[0]} rows of weight, got {gates}")
+        dtype = weight.dtype if dtype is None else dtype
+        if dtype not in STORAGE_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, STORAGE_DTYPES))}, got {dtype}")
+        block_size = check_block_size(block_size)
+        weight, scales = weight.detach(), None
+        stored = weight
+        if dtype == torch.int8:
+            stored, scales = quantize_rows(weight)
+        groups = to_blocks(_split_gates(stored, gates), block_size).transpose(
+            0, 1
+        )  # [groups, G, block columns, BR, BC]
+        # What is zero is decided before rounding: a tiny weight that a narrow dtype rounds to 0 stays in its block.
+        kept = to_blocks(_split_gates(weight, gates), block_size).transpose(0, 1).ne(0).flatten(-2).any(-1)
+        ends = kept.sum(-1).flatten().cumsum(0)
+        return cls(
+            values=groups[kept].to(dtype).transpose(1, 2).contiguous(),
+            columns=kept.nonzero()[:, 2].to(torch.int32),
+            starts=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
+            shape=(weight.shape[0], weight.shape[1]),
+            gates=gates,
+            scales=scales,
+        )
+
+    @classmethod
+    def from_bsr(cls, matrix: Tensor, *, shape: tuple[int, int] | None = None, gates: int = 1) -> BlockMatrix:
+        """Take over the blocks of a torch BSR tensor, stored zeros included.
+
+        Args:
+            matrix: [G * ceil(H / BR) * BR, ceil(columns / BC) * BC], layout torch.sparse_bsr.
+            shape: (G * H, columns) without the filling up of edge blocks; None for the shape of `matrix`.
+            gates: G, as for `from_dense`.
+        """
+        if matrix.layout != torch.sparse_bsr:
+            raise ValueError(f"matrix must have layout torch.sparse_bsr, got {matrix.layout}")
+        rows, columns = matrix.shape if shape is None else shape
+        blocks, column_indices, row_starts = matrix.values(), matrix.col_indices(), matrix.crow_indices()
+        block_size = (blocks.shape[1], blocks.shape[2])
+        padded = _padded_shape(rows, columns, block_size, gates) if gates >= 1 and rows % gates == 0 else None
+        if padded != tuple(matrix.shape):
+            raise ValueError(f"shape {(rows, columns)} in {gates} gates does not fill up to {tuple(matrix.shape)}")
+        counts = row_starts.diff().long()
+        block_rows = torch.arange(len(counts), device=counts.device)
+        ours = block_rows.view(gates, -1).t().flatten()  # our order of rows of blocks: group by group
+        order = torch.argsort(torch.argsort(ours)[block_rows.repeat_interleave(counts)], stable=True)
+        ends = counts[ours].cumsum(0)
+        return cls(
+            values=blocks[order].transpose(1, 2).contiguous(),
+            columns=column_indices[order].to(torch.int32),
+            starts=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
+            shape=(rows, columns),
+            gates=gates,
+        )
+
+    def to_bsr(self) -> Tensor:
+        """Return a torch BSR tensor; the edge blocks of each gate stay filled up with zeros."""
+        groups, gates = self.block_grid[1], self.gates
+        counts = self.starts.diff().long()
+        theirs = torch.arange(len(counts), device=counts.device).view(groups, gates).t().flatten()
+        order = torch.argsort(torch.argsort(theirs)[self.block_rows], stable=True)
+        ends = counts[theirs].cumsum(0)
+        scaled = self._scaled_blocks()
+        return torch.sparse_bsr_tensor(
+            torch.cat([ends.new_zeros(1), ends]),
+            self.columns[order].long(),
+            scaled[order],
+            size=_padded_shape(*self.shape, self.block_size, gates),
+            check_invariants=True,
+        )
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix [rows, columns] as an ordinary tensor; int8 weights come back times their scale."""
+        gates, groups, block_columns = self.block_grid
+        BR, BC = self.block_size
+        scaled = self._scaled_blocks()
+        blocks = scaled.new_zeros(groups * gates, block_columns, BR, BC)
+        blocks[self.block_rows, self.columns.long()] = scaled
+        whole = blocks.view(groups, gates, block_columns, BR, BC).transpose(0, 1)
+        return from_blocks(whole, self.shape[0] // gates, self.shape[1]).flatten(0, 1)
+
+    def _scaled_blocks(self) -> Tensor:
+        """The stored blocks [NB, BR, BC], upright and with scales applied."""
+        blocks = self.values.transpose(1, 2)
+        if self.scales is None:
+            return blocks
+        BR = self.block_size[0]
+        groups = to_blocks(self.scales.view(self.gates, -1, 1), (BR, 1)).transpose(0, 1)  # [groups, G, 1, BR, 1]
+        return blocks * groups.reshape(-1, BR)[self.block_rows].unsqueeze(-1)
+
+    @property
+    def block_rows(self) -> Tensor:
+        """[NB], int64, the row of blocks in which each stored block stands (group * G + gate)."""
+        counts = self.starts.diff().long()
+        return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+
+    @property
+    def block_size(self) -> tuple[int, int]:
+        """(BR, BC)."""
+        return self.values.shape[2], self.values.shape[1]
+
+    @property
+    def block_grid(self) -> tuple[int, int, int]:
+        """(G, unit groups, block columns)."""
+        groups, block_columns = count_blocks(self.shape[0] // self.gates, self.shape[1], self.block_size)
+        return self.gates, groups, block_columns
+
+    @property
+    def density(self) -> float:
+        """Stored blocks as a fraction of all blocks."""
+        gates, groups, block_columns = self.block_grid
+        return len(self.values) / max(1, gates * groups * block_columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything stored: values, columns, starts and scales."""
+        return sum(
+            tensor.nbytes for tensor in (self.values, self.columns, self.starts, self.scales) if tensor is not None
+        )
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to integers -127..127 times one scale: returns weights [R, C] (not yet int8) and scales [R].
+
+    Raises:
+        ValueError: a weight is not finite, which no int8 can say.
+    """
+    if not weight.isfinite().all():
+        raise ValueError("weight holds NaN or infinity, which int8 cannot store; use a floating-point weight_dtype")
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    scales = weight.abs().amax(dim=1).to(dtype) / 127
+    safe = scales.where(scales > 0, 1)
+    return (weight.to(dtype) / safe[:, None]).round().clamp(-127, 127), safe
+
+
+def _split_gates(weight: Tensor, gates: int) -> Tensor:
+    return weight.unflatten(0, (gates, -1))
+
+
+def _padded_shape(rows: int, columns: int, block_size: tuple[int, int], gates: int) -> tuple[int, int]:
+    block_rows, block_columns = count_blocks(rows // gates, columns, block_size)
+    return gates * block_rows * block_size[0], block_columns * block_size[1]

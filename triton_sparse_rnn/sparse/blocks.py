@@ -1,0 +1,60 @@
+"""Cut a matrix into blocks and put it together again.
+
+A block is BR rows by BC columns. Where BR or BC does not divide the matrix, the blocks at its edge are filled up with
+zeros, so every function here takes every size. Leading axes are kept: a stacked weight [G * H, I] is passed as
+[G, H, I], and no block then reaches over the border between two gates.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def check_block_size(block_size: tuple[int, int], name: str = "block_size") -> tuple[int, int]:
+    """Return block_size as a pair of ints, or raise naming the argument.
+
+    Raises:
+        TypeError: not a pair of integers.
+        ValueError: one of them is below 1.
+    """
+    pair = tuple(block_size) if isinstance(block_size, (tuple, list, torch.Size)) else ()
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) for n in pair):
+        raise TypeError(f"{name} must be two integers (rows, columns), got {block_size!r}")
+    if min(pair) < 1:
+        raise ValueError(f"{name} must be at least (1, 1), got {block_size!r}")
+    return pair
+
+
+def count_blocks(rows: int, columns: int, block_size: tuple[int, int]) -> tuple[int, int]:
+    """Return how many blocks stand below and beside each other, those at the edge included."""
+    return -(-rows // block_size[0]), -(-columns // block_size[1])
+
+
+def to_blocks(matrix: Tensor, block_size: tuple[int, int]) -> Tensor:
+    """Cut [..., R, C] into [..., ceil(R / BR), ceil(C / BC), BR, BC], zeros beyond the edge.
+
+    >>> to_blocks(torch.arange(6).view(2, 3), (2, 2)).tolist()
+    [[[[0, 1], [3, 4]], [[2, 0], [5, 0]]]]
+    """
+    (rows, columns), (BR, BC) = matrix.shape[-2:], block_size
+    block_rows, block_columns = count_blocks(rows, columns, block_size)
+    if (block_rows * BR, block_columns * BC) != (rows, columns):
+        matrix = F.pad(matrix, (0, block_columns * BC - columns, 0, block_rows * BR - rows))
+    return matrix.unflatten(-1, (block_columns, BC)).unflatten(-3, (block_rows, BR)).transpose(-3, -2)
+
+
+def from_blocks(blocks: Tensor, rows: int, columns: int) -> Tensor:
+    """Undo `to_blocks`: [..., block rows, block columns, BR, BC] -> contiguous [..., rows, columns].
+
+    >>> matrix = torch.arange(15).view(3, 5)
+    >>> torch.equal(from_blocks(to_blocks(matrix, (2, 4)), 3, 5), matrix)
+    True
+    """
+    whole = blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+    return whole[..., :rows, :columns].contiguous()
+
+
+def expand_block_mask(block_mask: Tensor, block_size: tuple[int, int], rows: int, columns: int) -> Tensor:
+    """Turn one value per block [..., block rows, block columns] into one per weight [..., rows, columns]."""
+    tall = block_mask.repeat_interleave(block_size[0], dim=-2)
+    return tall.repeat_interleave(block_size[1], dim=-1)[..., :rows, :columns].contiguous()
