@@ -1,0 +1,23 @@
+"""Recurrent layers that are pruned while they train and then run from block-sparse weights kept on chip."""
+
+from triton_sparse_rnn.conversion import sparsify, to_dense, to_sparse
+from triton_sparse_rnn.errors import BackendUnavailableError
+from triton_sparse_rnn.nn import PersistentGRU, PersistentLSTM, PersistentRNN, SparseGRU, SparseLSTM, SparseRNN
+from triton_sparse_rnn.saving import load_sparse, save_sparse
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+
+__all__ = [
+    "BackendUnavailableError",
+    "BlockMatrix",
+    "PersistentGRU",
+    "PersistentLSTM",
+    "PersistentRNN",
+    "SparseGRU",
+    "SparseLSTM",
+    "SparseRNN",
+    "load_sparse",
+    "save_sparse",
+    "sparsify",
+    "to_dense",
+    "to_sparse",
+]

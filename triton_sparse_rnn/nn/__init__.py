@@ -1,0 +1,6 @@
+"""The recurrent modules: for training (training.py) and for inference (persistent.py)."""
+
+from triton_sparse_rnn.nn.persistent import PersistentGRU, PersistentLSTM, PersistentRNN
+from triton_sparse_rnn.nn.training import SparseGRU, SparseLSTM, SparseRNN
+
+__all__ = ["PersistentGRU", "PersistentLSTM", "PersistentRNN", "SparseGRU", "SparseLSTM", "SparseRNN"]

@@ -74,9 +74,7 @@ class BlockMatrix:
             raise ValueError(f"weight must be a floating-point matrix, got {weight.dtype} of {tuple(weight.shape)}")
         if gates < 1 or weight.shape[0] % gates:
             raise ValueError(f"gates must divide the {weight.shape[0]} rows of weight, got {gates}")
-        dtype = weight.dtype if dtype is None else dtype
-        if dtype not in STORAGE_DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, STORAGE_DTYPES))}, got {dtype}")
+        dtype = check_storage_dtype(weight.dtype if dtype is None else dtype)
         block_size = check_block_size(block_size)
         weight, scales = weight.detach(), None
         stored = weight
@@ -88,8 +86,14 @@ class BlockMatrix:
         # What is zero is decided before rounding: a tiny weight that a narrow dtype rounds to 0 stays in its block.
         kept = to_blocks(_split_gates(weight, gates), block_size).transpose(0, 1).ne(0).flatten(-2).any(-1)
         ends = kept.sum(-1).flatten().cumsum(0)
+        blocks = groups[kept]
+        values = blocks.to(dtype)
+        if dtype.is_floating_point and not torch.equal(values.isinf(), blocks.isinf()):
+            raise ValueError(
+                f"weight holds values up to {weight.abs().max():.3g}, beyond the largest number of {dtype}"
+            )
         return cls(
-            values=groups[kept].to(dtype).transpose(1, 2).contiguous(),
+            values=values.transpose(1, 2).contiguous(),
             columns=kept.nonzero()[:, 2].to(torch.int32),
             starts=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
             shape=(weight.shape[0], weight.shape[1]),
@@ -134,7 +138,7 @@ class BlockMatrix:
         theirs = torch.arange(len(counts), device=counts.device).view(groups, gates).t().flatten()
         order = torch.argsort(torch.argsort(theirs)[self.block_rows], stable=True)
         ends = counts[theirs].cumsum(0)
-        scaled = self._scaled_blocks()
+        scaled = self.scaled_blocks()
         return torch.sparse_bsr_tensor(
             torch.cat([ends.new_zeros(1), ends]),
             self.columns[order].long(),
@@ -147,13 +151,32 @@ class BlockMatrix:
         """Return the matrix [rows, columns] as an ordinary tensor; int8 weights come back times their scale."""
         gates, groups, block_columns = self.block_grid
         BR, BC = self.block_size
-        scaled = self._scaled_blocks()
+        scaled = self.scaled_blocks()
         blocks = scaled.new_zeros(groups * gates, block_columns, BR, BC)
         blocks[self.block_rows, self.columns.long()] = scaled
         whole = blocks.view(groups, gates, block_columns, BR, BC).transpose(0, 1)
         return from_blocks(whole, self.shape[0] // gates, self.shape[1]).flatten(0, 1)
 
-    def _scaled_blocks(self) -> Tensor:
+    def check(self) -> None:
+        """Raise ValueError unless the tensors fit together: kernels read as far as `starts` and `columns` say."""
+        gates, groups, block_columns = self.block_grid
+        NB = len(self.values)
+        for name in ("columns", "starts"):
+            if getattr(self, name).dtype != torch.int32:
+                raise ValueError(f"{name} must be int32, got {getattr(self, name).dtype}")
+        if self.values.dim() != 3 or self.columns.shape != (NB,) or self.starts.shape != (groups * gates + 1,):
+            shapes = tuple(self.values.shape), tuple(self.columns.shape), tuple(self.starts.shape)
+            raise ValueError(f"values, columns and starts of a {self.shape} matrix do not fit together: {shapes}")
+        if self.starts[0] != 0 or self.starts[-1] != NB or (self.starts.diff() < 0).any():
+            raise ValueError(f"starts must rise from 0 to the {NB} stored blocks")
+        if NB and not 0 <= self.columns.min() <= self.columns.max() < block_columns:
+            raise ValueError(f"columns must lie in 0..{block_columns - 1}")
+        if (self.values.dtype == torch.int8) != (self.scales is not None):
+            raise ValueError("scales belong to int8 values and to no others")
+        if self.scales is not None and self.scales.shape != (self.shape[0],):
+            raise ValueError(f"scales must have one number for each of {self.shape[0]} rows")
+
+    def scaled_blocks(self) -> Tensor:
         """The stored blocks [NB, BR, BC], upright and with scales applied."""
         blocks = self.values.transpose(1, 2)
         if self.scales is None:
@@ -191,6 +214,13 @@ class BlockMatrix:
         return sum(
             tensor.nbytes for tensor in (self.values, self.columns, self.starts, self.scales) if tensor is not None
         )
+
+
+def check_storage_dtype(dtype: torch.dtype, name: str = "dtype") -> torch.dtype:
+    """Return dtype if weights can be stored in it, or raise naming the argument."""
+    if dtype not in STORAGE_DTYPES:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, STORAGE_DTYPES))}, got {dtype}")
+    return dtype
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

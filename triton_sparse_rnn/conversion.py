@@ -1,0 +1,100 @@
+"""Whole models: the training modules in, the persistent modules out, and back."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES, PersistentLayer
+from triton_sparse_rnn.nn.replace import added_members, copy_with_replacements, named_recurrent_layers
+from triton_sparse_rnn.nn.sparsify import sparsify
+from triton_sparse_rnn.nn.training import TRAINING_CLASSES
+
+__all__ = ["sparsify", "to_dense", "to_sparse"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def to_sparse(
+    model: nn.Module,
+    *,
+    weight_dtype: torch.dtype | None = None,
+    block_size: tuple[int, int] | None = None,
+    backend: str | None = None,
+) -> nn.Module:
+    """Return a model whose recurrent layers run from block-sparse weights, for inference.
+
+    Every nn.RNN, nn.GRU and nn.LSTM is converted, sparse training modules and plain ones alike, by reading the zeros in
+    its weights. The original is untouched and shares every tensor that was not converted. A layer of a subclass that
+    adds methods or class attributes of its own would lose them; it is left as it is, with a warning that names it.
+
+    Args:
+        model: any module; a recurrent layer by itself is converted too. Call .eval() first, as for any inference.
+        weight_dtype, block_size, backend: as for `PersistentGRU.from_dense`.
+    Returns:
+        A new model of the same class; for a recurrent layer by itself the persistent module.
+    Raises:
+        TypeError, ValueError: an argument is wrong, or `model` has no layer to convert.
+        BackendUnavailableError: `backend` is named and cannot run one of the layers.
+
+    >>> from triton_sparse_rnn import SparseGRU
+    >>> model = nn.Sequential(nn.Linear(4, 4), SparseGRU(4, 8)).eval()
+    >>> for weight in (model[1].weight_ih_l0, model[1].weight_hh_l0):
+    ...     _ = weight.detach()[:, 1:].zero_()
+    >>> to_sparse(model)[1](torch.zeros(5, 2, 4))[0].shape
+    torch.Size([5, 2, 8])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    layers = named_recurrent_layers(model)
+    converted: dict[str, nn.Module] = {}
+    left = []
+    for name, layer in layers.items():
+        dense = next(cls for cls in PERSISTENT_CLASSES if isinstance(layer, cls))
+        base = TRAINING_CLASSES[dense] if isinstance(layer, TRAINING_CLASSES[dense]) else dense
+        if lost := added_members(layer, base):
+            left.append(f"'{name}' is a {type(layer).__name__}, which would lose {', '.join(lost)}")
+            continue
+        options = {"weight_dtype": weight_dtype, "block_size": block_size, "backend": backend}
+        converted[name] = PERSISTENT_CLASSES[dense].from_dense(layer, **options)
+        _take_hooks(converted[name], layer)
+    if not converted:
+        found = "; ".join(left) or "none"
+        raise ValueError(f"model must hold an nn.RNN, nn.GRU or nn.LSTM, got a {type(model).__name__} with {found}")
+    if left:
+        warnings.warn(f"to_sparse left some layers dense: {'; '.join(left)}", stacklevel=2)
+    return copy_with_replacements(model, converted)
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Return a model with plain nn.RNN, nn.GRU and nn.LSTM in place of the persistent modules.
+
+    This is the way to what knows torch.nn only, such as dynamic quantisation or ONNX. Weights are exactly the ones that
+    were converted unless weight_dtype was narrower. The original is untouched and shares every tensor that was not
+    converted.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: it has no persistent module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    converted: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PersistentLayer):
+            converted[name] = module.to_dense()
+            _take_hooks(converted[name], module)
+    if not converted:
+        raise ValueError(f"model must hold a module that to_sparse() made, got a {type(model).__name__} with none")
+    return copy_with_replacements(model, converted)
+
+
+def _take_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Keep what is called before and after forward: it sees the same arguments and results."""
+    for kind in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        getattr(new, kind).update(getattr(old, kind))
+    for kind in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        getattr(new, kind).update(getattr(old, kind))

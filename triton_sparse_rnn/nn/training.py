@@ -1,0 +1,149 @@
+"""The training modules: PyTorch's own recurrent layers under another name.
+
+While weights are pruned they are ordinary zeros in ordinary parameters, so a training module has nothing to compute
+differently. It is a true subclass that inherits every behaviour, and adds the way in (`from_dense`) and the way out
+(`to_sparse`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch.nn import GRU, LSTM, RNN, RNNBase  # bound here, so that a patched torch.nn.GRU may be a SparseGRU
+
+from triton_sparse_rnn.nn.persistent import PersistentGRU, PersistentLSTM, PersistentRNN
+from triton_sparse_rnn.nn.replace import added_members
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+LayerT = TypeVar("LayerT", bound=RNNBase)
+
+
+class SparseRNN(RNN):
+    """nn.RNN, to be trained while a `Pruner` masks its weights; arguments, call and state_dict are those of nn.RNN.
+
+    >>> layer = SparseRNN(4, 8, nonlinearity="relu")
+    >>> y, h = layer(torch.zeros(5, 2, 4))  # x [T, B, I] -> y [T, B, H], h [L, B, H]
+    >>> layer
+    SparseRNN(4, 8)
+    """
+
+    @classmethod
+    def from_dense(cls, dense: RNN) -> Self:
+        """Return a layer on the very same parameters as `dense`; see `SparseGRU.from_dense`."""
+        _check_dense(cls, RNN, dense)
+        return _share_parameters(cls(*_sizes(dense), nonlinearity=dense.nonlinearity, **_options(dense)), dense)
+
+    def to_sparse(
+        self,
+        *,
+        weight_dtype: torch.dtype | None = None,
+        block_size: tuple[int, int] | None = None,
+        backend: str | None = None,
+    ) -> PersistentRNN:
+        """Return an inference module that skips the zeros; this layer stays. See `PersistentRNN.from_dense`."""
+        return PersistentRNN.from_dense(self, weight_dtype=weight_dtype, block_size=block_size, backend=backend)
+
+
+class SparseGRU(GRU):
+    """nn.GRU, to be trained while a `Pruner` masks its weights; arguments, call and state_dict are those of nn.GRU.
+
+    >>> layer = SparseGRU(4, 8, num_layers=2)  # was nn.GRU(4, 8, num_layers=2)
+    >>> y, h = layer(torch.zeros(5, 2, 4))  # x [T, B, I] -> y [T, B, H], h [L, B, H]
+    >>> isinstance(layer, torch.nn.GRU), layer
+    (True, SparseGRU(4, 8, num_layers=2))
+    """
+
+    @classmethod
+    def from_dense(cls, dense: GRU) -> Self:
+        """Return a layer on the very same parameters as `dense`.
+
+        Parameter objects are shared, not copied: an optimizer that holds them goes on training them, and a step taken
+        through one layer is seen by the other. Options and train/eval are taken over. Hooks, buffers and attributes
+        that were added to `dense` are not; `sparsify` keeps these too.
+
+        Raises:
+            TypeError: `dense` is not an nn.GRU, or its class (a parametrized one for instance) adds members that would
+                be lost.
+            ValueError: a weight of `dense` is no parameter (nn.utils.weight_norm), or it has further parameters.
+        """
+        _check_dense(cls, GRU, dense)
+        return _share_parameters(cls(*_sizes(dense), **_options(dense)), dense)
+
+    def to_sparse(
+        self,
+        *,
+        weight_dtype: torch.dtype | None = None,
+        block_size: tuple[int, int] | None = None,
+        backend: str | None = None,
+    ) -> PersistentGRU:
+        """Return an inference module that skips the zeros; this layer stays. See `PersistentGRU.from_dense`."""
+        return PersistentGRU.from_dense(self, weight_dtype=weight_dtype, block_size=block_size, backend=backend)
+
+
+class SparseLSTM(LSTM):
+    """nn.LSTM, to be trained while a `Pruner` masks its weights; arguments, call and state_dict are those of nn.LSTM.
+
+    >>> layer = SparseLSTM(4, 8, batch_first=True)
+    >>> y, (h, c) = layer(torch.zeros(2, 5, 4))  # x [B, T, I] -> y [B, T, H], h and c [L, B, H]
+    >>> layer
+    SparseLSTM(4, 8, batch_first=True)
+    """
+
+    @classmethod
+    def from_dense(cls, dense: LSTM) -> Self:
+        """Return a layer on the very same parameters as `dense`; see `SparseGRU.from_dense`."""
+        _check_dense(cls, LSTM, dense)
+        return _share_parameters(cls(*_sizes(dense), proj_size=dense.proj_size, **_options(dense)), dense)
+
+    def to_sparse(
+        self,
+        *,
+        weight_dtype: torch.dtype | None = None,
+        block_size: tuple[int, int] | None = None,
+        backend: str | None = None,
+    ) -> PersistentLSTM:
+        """Return an inference module that skips the zeros; this layer stays. See `PersistentLSTM.from_dense`."""
+        return PersistentLSTM.from_dense(self, weight_dtype=weight_dtype, block_size=block_size, backend=backend)
+
+
+TRAINING_CLASSES: dict[type[RNNBase], type[RNNBase]] = {RNN: SparseRNN, GRU: SparseGRU, LSTM: SparseLSTM}
+
+
+def _check_dense(cls: type[RNNBase], dense_class: type[RNNBase], dense: object) -> None:
+    if not isinstance(dense, dense_class):
+        got = f"the class {dense.__name__}" if isinstance(dense, type) else f"a {type(dense).__name__}"
+        raise TypeError(f"{cls.__name__}.from_dense: dense must be an nn.{dense_class.__name__}, got {got}")
+    if lost := added_members(dense, cls):
+        raise TypeError(
+            f"{cls.__name__}.from_dense: dense must be an nn.{dense_class.__name__} without members of its own, got a "
+            f"{type(dense).__name__}, which would lose {', '.join(lost)}; derive its class from {cls.__name__} or undo "
+            "its parametrization first"
+        )
+
+
+def _sizes(dense: RNNBase) -> tuple[int, int]:
+    return dense.input_size, dense.hidden_size
+
+
+def _options(dense: RNNBase) -> dict[str, Any]:
+    # Without dropout: the constructor would warn of dropout in a single layer a second time.
+    names = ("num_layers", "bias", "batch_first", "bidirectional")
+    return {name: getattr(dense, name) for name in names} | {"device": "meta"}
+
+
+def _share_parameters(layer: LayerT, dense: RNNBase) -> LayerT:
+    """Put the parameters of `dense` in the place of those of `layer`, newly made, and take over what is left."""
+    parameters = dict(dense.named_parameters(remove_duplicate=False))
+    expected = [name for name, _ in layer.named_parameters()]
+    if sorted(parameters) != sorted(expected):
+        raise ValueError(
+            f"{type(layer).__name__}.from_dense: dense must hold the parameters {', '.join(expected)}, got "
+            f"{', '.join(parameters)}; undo weight norm and take away what was added first"
+        )
+    for name in expected:
+        setattr(layer, name, parameters[name])
+    layer.dropout = dense.dropout
+    return layer.train(dense.training)

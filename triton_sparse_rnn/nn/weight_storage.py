@@ -1,0 +1,67 @@
+"""Which weights a recurrent layer has, and how each is stored when it is converted."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.blocks import to_blocks
+
+BLOCK_SIZES = ((16, 1), (16, 4), (16, 16), (16, 32))
+DENSE_ABOVE = 0.5  # the fraction of stored blocks above which a user is told that there is little to skip
+
+
+class LayerSizes(Protocol):
+    """The attributes of nn.RNNBase that tell which weights there are."""
+
+    num_layers: int
+    bidirectional: bool
+    bias: bool
+    proj_size: int
+
+
+def weight_names(sizes: LayerSizes, layer: int | None = None) -> list[str]:
+    """Return the names of all weights, or of one layer's, in the order of nn.RNNBase.
+
+    >>> weight_names(torch.nn.GRU(4, 8, bias=False, bidirectional=True))
+    ['weight_ih_l0', 'weight_hh_l0', 'weight_ih_l0_reverse', 'weight_hh_l0_reverse']
+    """
+    kinds = ["weight_ih", "weight_hh"]
+    kinds += ["bias_ih", "bias_hh"] if sizes.bias else []
+    kinds += ["weight_hr"] if sizes.proj_size else []
+    layers = range(sizes.num_layers) if layer is None else (layer,)
+    ends = ("", "_reverse") if sizes.bidirectional else ("",)
+    return [f"{kind}_l{k}{end}" for k in layers for end in ends for kind in kinds]
+
+
+def choose_block_size(weight: Tensor, gates: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the one of BLOCK_SIZES that stores the weight [G * H, columns] in the fewest bytes."""
+    nonzero = weight.ne(0).unflatten(0, (gates, -1))
+
+    def stored_bytes(block_size: tuple[int, int]) -> int:
+        stored = int(to_blocks(nonzero, block_size).flatten(-2).any(-1).sum())
+        return stored * (block_size[0] * block_size[1] * dtype.itemsize + torch.int32.itemsize)
+
+    return min(BLOCK_SIZES, key=stored_bytes)
+
+
+def warn_if_dense(name: str, weight: Tensor, stored: BlockMatrix) -> None:
+    """Say so when most of a weight has to be stored, and what would help."""
+    if stored.density <= DENSE_ABOVE:
+        return
+    zeros = weight.eq(0).float().mean().item()
+    rows, columns = stored.block_size
+    advice = (
+        f"its zeros do not fill blocks: prune with block_size=({rows}, {columns})"
+        if zeros > 1 - DENSE_ABOVE
+        else f"prune it first; a gain begins at about {DENSE_ABOVE:.0%} zeros, or leave the layer dense"
+    )
+    warnings.warn(
+        f"{name} is {zeros:.0%} zeros and {stored.density:.0%} of its {rows}x{columns} blocks are stored, so there is "
+        f"little to skip and it runs as a dense product; {advice}",
+        stacklevel=4,
+    )

@@ -1,0 +1,51 @@
+"""The recurrent layer on the CPU by numba vector code: the twin of `reference.recurrent_layer` for what it supports."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triton_sparse_rnn.ops.layer_weights import LayerWeights
+
+
+def unsupported_reason(
+    mode: str, dtype: torch.dtype, device: torch.device, directions: list[LayerWeights]
+) -> str | None:
+    """Why the kernels cannot run this layer; None if they can."""
+    if device.type != "cpu":
+        return f"it needs tensors on the CPU, these are on {device}"
+    if mode != "GRU":
+        return f"it runs GRU only in this version, this is {mode}"
+    if dtype != torch.float32:
+        return f"it computes in float32 only, the layer's dtype is {dtype}"
+    from triton_sparse_rnn.kernels.cpu import support
+
+    reasons = (support.unsupported_reason(weights.weight_ih, weights.weight_hh) for weights in directions)
+    return next(filter(None, reasons), None)
+
+
+def recurrent_layer(
+    x: Tensor, states: list[Tensor], directions: list[LayerWeights], batch_sizes: Tensor | None, mode: str
+) -> list[Tensor]:
+    """Arguments and results are those of `reference.recurrent_layer`."""
+    from triton_sparse_rnn.kernels.cpu.gru import gru_layer
+
+    assert mode == "GRU", mode
+    x, h0 = x.contiguous(), states[0].contiguous()
+    H = h0.shape[2]
+    y = x.new_empty(len(x), len(directions) * H)
+    h_n = torch.empty_like(h0)
+    for d, weights in enumerate(directions):
+        gru_layer(
+            x,
+            h0[d],
+            weights.weight_ih,
+            weights.weight_hh,
+            weights.bias_ih,
+            weights.bias_hh,
+            batch_sizes,
+            reverse=d == 1,
+            y=y[:, d * H : (d + 1) * H],
+            h_n=h_n[d],
+        )
+    return [y, h_n]

@@ -1,0 +1,112 @@
+"""The operator of a recurrent layer, opaque to torch.compile, torch.export and autograd.
+
+It is registered as torch.ops.triton_sparse_rnn.recurrent_layer when this package is imported.
+"""
+
+from collections.abc import Sequence
+from typing import Optional  # the schema is read from these annotations, which spell Tensor? only this way
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from triton_sparse_rnn.ops.dispatch import run_recurrent_layer
+from triton_sparse_rnn.ops.layer_weights import (
+    TENSORS_PER_DIRECTION,
+    LayerWeights,
+    pack_layer_weights,
+    unpack_layer_weights,
+)
+
+
+@torch.library.custom_op("triton_sparse_rnn::recurrent_layer", mutates_args=())
+def recurrent_layer(
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Optional[Tensor]],  # noqa: UP045
+    batch_sizes: Optional[Tensor],  # noqa: UP045
+    mode: str,
+    hidden_size: int,
+    backend: Optional[str],  # noqa: UP045
+) -> list[Tensor]:
+    """Run one layer, all its directions, over all steps.
+
+    Args:
+        x: [N, I], the rows of a packed batch (nn.utils.rnn.PackedSequence.data).
+        states: h0 [D, B, H or proj_size] and, for an LSTM, c0 [D, B, H]; dtype of x.
+        weights: D lists of `pack_layer_weights`, one behind the other.
+        batch_sizes: [T], int64 on the CPU (PackedSequence.batch_sizes); None for B rows at every step.
+        mode: nn.RNNBase.mode.
+        hidden_size: H.
+        backend: one of `dispatch.BACKENDS`, or None for the fastest that fits.
+    Returns:
+        y [N, D * (H or proj_size)], h_n and, for an LSTM, c_n.
+    Raises:
+        BackendUnavailableError: `backend` is named and cannot run this layer.
+    """
+    directions = unpack_layer_weights(weights, mode, x.shape[1], (hidden_size, states[0].shape[2]))
+    return run_recurrent_layer(x, list(states), directions, batch_sizes, mode, backend)
+
+
+@recurrent_layer.register_fake
+def _(x, states, weights, batch_sizes, mode, hidden_size, backend):
+    directions = len(weights) // TENSORS_PER_DIRECTION
+    return [x.new_empty(x.shape[0], directions * states[0].shape[2]), *(s.new_empty(s.shape) for s in states)]
+
+
+@torch.library.custom_op("triton_sparse_rnn::refuse_backward", mutates_args=())
+def refuse_backward(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Stand for the gradients of `inputs`, and raise when they are computed.
+
+    An operator of its own, so that a compiled or exported forward, which traces its backward too, still runs.
+    """
+    raise RuntimeError(
+        "this layer was converted by to_sparse() and has no backward: it is for inference. "
+        "Train the SparseRNN, SparseGRU or SparseLSTM that it was made from, and convert again."
+    )
+
+
+@refuse_backward.register_fake
+def _(grads, inputs):
+    return [tensor.new_empty(tensor.shape) for tensor in inputs]
+
+
+def _keep_inputs(ctx, inputs, output):
+    x, states, *_ = inputs
+    ctx.save_for_backward(x, *states)
+
+
+def _backward(ctx, grads):
+    grad_x, *grad_states = refuse_backward(grads, ctx.saved_tensors)
+    return grad_x, grad_states, None, None, None, None, None
+
+
+recurrent_layer.register_autograd(_backward, setup_context=_keep_inputs)
+
+
+def call_recurrent_layer(
+    x: Tensor,
+    states: list[Tensor],
+    directions: list[LayerWeights],
+    batch_sizes: Tensor | None,
+    mode: str,
+    backend: str | None,
+) -> list[Tensor]:
+    """Run one layer through the operator, or past it where nobody looks: that saves several microseconds a call."""
+    if not _is_observed(x, states):
+        return run_recurrent_layer(x, states, directions, batch_sizes, mode, backend)
+    H = directions[0].weight_ih.shape[0] // directions[0].weight_ih.gates
+    tensors = [tensor for weights in directions for tensor in pack_layer_weights(weights)]
+    return recurrent_layer(x, states, tensors, batch_sizes, mode, H, backend)
+
+
+def _is_observed(x: Tensor, states: list[Tensor]) -> bool:
+    """Whether something traces this call or wants its gradient."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or type(x) is not Tensor
+        or any(type(state) is not Tensor for state in states)
+        or (torch.is_grad_enabled() and (x.requires_grad or any(state.requires_grad for state in states)))
+        or _get_current_dispatch_mode() is not None
+    )

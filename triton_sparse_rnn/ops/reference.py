@@ -1,0 +1,140 @@
+r"""The recurrent layer in plain torch: every cell, dtype and device. All other backends are checked against it.
+
+    RNN   h = act(p + W_hh h + b_hh)                                        with p = W_ih x + b_ih
+    GRU   r = s(p_r + W_hr h + b_hr)   z = s(p_z + W_hz h + b_hz)
+          n = tanh(p_n + r (W_hn h + b_hn))   h = n + z (h - n)
+    LSTM  i, f, o = s(p + W_hh h + b_hh)   g = tanh(...)   c = f c + i g   h = W_hr (o tanh(c))
+
+State, sums and gates are float32 (float64 for float64 inputs) whatever the dtype of inputs and weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from triton_sparse_rnn.ops.layer_weights import LayerWeights
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+
+Linear = Callable[[Tensor], Tensor]  # [n, columns] -> [n, rows]
+
+
+def recurrent_layer(
+    x: Tensor, states: list[Tensor], directions: list[LayerWeights], batch_sizes: Tensor | None, mode: str
+) -> list[Tensor]:
+    """Run one layer over a whole batch of sequences.
+
+    Args:
+        x: [N, I], the rows of a packed batch: those of step t are batch_sizes[t] consecutive rows.
+        states: h0 [D, B, H or proj_size] and, for an LSTM, c0 [D, B, H].
+        directions: the weights of each of D directions; the second one runs from the last step to the first.
+        batch_sizes: [T], int64 on the CPU, never increasing; None for B rows at every step.
+        mode: nn.RNNBase.mode.
+    Returns:
+        y [N, D * (H or proj_size)], h_n and, for an LSTM, c_n, in the dtype of x.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide_x, wide_states = x.to(dtype), [state.to(dtype) for state in states]
+    run = functools.partial(
+        _run_directions, wide_x, wide_states, directions, row_ranges(x, states[0], batch_sizes), mode
+    )
+    outputs = run(dense_linear)
+    if not all(tensor.isfinite().all() for tensor in (wide_x, *wide_states, outputs[0])):
+        # A dense product would take 0 * inf = NaN from pruned weights. What is pruned does not read its input.
+        outputs = run(block_linear)
+    return [output.to(x.dtype) for output in outputs]
+
+
+def row_ranges(x: Tensor, h0: Tensor, batch_sizes: Tensor | None) -> list[tuple[int, int]]:
+    """First row of x and number of rows, for each step."""
+    if batch_sizes is None:
+        B = h0.shape[1]
+        return [(first, B) for first in range(0, len(x), B)] if B else []
+    sizes = batch_sizes.tolist()
+    starts = [0, *batch_sizes.cumsum(0).tolist()]
+    return list(zip(starts, sizes))  # noqa: B905 - starts has one more
+
+
+def _run_directions(
+    x: Tensor,
+    states: list[Tensor],
+    directions: list[LayerWeights],
+    steps: list[tuple[int, int]],
+    mode: str,
+    make_linear: Callable[[BlockMatrix, Tensor | None, torch.dtype], Linear],
+) -> list[Tensor]:
+    ends = []
+    outputs = []
+    for d, weights in enumerate(directions):
+        projected = make_linear(weights.weight_ih, weights.bias_ih, x.dtype)(x)
+        hidden_linear = make_linear(weights.weight_hh, weights.bias_hh, x.dtype)
+        weight_hr = None if weights.weight_hr is None else weights.weight_hr.to(x.dtype)
+        h, *cell = (state[d].clone() for state in states)
+        output = x.new_empty(len(x), h.shape[1])
+        for first, size in reversed(steps) if d else steps:
+            rows = slice(first, first + size)
+            state = [part[:size] for part in (h, *cell)]
+            state = CELLS[mode](projected[rows], hidden_linear(state[0]), *state)
+            if weight_hr is not None:
+                state = [state[0] @ weight_hr.t(), *state[1:]]
+            for part, new in zip((h, *cell), state, strict=True):
+                part[:size] = new
+            output[rows] = state[0]
+        outputs.append(output)
+        ends.append([h, *cell])
+    return [torch.cat(outputs, dim=1), *(torch.stack(parts) for parts in zip(*ends, strict=True))]
+
+
+def _rnn_cell(activation: Callable[[Tensor], Tensor], projected: Tensor, recurrent: Tensor, h: Tensor) -> list[Tensor]:
+    return [activation(projected + recurrent)]
+
+
+def _gru_cell(projected: Tensor, recurrent: Tensor, h: Tensor) -> list[Tensor]:
+    p_r, p_z, p_n = projected.chunk(3, dim=1)
+    a_r, a_z, a_n = recurrent.chunk(3, dim=1)
+    r, z = (p_r + a_r).sigmoid(), (p_z + a_z).sigmoid()
+    n = (p_n + r * a_n).tanh()
+    return [n + z * (h - n)]
+
+
+def _lstm_cell(projected: Tensor, recurrent: Tensor, h: Tensor, c: Tensor) -> list[Tensor]:
+    i, f, g, o = (projected + recurrent).chunk(4, dim=1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return [o.sigmoid() * c.tanh(), c]
+
+
+CELLS = {
+    "RNN_TANH": functools.partial(_rnn_cell, torch.tanh),
+    "RNN_RELU": functools.partial(_rnn_cell, torch.relu),
+    "GRU": _gru_cell,
+    "LSTM": _lstm_cell,
+}
+
+
+def dense_linear(weight: BlockMatrix, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+    """Multiply by the weight as an ordinary matrix: right as long as all inputs are finite."""
+    dense = weight.to_dense().to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return lambda x: F.linear(x, dense, bias)
+
+
+def block_linear(weight: BlockMatrix, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+    """Multiply block by block: a pruned block does not read its input, so NaN and infinity stop there."""
+    (gates, groups, block_columns), (BR, BC) = weight.block_grid, weight.block_size
+    blocks = weight.scaled_blocks().to(dtype)  # [NB, BR, BC]
+    places = weight.columns.long()[:, None] * BC + torch.arange(BC, device=blocks.device)  # [NB, BC]
+    block_rows = weight.block_rows
+
+    def linear(x: Tensor) -> Tensor:
+        inputs = F.pad(x, (0, block_columns * BC - x.shape[1]))[:, places]  # [n, NB, BC]
+        products = torch.einsum("nbc,brc->bnr", inputs, blocks)
+        sums = x.new_zeros(groups * gates, len(x), BR).index_add_(0, block_rows, products)
+        rows = sums.view(groups, gates, len(x), BR).permute(2, 1, 0, 3).reshape(len(x), gates, groups * BR)
+        y = rows[..., : weight.shape[0] // gates].flatten(1)
+        return y if bias is None else y + bias.to(dtype)
+
+    return linear

@@ -1,0 +1,147 @@
+"""Save a converted model in one file, and load it into a freshly built dense one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from triton_sparse_rnn.errors import SparseFileError
+from triton_sparse_rnn.nn.persistent import MATRIX_PARTS, PERSISTENT_CLASSES, PersistentLayer
+from triton_sparse_rnn.nn.replace import replace_modules
+from triton_sparse_rnn.nn.weight_storage import weight_names
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.files import read_file, write_file
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_CLASSES = {cls.__name__: (dense, cls) for dense, cls in PERSISTENT_CLASSES.items()}
+_SIZES = ("mode", "input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
+
+
+def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model that `to_sparse` made to one safetensors file.
+
+    It holds the stored blocks of the persistent modules, every other tensor of model.state_dict() unchanged, a
+    description of the blocks and a SHA-256 of it all. A file that was there before is replaced in one go.
+
+    Raises:
+        TypeError: `model` is not a module, or its state_dict holds something other than tensors.
+        ValueError: it has no persistent module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    persistent = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, PersistentLayer)
+    }
+    if not persistent:
+        raise ValueError(
+            f"model must hold a module that to_sparse() made, got a {type(model).__name__} with none; "
+            "save a dense model with safetensors.torch.save_model or torch.save"
+        )
+    state = model.state_dict()
+    if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise TypeError(f"model.state_dict() must hold tensors only, got something else at {', '.join(others)}")
+    write_file(path, state, {"modules": {name: _describe(module) for name, module in persistent.items()}})
+
+
+def load_sparse(model: ModelT, path: str | os.PathLike[str]) -> ModelT:
+    """Load a file of `save_sparse` into a freshly built dense model, in place.
+
+    The recurrent layers that were saved sparse are swapped for persistent modules; all other tensors are copied into
+    the tensors of the model, as load_state_dict(strict=True) does. Either all of it happens or none.
+
+    Args:
+        model: of the architecture that was saved, with nn or Sparse modules, on its final device.
+        path: the file.
+    Returns:
+        `model`; for a recurrent layer by itself the persistent module.
+    Raises:
+        SparseFileError: the file is truncated, damaged or foreign, or holds another architecture.
+        OSError: it cannot be read at all.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    tensors, description = read_file(path)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    replacements: dict[str, nn.Module] = {}
+    done: set[nn.Module] = set()  # a shared layer is saved under all of its names
+    for name, described in description["modules"].items():
+        if (layer := modules.get(name)) is None:
+            raise SparseFileError(f"{path} holds a {described['class']} '{name}', which the model does not have")
+        _check_same_sizes(path, name, layer, described)
+        if layer not in done:
+            replacements[name] = _build(path, name, layer, described, tensors)
+            done.add(layer)
+    prefixes = tuple(f"{name}." if name else "" for name in description["modules"])
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+    _check_same_tensors(path, rest, {k: v for k, v in model.state_dict().items() if not k.startswith(prefixes)})
+    model.load_state_dict(rest, strict=False)
+    return replace_modules(model, replacements)  # type: ignore[return-value]
+
+
+def _describe(module: PersistentLayer) -> dict[str, Any]:
+    weights = {
+        name: {"block_size": weight.block_size, "gates": weight.gates, "shape": weight.shape}
+        for name, weight in module.stored_weights().items()
+        if isinstance(weight, BlockMatrix)
+    }
+    return {
+        "class": type(module).__name__,
+        "dtype": str(module.dtype).removeprefix("torch."),
+        "sizes": {name: getattr(module, name) for name in _SIZES},
+        "weights": weights,
+    }
+
+
+def _check_same_sizes(path: object, name: str, layer: nn.Module, described: dict[str, Any]) -> None:
+    dense_class, persistent_class = _CLASSES[described["class"]]
+    if not isinstance(layer, (dense_class, persistent_class)):
+        raise SparseFileError(
+            f"{path} holds a {described['class']} '{name}', where the model has a {type(layer).__name__}; "
+            f"build the model with nn.{dense_class.__name__} there"
+        )
+    for size, saved in described["sizes"].items():
+        if getattr(layer, size) != saved:
+            raise SparseFileError(f"{path} holds '{name}' with {size}={saved}, the model's has {getattr(layer, size)}")
+    if any(tensor.is_meta for tensor in layer.state_dict().values()):
+        raise ValueError(f"model has '{name}' on the meta device; build it on its final device before loading")
+
+
+def _build(
+    path: object, name: str, layer: Any, described: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> PersistentLayer:
+    device = next(iter(layer.state_dict().values())).device
+    prefix = f"{name}." if name else ""
+    weights: dict[str, BlockMatrix | Tensor] = {}
+    try:
+        for weight_name in weight_names(layer):
+            if (matrix := described["weights"].get(weight_name)) is None:
+                weights[weight_name] = tensors[prefix + weight_name].to(device)
+                continue
+            parts = {part: tensors.get(f"{prefix}{weight_name}_{part}") for part in MATRIX_PARTS}
+            parts = {part: None if tensor is None else tensor.to(device) for part, tensor in parts.items()}
+            weights[weight_name] = BlockMatrix(**parts, shape=tuple(matrix["shape"]), gates=matrix["gates"])  # type: ignore[arg-type]
+            weights[weight_name].check()
+        dtype = getattr(torch, described["dtype"])
+        return _CLASSES[described["class"]][1](layer, weights, dtype=dtype, backend=getattr(layer, "backend", None))
+    except (KeyError, ValueError) as error:
+        raise SparseFileError(f"{path} holds '{name}' with weights that do not fit together ({error})") from error
+
+
+def _check_same_tensors(path: object, saved: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> None:
+    missing, unexpected = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+    problems = [f"without {', '.join(missing)}"] if missing else []
+    problems += [f"with {', '.join(unexpected)}, which the model does not have"] if unexpected else []
+    problems += [
+        f"with {name} of shape {tuple(tensor.shape)}, the model's has {tuple(wanted[name].shape)}"
+        for name, tensor in saved.items()
+        if name in wanted and tensor.shape != wanted[name].shape
+    ]
+    if problems:
+        raise SparseFileError(f"{path} holds another model: {'; '.join(problems)}. Nothing was loaded.")
