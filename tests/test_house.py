@@ -1,0 +1,102 @@
+"""The layout of the project: who may import whom, and what importing the package costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import triton_sparse_rnn
+
+PROJECT = Path(triton_sparse_rnn.__file__).resolve().parent.parent
+PACKAGE = "triton_sparse_rnn"
+# A file imports from its own folder and from the folders and files below its own line here.
+ORDER = [
+    {"__init__", "cli"},
+    {"demo"},
+    {"doctor", "report", "integrations"},
+    {"checkpoint_files"},
+    {"conversion", "pruning", "saving"},
+    {"nn"},
+    {"ops"},
+    {"kernels"},
+    {"sparse"},
+    {"errors", "tables"},
+]
+RANK = {name: len(ORDER) - line for line, names in enumerate(ORDER) for name in names}
+
+
+def source_files():
+    package = [path for path in (PROJECT / PACKAGE).rglob("*.py") if "kernels" not in path.parts[:-1]]
+    kernels = [*(PROJECT / "kernels").rglob("*.py")]
+    return sorted({*package, *kernels})
+
+
+def imported_modules(tree: ast.AST):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            if node.module == PACKAGE:
+                yield from (f"{PACKAGE}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module or ""
+
+
+def part_of(path: Path) -> str:
+    """The folder or file of the package that a source file belongs to."""
+    relative = path.relative_to(PROJECT)
+    return "kernels" if relative.parts[0] == "kernels" else Path(relative.parts[1]).stem
+
+
+def import_faults(part: str, tree: ast.AST) -> list[str]:
+    faults = []
+    for module in imported_modules(tree):
+        top, _, rest = module.partition(".")
+        if top == "kernels":
+            faults.append("kernels is imported only as triton_sparse_rnn.kernels")
+        elif top == PACKAGE:
+            target = rest.partition(".")[0] or "__init__"
+            if target != part and RANK.get(target, len(ORDER)) >= RANK[part]:
+                faults.append(f"{part} must not import {target}")
+    return faults
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PROJECT)))
+def test_imports_point_one_way(path):
+    assert import_faults(part_of(path), ast.parse(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "line"),
+    [
+        ("sparse", "from triton_sparse_rnn.nn import SparseGRU"),
+        ("kernels", "import triton_sparse_rnn.ops.dispatch"),
+        ("ops", "import kernels.cpu"),
+        ("nn", "from kernels import cpu"),
+        ("nn", "from triton_sparse_rnn import to_sparse"),
+    ],
+)
+def test_a_wrong_import_is_found(part, line):
+    assert import_faults(part, ast.parse(line))
+
+
+def test_kernels_is_one_folder_under_two_paths():
+    link = PROJECT / PACKAGE / "kernels"
+    assert link.is_symlink()
+    assert link.resolve() == PROJECT / "kernels"
+
+
+def test_public_names():
+    assert sorted(triton_sparse_rnn.__all__) == triton_sparse_rnn.__all__
+    for name in triton_sparse_rnn.__all__:
+        assert getattr(triton_sparse_rnn, name).__doc__, name
+
+
+def test_importing_the_package_loads_no_compiler_and_no_extra():
+    heavy = ["numba", "triton", "rich", "matplotlib", "kernels"]
+    code = f"import sys, triton_sparse_rnn; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
