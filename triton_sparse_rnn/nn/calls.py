@@ -59,7 +59,7 @@ def read_call(input: Tensor | PackedSequence, hx: Tensor | Sequence[Tensor] | No
         states = _check_states(states, x, int(batch_sizes[0]), layout)
         return Call(x, states, batch_sizes, input, (), False, False)
     if input.dim() not in (2, 3):
-        raise ValueError(f"{layout.name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        raise ValueError(f"{layout.name}: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
     if unbatched := input.dim() == 2:
         x, shape = input.unsqueeze(1), (input.shape[0],)
     else:
@@ -80,7 +80,7 @@ def read_call(input: Tensor | PackedSequence, hx: Tensor | Sequence[Tensor] | No
 def read_step(x: Tensor, hx: Tensor | Sequence[Tensor] | None, layout: CallLayout) -> Call:
     """Check the arguments of one step of a stream: x [B, I] or [I], states as in a call of the layer."""
     if x.dim() not in (1, 2):
-        raise ValueError(f"{layout.name}: Expected input of step() to be 1D or 2D, got {x.dim()}D instead")
+        raise ValueError(f"{layout.name}: Expected input of step() to be 1D or 2D, got {x.dim()}D tensor instead")
     unbatched = x.dim() == 1
     states = None if hx is None else _state_list(hx, layout)
     if states is not None:
@@ -93,7 +93,7 @@ def read_step(x: Tensor, hx: Tensor | Sequence[Tensor] | None, layout: CallLayou
 
 
 def _state_list(hx: Tensor | Sequence[Tensor], layout: CallLayout) -> list[Tensor]:
-    states = [hx] if isinstance(hx, Tensor) else list(hx)
+    states = [hx] if isinstance(hx, Tensor) else list(hx) if isinstance(hx, (list, tuple)) else []
     wanted = "a tensor" if len(layout.state_sizes) == 1 else "a pair of tensors (h_0, c_0)"
     if len(states) != len(layout.state_sizes) or not all(isinstance(state, Tensor) for state in states):
         raise TypeError(f"hx must be {wanted}, got {type(hx).__name__}")
@@ -114,7 +114,7 @@ def _check_axes(states: list[Tensor], input_axes: int) -> None:
 
 
 def _check_input(x: Tensor, axes: int, layout: CallLayout) -> None:
-    if x.dtype != layout.dtype and not torch.is_autocast_enabled(x.device.type):
+    if not _dtypes_match(x, layout.dtype):
         raise ValueError(
             f"RNN input dtype ({x.dtype}) does not match weight dtype ({layout.dtype}). "
             f"Convert input: input.to({layout.dtype}), or convert model: model.to({x.dtype})"
@@ -137,7 +137,6 @@ def _check_states(states: list[Tensor] | None, x: Tensor, B: int, layout: CallLa
     shapes = [(layout.layers, B, size) for size in layout.state_sizes]
     if states is None:
         return [x.new_zeros(shape) for shape in shapes]
-    autocast = torch.is_autocast_enabled(x.device.type)
     for i, (state, shape) in enumerate(zip(states, shapes, strict=True)):
         name = "hidden" if len(states) == 1 else f"hidden[{i}]"
         if state.shape != shape:
@@ -147,12 +146,20 @@ def _check_states(states: list[Tensor] | None, x: Tensor, B: int, layout: CallLa
                 "Input and hidden tensors are not at the same device, "
                 f"found input tensor at {x.device} and hidden tensor at {state.device}"
             )
-        if state.dtype != x.dtype and not autocast:
+        if not _dtypes_match(state, x.dtype):
             raise RuntimeError(
                 "Input and hidden tensors are not the same dtype, "
                 f"found input tensor with {x.dtype} and hidden tensor with {state.dtype}"
             )
     return states
+
+
+def _dtypes_match(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether they are the same, or autocast makes them the same; it leaves float64 and integers alone."""
+    narrow = (torch.float32, torch.float16, torch.bfloat16)
+    return tensor.dtype == dtype or (
+        torch.is_autocast_enabled(tensor.device.type) and tensor.dtype in narrow and dtype in narrow
+    )
 
 
 def _permute(states: Sequence[Tensor], permutation: Tensor | None) -> list[Tensor]:

@@ -8,9 +8,10 @@ are buffers under their own names. No other copy of a weight exists.
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from triton_sparse_rnn.nn.calls import Call, CallLayout, read_call, read_step
 from triton_sparse_rnn.nn.weight_storage import choose_block_size, warn_if_dense, weight_names
-from triton_sparse_rnn.ops.dispatch import check_backend, choose_backend
-from triton_sparse_rnn.ops.layer_weights import GATES, LayerWeights
-from triton_sparse_rnn.ops.operators import call_recurrent_layer
+from triton_sparse_rnn.ops.dispatch import RUN_LAYER, check_backend, choose_backend
+from triton_sparse_rnn.ops.layer_weights import GATES, LayerWeights, pack_layer_weights
+from triton_sparse_rnn.ops.operators import is_observed, recurrent_layer
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix, check_storage_dtype
 from triton_sparse_rnn.sparse.blocks import check_block_size
 
@@ -28,6 +29,15 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 MATRIX_PARTS = ("values", "columns", "starts", "scales")
+
+
+class _Plan(NamedTuple):
+    """How layers run eagerly, until a buffer or the wanted backend is replaced."""
+
+    asked: str | None
+    buffers: list[Tensor | None]
+    layers: list[list[LayerWeights]]
+    backends: list[str]
 
 
 class PersistentLayer(nn.Module):
@@ -66,11 +76,13 @@ class PersistentLayer(nn.Module):
         self.proj_size = config.proj_size
         self.backend = check_backend(backend)
         self.training = config.training
+        self._plan: _Plan | None = None
         for name in weight_names(self):
             weight = weights[name]
             if isinstance(weight, BlockMatrix):
                 for part in MATRIX_PARTS:
-                    self.register_buffer(f"{name}_{part}", getattr(weight, part))
+                    if (tensor := getattr(weight, part)) is not None:  # torch.export stumbles over a buffer of None
+                        self.register_buffer(f"{name}_{part}", tensor)
             else:
                 self.register_buffer(name, weight)
         # Follows .to() like any buffer, and so tells the dtype and device of inputs even without biases.
@@ -179,23 +191,42 @@ class PersistentLayer(nn.Module):
         dtype, result_dtype = self._marker.dtype, self._result_dtype(call)
         x, states = call.x.to(dtype), [state.to(dtype) for state in call.states]
         D = 2 if self.bidirectional else 1
+        run_layer = self._traced_layer if is_observed(x, states) else self._eager_layer
         ends = []
         for layer in range(self.num_layers):
-            layer_states = [state[layer * D : (layer + 1) * D] for state in states]
-            x, *end = call_recurrent_layer(
-                x, layer_states, self._layer_weights(layer), call.batch_sizes, self.mode, self.backend
-            )
+            layer_states = states if self.num_layers == 1 else [s[layer * D : (layer + 1) * D] for s in states]
+            x, *end = run_layer(layer, x, layer_states, call.batch_sizes)
             ends.append(end)
         states = ends[0] if len(ends) == 1 else [torch.cat(parts) for parts in zip(*ends, strict=True)]
         return call.result(x.to(result_dtype), [state.to(result_dtype) for state in states])
 
+    def _traced_layer(self, layer: int, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
+        """Run a layer as one operator, which whoever traces or differentiates this call sees."""
+        tensors = [tensor for weights in self._layer_weights(layer) for tensor in pack_layer_weights(weights)]
+        return recurrent_layer(x, states, tensors, batch_sizes, self.mode, self.hidden_size, self.backend)
+
+    def _eager_layer(self, layer: int, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
+        """Run a layer past the operator: its overhead is several microseconds, as much as a step of a small layer."""
+        plan = self._plan
+        held = self._buffers.values()
+        if plan is None or plan.asked != self.backend or not all(map(operator.is_, plan.buffers, held)):
+            layers = [self._layer_weights(layer) for layer in range(self.num_layers)]
+            place = self._marker.dtype, self._marker.device
+            backends = [choose_backend(self.backend, self.mode, *place, directions) for directions in layers]
+            self._plan = plan = _Plan(self.backend, list(held), layers, backends)
+        return RUN_LAYER[plan.backends[layer]](x, states, plan.layers[layer], batch_sizes, self.mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is made again at the next call."""
+        return super().__getstate__() | {"_plan": None}  # type: ignore[operator]
+
     def _result_dtype(self, call: Call) -> torch.dtype:
-        """As torch.nn under autocast: a GRU on the CPU keeps the dtype of its inputs, all else takes autocast's."""
+        """As torch.nn under autocast: a GRU on the CPU keeps the dtype of its state, all else takes autocast's."""
         device_type = call.x.device.type
-        if not torch.is_autocast_enabled(device_type):
+        if not torch.is_autocast_enabled(device_type) or self._marker.dtype == torch.float64:
             return self._marker.dtype
         if device_type == "cpu" and self.mode == "GRU":
-            return torch.promote_types(call.x.dtype, call.states[0].dtype)
+            return torch.promote_types(call.states[0].dtype, torch.get_autocast_dtype(device_type))
         return torch.get_autocast_dtype(device_type)
 
     @property
@@ -233,7 +264,7 @@ class PersistentLayer(nn.Module):
                 continue
             columns = hidden if name.startswith("weight_hh") else below
             columns = self.input_size if name.startswith("weight_ih_l0") else columns
-            values, block_columns, starts, scales = (self._buffers[f"{name}_{part}"] for part in MATRIX_PARTS)
+            values, block_columns, starts, scales = (self._buffers.get(f"{name}_{part}") for part in MATRIX_PARTS)
             weights[name] = BlockMatrix(values, block_columns, starts, (rows, columns), GATES[self.mode], scales)  # type: ignore[arg-type]
         return weights
 

@@ -46,7 +46,6 @@ def sparsify(model: ModelT, filter_fn: Callable[[nn.Module, str], bool] | None =
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     layers = named_recurrent_layers(model)
     taken = {name: layer for name, layer in layers.items() if filter_fn is None or filter_fn(layer, name)}
-    swaps: list[tuple[RNNBase, type[RNNBase]]] = []
     left: list[str] = []
     for name, layer in taken.items():
         dense_class, training_class = _classes(layer)
@@ -55,14 +54,12 @@ def sparsify(model: ModelT, filter_fn: Callable[[nn.Module, str], bool] | None =
         if lost := added_members(layer, dense_class):
             left.append(f"'{name}' is a {type(layer).__name__}, which would lose {', '.join(lost)}")
         else:
-            swaps.append((layer, training_class))
+            layer.__class__ = training_class
     if len(left) == len(taken):
         found = "; ".join(left) or (f"{', '.join(map(repr, layers))}, all refused by filter_fn" if layers else "none")
         raise ValueError(
             f"model must hold an nn.RNN, nn.GRU or nn.LSTM to swap, got a {type(model).__name__} with {found}"
         )
-    for layer, training_class in swaps:
-        layer.__class__ = training_class
     if left:
         advice = "derive the class from SparseGRU and the like, or undo a parametrization first"
         warnings.warn(f"sparsify left some layers as they are: {'; '.join(left)}; {advice}", stacklevel=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from triton_sparse_rnn.errors import BackendUnavailableError
 from triton_sparse_rnn.ops import cpu, reference
@@ -56,14 +55,4 @@ def choose_backend(
     return backend
 
 
-def run_recurrent_layer(
-    x: Tensor,
-    states: list[Tensor],
-    directions: list[LayerWeights],
-    batch_sizes: Tensor | None,
-    mode: str,
-    backend: str | None,
-) -> list[Tensor]:
-    """Run one layer by the chosen backend; arguments and results are those of `reference.recurrent_layer`."""
-    chosen = choose_backend(backend, mode, x.dtype, x.device, directions)
-    return (cpu if chosen == "cpu" else reference).recurrent_layer(x, states, directions, batch_sizes, mode)
+RUN_LAYER = {"cpu": cpu.recurrent_layer, "reference": reference.recurrent_layer}

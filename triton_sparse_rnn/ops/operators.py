@@ -10,13 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from triton_sparse_rnn.ops.dispatch import run_recurrent_layer
-from triton_sparse_rnn.ops.layer_weights import (
-    TENSORS_PER_DIRECTION,
-    LayerWeights,
-    pack_layer_weights,
-    unpack_layer_weights,
-)
+from triton_sparse_rnn.ops.dispatch import RUN_LAYER, choose_backend
+from triton_sparse_rnn.ops.layer_weights import TENSORS_PER_DIRECTION, unpack_layer_weights
 
 
 @torch.library.custom_op("triton_sparse_rnn::recurrent_layer", mutates_args=())
@@ -45,7 +40,8 @@ def recurrent_layer(
         BackendUnavailableError: `backend` is named and cannot run this layer.
     """
     directions = unpack_layer_weights(weights, mode, x.shape[1], (hidden_size, states[0].shape[2]))
-    return run_recurrent_layer(x, list(states), directions, batch_sizes, mode, backend)
+    chosen = choose_backend(backend, mode, x.dtype, x.device, directions)
+    return RUN_LAYER[chosen](x, list(states), directions, batch_sizes, mode)
 
 
 @recurrent_layer.register_fake
@@ -84,24 +80,8 @@ def _backward(ctx, grads):
 recurrent_layer.register_autograd(_backward, setup_context=_keep_inputs)
 
 
-def call_recurrent_layer(
-    x: Tensor,
-    states: list[Tensor],
-    directions: list[LayerWeights],
-    batch_sizes: Tensor | None,
-    mode: str,
-    backend: str | None,
-) -> list[Tensor]:
-    """Run one layer through the operator, or past it where nobody looks: that saves several microseconds a call."""
-    if not _is_observed(x, states):
-        return run_recurrent_layer(x, states, directions, batch_sizes, mode, backend)
-    H = directions[0].weight_ih.shape[0] // directions[0].weight_ih.gates
-    tensors = [tensor for weights in directions for tensor in pack_layer_weights(weights)]
-    return recurrent_layer(x, states, tensors, batch_sizes, mode, H, backend)
-
-
-def _is_observed(x: Tensor, states: list[Tensor]) -> bool:
-    """Whether something traces this call or wants its gradient."""
+def is_observed(x: Tensor, states: list[Tensor]) -> bool:
+    """Whether something traces this call or wants its gradient, so that it must go through the operator."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
