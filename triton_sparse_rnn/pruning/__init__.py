@@ -1,0 +1,8 @@
+"""Gradual pruning: schedules, the pruner, penalties, and a forecast of what comes out."""
+
+from triton_sparse_rnn.pruning.forecast import forecast
+from triton_sparse_rnn.pruning.penalties import group_lasso, l1
+from triton_sparse_rnn.pruning.pruner import Pruner
+from triton_sparse_rnn.pruning.schedules import ConstantMask, OneShot, PolynomialDecay, ThresholdRamp
+
+__all__ = ["ConstantMask", "OneShot", "PolynomialDecay", "Pruner", "ThresholdRamp", "forecast", "group_lasso", "l1"]

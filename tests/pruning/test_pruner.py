@@ -1,0 +1,465 @@
+"""The pruner in training: what is masked and when. Optimizers, checkpoints and ranks have files of their own."""
+
+import copy
+import gc
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from triton_sparse_rnn.pruning import ConstantMask, OneShot, PolynomialDecay, Pruner, ThresholdRamp
+from triton_sparse_rnn.pruning.scores import block_scores
+from triton_sparse_rnn.sparse.blocks import count_blocks, to_blocks
+
+LAYERS = {
+    "rnn": lambda: nn.RNN(5, 7, num_layers=2),
+    "gru": lambda: nn.GRU(5, 7, bidirectional=True),
+    "lstm": lambda: nn.LSTM(5, 7, proj_size=4),
+}
+NOW = OneShot(sparsity=0.5, step=1)
+
+
+def gru(*sizes: int, **options: Any) -> Any:
+    """An nn.GRU whose attributes a type checker need not know."""
+    return nn.GRU(*sizes, **options)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def backward(layer, seed=0):
+    x = torch.randn(4, 3, layer.input_size, generator=torch.Generator().manual_seed(seed))
+    layer(x)[0].square().mean().backward()
+
+
+def train(layer, optimizer, steps, after=lambda: None):
+    for step in range(steps):
+        optimizer.zero_grad()
+        backward(layer, seed=step)
+        optimizer.step()
+        after()
+
+
+def attached(layer, schedule, optimizer=None, **options):
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02) if optimizer is None else optimizer
+    pruner = Pruner(layer, schedule, **options)
+    pruner.attach(optimizer)
+    return pruner, optimizer
+
+
+def masked_everywhere(pruner, optimizer=None):
+    """Whether weights, gradients and optimizer state are zero where the masks say so, and something is pruned."""
+    tensors = []
+    for weight in pruner.weights:
+        tensors += [(weight, weight.parameter), (weight, weight.parameter.grad)]
+        state = {} if optimizer is None else optimizer.state[weight.parameter]
+        tensors += [(weight, value) for value in state.values() if value.shape == weight.parameter.shape]
+    masks = pruner.masks
+    return pruner.sparsity > 0 and not any(tensor[~masks[weight.name]].any() for weight, tensor in tensors)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # true, and no matter here
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("block_size", [(1, 1), (2, 3), (3, 2), (4, 1), (5, 4), (7, 5), (16, 1)])
+def test_each_gate_prunes_its_lowest_blocks_at_every_remainder(kind, block_size):
+    layer = LAYERS[kind]()
+    before = {name: weight.detach().clone() for name, weight in layer.named_parameters()}
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    pruner, _ = attached(layer, OneShot(sparsity=0.6, step=1), optimizer, block_size=block_size)
+    train(layer, optimizer, 1)
+    for weight in pruner.weights:
+        old, mask = before[weight.name], pruner.masks[weight.name]
+        assert torch.equal(weight.parameter, old * mask)
+        rows, columns = count_blocks(7, old.shape[1], block_size)
+        for gate_weight, gate_mask in zip(old.split(7), mask.split(7), strict=True):
+            blocks = to_blocks(gate_mask, block_size).any(-1).any(-1)
+            scores = block_scores(gate_weight[None], block_size, "max")[0]
+            assert (~blocks).sum() == round(0.6 * rows * columns)
+            if 0 < blocks.sum() < blocks.numel():
+                assert scores[~blocks].max() < scores[blocks].min()
+    pruned = sum(int((~mask).sum()) for mask in pruner.masks.values())
+    assert pruner.sparsity == pruned / sum(mask.numel() for mask in pruner.masks.values())
+    assert pruner.sparsities == {name: (~mask).sum().item() / mask.numel() for name, mask in pruner.masks.items()}
+    assert all(
+        torch.equal(layer.get_parameter(name), before[name]) for name in before if "bias" in name or "hr" in name
+    )
+
+
+def test_decay_reaches_the_count_of_every_update_and_nothing_grows_back():
+    layer = gru(6, 10)
+    schedule = PolynomialDecay(final_sparsity=0.87, begin_step=2, end_step=11, frequency=4)
+    pruner, optimizer = attached(layer, schedule, block_size=(3, 1))
+    masks = []
+    train(layer, optimizer, 15, after=lambda: masks.append(pruner.masks["weight_hh_l0"]))
+    due = {1: 0, 2: 2, 6: 6, 10: 10, 11: 11}
+    for step, mask in enumerate(masks, start=1):
+        last = max(due_step for due_step in due if due_step <= step)
+        sparsity = schedule.sparsity_at(last) if last > 1 else 0
+        blocks = to_blocks(mask.unflatten(0, (3, 10)), (3, 1)).any(-1).any(-1)
+        assert (~blocks).sum((-2, -1)).tolist() == [round(sparsity * 40)] * 3
+        assert step == 1 or not (mask & ~masks[step - 2]).any()
+    assert pruner.finished
+    assert masked_everywhere(pruner, optimizer)
+    alive = pruner.masks["weight_hh_l0"]
+    before = layer.weight_hh_l0.detach().clone()
+    train(layer, optimizer, 1)
+    assert (layer.weight_hh_l0 != before)[alive].all()  # the rest goes on training
+
+
+def test_threshold_ramp_is_algorithm_1():
+    twin, layer = gru(5, 6), gru(5, 6)
+    twin.load_state_dict(layer.state_dict())
+    schedule = ThresholdRamp(q=0.3, begin_step=2, ramp_step=6, end_step=14, frequency=3, slope_ratio=2.0)
+    pruner, optimizer = attached(layer, schedule, torch.optim.SGD(layer.parameters(), lr=0.5), block_size=(1, 1))
+    train(layer, optimizer, 18)
+
+    theta = 0.3 * 3 / (4 + 2.0 * 8)
+    weights = {name: weight for name, weight in twin.named_parameters() if "weight" in name}
+    masks = {name: torch.ones_like(weight) for name, weight in weights.items()}
+    plain = torch.optim.SGD(twin.parameters(), lr=0.5)
+    for step in range(1, 19):
+        plain.zero_grad()
+        backward(twin, seed=step - 1)
+        plain.step()
+        for name, weight in weights.items():
+            weight.data *= masks[name]
+            if step in (5, 8, 11, 14):
+                eps = theta * (step - 2) / 3 if step < 6 else (theta * 4 + 2.0 * theta * (step - 6)) / 3
+                masks[name] = (weight.data.abs() > eps).float()
+                weight.data *= masks[name]
+    assert 0.1 < pruner.sparsity < 1
+    for name, weight in weights.items():
+        assert torch.equal(pruner.masks[name], masks[name].bool())
+        assert torch.equal(layer.get_parameter(name), weight)
+
+
+@pytest.mark.parametrize("block_size", [(1, 1), (4, 2)])
+def test_tied_gates_share_one_mask(block_size):
+    layer = nn.LSTM(5, 7)
+    pruner, optimizer = attached(layer, NOW, tie_gates=True, block_size=block_size)
+    train(layer, optimizer, 1)
+    for mask in pruner.masks.values():
+        first, *others = mask.split(7)
+        assert all(torch.equal(first, other) for other in others)
+    assert masked_everywhere(pruner, optimizer)
+    assert pruner.sparsity == pytest.approx(0.5, abs=0.1)
+
+
+def test_balanced_prunes_unit_groups_alike():
+    layer = gru(9, 8)
+    with torch.no_grad():
+        layer.weight_hh_l0[:2] *= 100
+    pruner, optimizer = attached(layer, NOW, balanced=True, block_size=(2, 1))
+    train(layer, optimizer, 1)
+    assert (~pruner.masks["weight_hh_l0"]).sum(-1).tolist() == [4] * 24
+    assert (~pruner.masks["weight_ih_l0"]).sum(-1).tolist() == [4] * 24  # round(4.5) is 4
+
+
+def test_gates_with_schedules_of_their_own():
+    layer = gru(6, 8)
+    targets = {"*hh*": {"r": OneShot(sparsity=0.75, step=2), "n": None}}
+    pruner, optimizer = attached(layer, NOW, targets=targets, block_size=(4, 1))
+    seen = []
+    train(
+        layer,
+        optimizer,
+        2,
+        lambda: seen.append([(~gate).sum().item() for gate in pruner.masks["weight_hh_l0"].split(8)]),
+    )
+    assert seen == [[0, 32, 0], [48, 32, 0]]
+    assert pruner.finished
+
+
+def test_included_matrices_are_pruned_flat():
+    model = nn.ModuleDict({"rnn": nn.RNN(4, 4), "convolution": nn.Conv1d(4, 6, 3)})
+    pruner = Pruner(model, NOW, block_size=(4, 2), include=("*conv*",))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    pruner.step(optimizer)
+    kept = to_blocks(pruner.masks["convolution.weight"].flatten(1), (4, 2))
+    assert kept.any(-1).any(-1).sum() == 6
+    assert not model.get_parameter("convolution.weight")[~pruner.masks["convolution.weight"]].any()
+
+
+def test_nothing_is_touched_before_the_first_update():
+    layer, twin = gru(5, 7), gru(5, 7)
+    twin.load_state_dict(layer.state_dict())
+    pruner, optimizer = attached(layer, OneShot(sparsity=0.5, step=4))
+    train(layer, optimizer, 3)
+    train(twin, torch.optim.Adam(twin.parameters(), lr=0.02), 3)
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), twin.parameters(), strict=True))
+    assert (pruner.sparsity, pruner.step_count, pruner.finished) == (0, 3, False)
+    assert all(mask.all() for mask in pruner.masks.values())
+
+
+def test_clipping_sees_masked_gradients():
+    layer = gru(5, 7)
+    pruner, optimizer = attached(layer, NOW)
+    train(layer, optimizer, 1)
+    twin = copy.deepcopy(layer)
+    optimizer.zero_grad()
+    backward(layer)
+    backward(twin)
+    whole = nn.utils.get_total_norm([parameter.grad for parameter in twin.parameters()])
+    for name, mask in pruner.masks.items():
+        twin.get_parameter(name).grad *= mask
+    expected = nn.utils.get_total_norm([parameter.grad for parameter in twin.parameters()])
+    norm = nn.utils.clip_grad_norm_(layer.parameters(), 1e-3)
+    assert norm == expected < whole
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_overflow_in_pruned_gradients_vanishes(value):
+    layer = gru(5, 7)
+    pruner, optimizer = attached(layer, NOW)
+    train(layer, optimizer, 1)
+    mask = pruner.masks["weight_hh_l0"]
+    layer.weight_hh_l0.register_hook(lambda gradient: gradient.masked_fill(~mask, value))
+    optimizer.zero_grad()
+    backward(layer)
+    assert nn.utils.clip_grad_norm_(layer.parameters(), 1.0, error_if_nonfinite=True).isfinite()
+    optimizer.step()
+    assert masked_everywhere(pruner, optimizer)
+
+
+def test_gradients_accumulated_over_several_calls_are_masked():
+    layer = gru(5, 7)
+    pruner, optimizer = attached(layer, NOW)
+    train(layer, optimizer, 1)
+    twin = copy.deepcopy(layer)
+    optimizer.zero_grad()
+    for seed in range(3):
+        backward(layer, seed)
+        backward(twin, seed)
+        assert masked_everywhere(pruner)
+    assert pruner.step_count == 1
+    for name, mask in pruner.masks.items():
+        assert torch.equal(layer.get_parameter(name).grad, twin.get_parameter(name).grad * mask)
+
+
+def test_gradient_set_by_hand_does_no_harm():
+    layer = gru(5, 7)
+    pruner, optimizer = attached(layer, NOW)
+    train(layer, optimizer, 1)
+    layer.weight_hh_l0.grad = torch.full_like(layer.weight_hh_l0, math.nan).where(~pruner.masks["weight_hh_l0"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    backward(layer)
+    assert masked_everywhere(pruner, optimizer)
+
+
+@pytest.mark.parametrize("score", ["max", "mean", "l2"])
+def test_nan_weights_are_kept_and_crash_nothing(score):
+    layer = gru(5, 7)
+    with torch.no_grad():
+        layer.weight_hh_l0[3, 4] = math.nan
+    schedule = PolynomialDecay(final_sparsity=0.9, begin_step=0, end_step=1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    pruner, _ = attached(layer, schedule, optimizer, block_size=(2, 2), score=score)
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert pruner.masks["weight_hh_l0"][2:4, 4:6].all()
+    assert layer.weight_hh_l0.isnan().sum() == 1
+    assert not layer.weight_ih_l0.isnan().any()
+
+
+def test_schedule_that_begins_at_step_zero_prunes_with_the_first_step():
+    layer = gru(8, 8)
+    schedule = PolynomialDecay(initial_sparsity=0.5, final_sparsity=0.75, begin_step=0, end_step=100)
+    pruner, optimizer = attached(layer, schedule, block_size=(1, 1))
+    before = layer.weight_hh_l0.detach().clone()
+    backward(layer)
+    assert torch.equal(layer.weight_hh_l0, before)  # a backward pass never writes weights
+    assert pruner.sparsity == 0.5
+    optimizer.step()
+    assert masked_everywhere(pruner, optimizer)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_constant_mask_keeps_the_zeros_of_a_checkpoint(when):
+    trained = gru(6, 8)
+    source, optimizer = attached(trained, OneShot(sparsity=0.7, step=1), block_size=(4, 1))
+    train(trained, optimizer, 2)
+    layer = gru(6, 8)
+    if when == "before":
+        layer.load_state_dict(trained.state_dict())
+    pruner, optimizer = attached(layer, ConstantMask(), block_size=(4, 1))
+    if when == "after":
+        layer.load_state_dict(trained.state_dict())
+    train(layer, optimizer, 3)
+    assert all(torch.equal(mask, source.masks[name]) for name, mask in pruner.masks.items())
+    assert masked_everywhere(pruner, optimizer)
+    assert pruner.finished
+
+
+def test_constant_mask_of_a_dense_model_is_an_error():
+    layer = gru(6, 8)
+    pruner = Pruner(layer, ConstantMask())
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"ConstantMask found no \(16, 1\) block of zeros in weight_ih_l0, weight_hh"
+        ):
+            backward(layer)
+    assert not pruner.finished
+
+
+def test_step_by_hand_equals_attached():
+    by_hand, layer = gru(5, 7), gru(5, 7)
+    by_hand.load_state_dict(layer.state_dict())
+    schedule = PolynomialDecay(final_sparsity=0.8, begin_step=1, end_step=5, frequency=1)
+    _, optimizer = attached(layer, schedule)
+    train(layer, optimizer, 8)
+    pruner, optimizer = Pruner(by_hand, schedule), torch.optim.Adam(by_hand.parameters(), lr=0.02)
+    train(by_hand, optimizer, 8, after=lambda: pruner.step(optimizer))
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), by_hand.parameters(), strict=True))
+    assert masked_everywhere(pruner, optimizer)
+
+
+def test_attaching_is_exclusive_and_ends_with_its_handle():
+    layer = gru(5, 7)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    pruner = Pruner(layer, NOW)
+    with pruner.attach(optimizer):
+        with pytest.raises(RuntimeError, match=r"attached already: call remove\(\)"):
+            pruner.attach(torch.optim.SGD(layer.parameters()))
+        with pytest.raises(RuntimeError, match=r"do not call pruner\.step\(\)"):
+            pruner.step(optimizer)
+        train(layer, optimizer, 2)
+    assert masked_everywhere(pruner)
+    train(layer, optimizer, 1)
+    assert pruner.step_count == 2
+    assert all(layer.get_parameter(name)[~mask].any() for name, mask in pruner.masks.items())
+    handle = pruner.attach(optimizer)
+    train(layer, optimizer, 1)
+    assert masked_everywhere(pruner, optimizer)
+    handle.remove()
+    handle.remove()
+    pruner.attach(torch.optim.SGD(layer.parameters(), lr=0.1))
+
+
+def test_old_handle_leaves_a_new_attachment_alone():
+    layer = gru(5, 7)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    pruner = Pruner(layer, NOW)
+    first = pruner.attach(optimizer)
+    first.remove()
+    pruner.attach(optimizer)
+    first.remove()
+    train(layer, optimizer, 2)
+    assert masked_everywhere(pruner, optimizer)
+
+
+def test_optimizer_must_hold_every_pruned_weight():
+    layer = gru(5, 7)
+    pruner = Pruner(layer, NOW)
+    half = torch.optim.SGD([layer.weight_ih_l0], lr=0.1)
+    for call in (pruner.attach, pruner.step):
+        with pytest.raises(ValueError, match=r"optimizer lacks weight_hh_l0: .* targets=\{'weight_hh_l0': None\}"):
+            call(half)
+        with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got GRU"):
+            call(layer)
+    assert pruner.step_count == 0
+
+
+def replace_by_assignment(layer):
+    layer.load_state_dict({name: tensor.clone() for name, tensor in layer.state_dict().items()}, assign=True)
+
+
+def replace_by_setattr(layer):
+    layer.weight_hh_l0 = nn.Parameter(layer.weight_hh_l0.detach().clone())
+
+
+def replace_by_parametrization(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight_hh_l0", nn.Identity())
+
+
+@pytest.mark.parametrize("replace", [replace_by_assignment, replace_by_setattr, replace_by_parametrization])
+def test_replaced_parameters_are_noticed(replace):
+    model = nn.Sequential(gru(5, 7))
+    _, optimizer = attached(model, NOW, torch.optim.Adam(model.parameters()))
+    train(model[0], optimizer, 1)
+    replace(model[0])
+    with pytest.raises(RuntimeError, match=r"no longer has the parameters .*0\.weight_hh_l0.*Make the pruner after"):
+        train(model[0], optimizer, 1)
+
+
+def test_replaced_module_is_noticed():
+    model = nn.Sequential(gru(5, 7))
+    _, optimizer = attached(model, NOW, torch.optim.Adam(model.parameters()))
+    model[0] = gru(5, 7)
+    with pytest.raises(RuntimeError, match="no longer has the parameters"):
+        optimizer.step()
+
+
+def test_model_may_change_its_dtype():
+    layer = gru(5, 7)
+    pruner, optimizer = attached(layer, NOW, torch.optim.SGD(layer.parameters(), lr=0.1))
+    train(layer, optimizer, 1)
+    layer.double()
+    optimizer.zero_grad()
+    layer(torch.randn(4, 3, 5, dtype=torch.float64))[0].sum().backward()
+    optimizer.step()
+    assert masked_everywhere(pruner, optimizer)
+
+
+def test_state_dict_of_the_model_stays_plain():
+    layer = gru(5, 7)
+    keys = list(layer.state_dict())
+    _, optimizer = attached(layer, NOW)
+    train(layer, optimizer, 2)
+    assert list(layer.state_dict()) == keys
+    dense = gru(5, 7)
+    dense.load_state_dict(layer.state_dict(), strict=True)
+
+
+def test_pruned_model_can_be_copied_and_pickled():
+    layer = gru(5, 7)
+    _, optimizer = attached(layer, NOW)
+    train(layer, optimizer, 1)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), other.parameters(), strict=True))
+        backward(other)
+        assert (other.weight_hh_l0.grad[other.weight_hh_l0 == 0] != 0).any()  # copies are free of the pruner
+
+
+def test_pruner_that_is_dropped_has_no_effect_unless_attached():
+    layer = gru(5, 7)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    pruner = Pruner(layer, NOW)
+    train(layer, optimizer, 1)
+    pruner.step(optimizer)
+    del pruner
+    gc.collect()
+    backward(layer)
+    assert (layer.weight_hh_l0.grad[layer.weight_hh_l0 == 0] != 0).any()
+    Pruner(layer, NOW).attach(optimizer)
+    gc.collect()
+    train(layer, optimizer, 1)
+    optimizer.zero_grad()
+    backward(layer)
+    assert not layer.weight_hh_l0.grad[layer.weight_hh_l0 == 0].any()
+
+
+def test_masks_are_copies():
+    layer = gru(5, 7)
+    pruner, optimizer = attached(layer, NOW)
+    train(layer, optimizer, 1)
+    for mask in pruner.masks.values():
+        mask.fill_(True)
+    assert masked_everywhere(pruner, optimizer)
+
+
+def test_repr_says_how_far_it_is():
+    layer = gru(4, 16)
+    pruner, optimizer = attached(layer, OneShot(sparsity=0.5, step=2))
+    assert repr(pruner) == "Pruner(2 weights, block_size=(16, 1), score='max', step 0, 0.0 % sparse)"
+    train(layer, optimizer, 2)
+    assert repr(pruner) == "Pruner(2 weights, block_size=(16, 1), score='max', step 2, 50.0 % sparse, finished)"

@@ -1,0 +1,63 @@
+"""Penalties to add to a loss, that draw the recurrent and input weights of a model towards zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from triton_sparse_rnn.pruning.weights import gate_names, recurrent_weights, split_gates
+from triton_sparse_rnn.sparse.blocks import check_block_size, to_blocks
+
+
+def group_lasso(model: nn.Module, block_size: tuple[int, int] = (16, 1)) -> Tensor:
+    """Sum the l2 norms of all blocks: sum_g ||w_g||_2 (Narang, Undersander, Diamos 2017, used along with pruning).
+
+    Args:
+        model: with nn.RNN, nn.GRU or nn.LSTM layers; their recurrent and input weights count, biases do not.
+        block_size: (BR, BC), as for the `Pruner`.
+
+    Returns:
+        A scalar to multiply by lambda and add to the loss. Its gradient at a block of zeros is zero.
+
+    >>> layer = nn.RNN(1, 2, bias=False)
+    >>> layer.weight_ih_l0.data = torch.tensor([[3.0], [4.0]])
+    >>> layer.weight_hh_l0.data = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    >>> group_lasso(layer, block_size=(2, 1)).item()
+    6.0
+    """
+    check_block_size(block_size)
+    blocks = (to_blocks(weight, block_size) for weight in _stacked_weights(model))
+    return _total(torch.linalg.vector_norm(each, dim=(-2, -1)).sum() for each in blocks)
+
+
+def l1(model: nn.Module) -> Tensor:
+    """Sum |w| over the same weights as `group_lasso`; a scalar, whose gradient at zero is zero.
+
+    >>> layer = nn.RNN(1, 2, bias=False)
+    >>> for parameter in layer.parameters():
+    ...     _ = nn.init.constant_(parameter, -0.5)
+    >>> l1(layer).item()
+    3.0
+    """
+    return _total(weight.abs().sum() for weight in _stacked_weights(model))
+
+
+def _stacked_weights(model: nn.Module) -> Iterator[Tensor]:
+    """The weights [G, H, C]; one that is tied counts once."""
+    seen = set()
+    for _, module, attribute in recurrent_weights(model):
+        weight = getattr(module, attribute)
+        if id(weight) not in seen:
+            seen.add(id(weight))
+            yield split_gates(weight, len(gate_names(module)))
+
+
+def _total(terms: Iterator[Tensor]) -> Tensor:
+    total = next(terms, None)
+    if total is None:
+        raise ValueError("model has no nn.RNN, nn.GRU or nn.LSTM whose weights could be penalised")
+    for term in terms:
+        total = total + term.to(total.device)
+    return total

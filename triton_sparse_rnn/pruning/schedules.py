@@ -1,0 +1,299 @@
+"""When a mask is updated, and how far it prunes at that step: frozen descriptions without state.
+
+Steps are finished optimizer steps, counted from 1; step 0 is before the first. An update at step t sees the weights
+after optimizer step t.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import fnmatch
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from triton_sparse_rnn.pruning.scores import block_scores, combine_gates
+from triton_sparse_rnn.pruning.weights import clean_name, gate_names, recurrent_weights, split_gates
+from triton_sparse_rnn.sparse.blocks import check_block_size
+
+
+class Schedule(abc.ABC):
+    """What the pruner asks. A schedule of your own overrides `last_step`, `updates_at` and one of the two others.
+
+    Make it a frozen dataclass: its repr is kept in a checkpoint of the pruner, and compared on loading.
+    """
+
+    @property
+    @abc.abstractmethod
+    def last_step(self) -> int:
+        """The step of the last update; the mask is frozen after it."""
+
+    @abc.abstractmethod
+    def updates_at(self, step: int) -> bool:
+        """Whether the mask is updated at this step."""
+
+    def sparsity_at(self, step: int) -> float | None:
+        """The fraction of blocks, those with the lowest scores, that an update at `step` prunes; None: not by rank."""
+        return None
+
+    def threshold_at(self, step: int) -> float | None:
+        """The score up to which (inclusive) an update at `step` prunes a block; None: not by threshold."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolynomialDecay(Schedule):
+    """Prune by rank, fast at first and ever slower towards the final sparsity (Zhu & Gupta 2017).
+
+        s(t) = s_f + (s_i - s_f) (1 - (t - begin) / (end - begin))^power
+
+    Updates come at begin_step, every `frequency` steps after it, and at end_step, where exactly
+    round(final_sparsity * blocks) blocks of each gate are pruned.
+
+    Args:
+        final_sparsity: s_f, fraction of blocks in [0, 1).
+        begin_step, end_step: first and last update, 0 <= begin_step < end_step.
+        initial_sparsity: s_i, the sparsity at begin_step, in [0, final_sparsity].
+        frequency: steps between updates (the paper uses 100 to 1000).
+        power: above 0; 3 is the paper's cubic, 1 a straight line.
+
+    >>> schedule = PolynomialDecay(final_sparsity=0.9, begin_step=100, end_step=500, frequency=200)
+    >>> [step for step in range(1000) if schedule.updates_at(step)]
+    [100, 300, 500]
+    >>> [round(schedule.sparsity_at(step), 4) for step in (100, 300, 500)]
+    [0.0, 0.7875, 0.9]
+    """
+
+    final_sparsity: float
+    begin_step: int
+    end_step: int
+    initial_sparsity: float = 0.0
+    frequency: int = 100
+    power: float = 3.0
+
+    def __post_init__(self) -> None:
+        _check_fraction("final_sparsity", self.final_sparsity)
+        _check_fraction("initial_sparsity", self.initial_sparsity)
+        if self.initial_sparsity > self.final_sparsity:
+            raise ValueError(
+                f"initial_sparsity must not exceed final_sparsity={self.final_sparsity}, got {self.initial_sparsity}: "
+                "pruned weights do not come back"
+            )
+        _check_span(self.begin_step, self.end_step, self.frequency)
+        _check_positive("power", self.power)
+
+    @property
+    def last_step(self) -> int:
+        return self.end_step
+
+    def updates_at(self, step: int) -> bool:
+        on_beat = self.begin_step <= step < self.end_step and (step - self.begin_step) % self.frequency == 0
+        return on_beat or step == self.end_step
+
+    def sparsity_at(self, step: int) -> float:
+        progress = min(1.0, max(0.0, (step - self.begin_step) / (self.end_step - self.begin_step)))
+        return self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * (1 - progress) ** self.power
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThresholdRamp(Schedule):
+    """Prune every block whose score is at most a threshold that rises to q (Narang et al., ICLR 2017, Algorithm 1).
+
+    The threshold rises by theta at each update before ramp_step and by phi = slope_ratio * theta after it:
+
+        eps(t) = theta ((min(t, ramp) - begin) + slope_ratio max(0, t - ramp)) / frequency
+        theta = q frequency / ((ramp - begin) + slope_ratio (end - ramp))
+
+    At slope_ratio 1.5 theta is the paper's equation 1. eps(end_step) is exactly q; the paper's program adds 1 to each
+    difference, which ends a little above. Updates come every `frequency` steps after begin_step, and at end_step. What
+    sparsity comes out depends on the weights: `forecast` predicts it, `from_weights` chooses q for a wanted one.
+
+    Args:
+        q: the final threshold, above 0, in units of the score.
+        begin_step, ramp_step, end_step: begin < end, ramp between them (paper: the second epoch, 25 % and 50 % of all).
+        frequency: steps between updates (paper: 100).
+        slope_ratio: phi / theta, above 0 (paper: 1.5 to 2).
+
+    >>> schedule = ThresholdRamp(q=0.1, begin_step=0, ramp_step=400, end_step=800)
+    >>> round(schedule.theta, 4), round(schedule.phi, 4)
+    (0.01, 0.015)
+    >>> [round(schedule.threshold_at(step), 4) for step in (100, 400, 500, 800)]
+    [0.01, 0.04, 0.055, 0.1]
+    """
+
+    q: float
+    begin_step: int
+    ramp_step: int
+    end_step: int
+    frequency: int = 100
+    slope_ratio: float = 1.5
+
+    def __post_init__(self) -> None:
+        _check_positive("q", self.q)
+        _check_span(self.begin_step, self.end_step, self.frequency)
+        _check_integer("ramp_step", self.ramp_step)
+        if not self.begin_step <= self.ramp_step <= self.end_step:
+            raise ValueError(
+                f"ramp_step must lie between begin_step={self.begin_step} and end_step={self.end_step}, "
+                f"got {self.ramp_step}"
+            )
+        _check_positive("slope_ratio", self.slope_ratio)
+
+    @classmethod
+    def from_weights(
+        cls,
+        model: nn.Module,
+        sparsity: float = 0.9,
+        *,
+        names: str = "*",
+        block_size: tuple[int, int] = (16, 1),
+        score: str = "max",
+        tie_gates: bool = False,
+        **steps: Any,
+    ) -> ThresholdRamp:
+        """Take q from a trained dense model: the score below which the fraction `sparsity` of its blocks lies.
+
+        The paper uses the 90th percentile, and a threshold for each type of layer: call this once for each type with
+        its `names`, and give the results to `Pruner(targets=...)`.
+
+        Args:
+            model: holds nn.RNN, nn.GRU or nn.LSTM layers, trained, not pruned.
+            sparsity: in (0, 1).
+            names: a glob over names of recurrent and input weights, whose scores are pooled.
+            block_size: (BR, BC); this, `score` and `tie_gates` as for the `Pruner` that will use the schedule.
+            score: "max", "mean" or "l2".
+            tie_gates: whether all gates of a unit group are one block.
+            **steps: begin_step, ramp_step, end_step, and the other arguments of the class.
+
+        >>> layer = nn.RNN(1, 4, bias=False)
+        >>> layer.weight_hh_l0.data = torch.arange(1.0, 17.0).view(4, 4)
+        >>> ThresholdRamp.from_weights(
+        ...     layer, 0.75, names="weight_hh*", block_size=(1, 1), begin_step=0, ramp_step=5, end_step=10
+        ... ).q
+        12.0
+        """
+        _check_fraction("sparsity", sparsity)
+        check_block_size(block_size)
+        pooled = []
+        for path, module, attribute in recurrent_weights(model):
+            if fnmatch.fnmatchcase(clean_name(path), names):
+                weight = split_gates(getattr(module, attribute).detach(), len(gate_names(module)))
+                scores = block_scores(weight, block_size, score)
+                pooled.append((combine_gates(scores, score) if tie_gates else scores).flatten())
+        if not pooled:
+            raise ValueError(f"names={names!r} matched no recurrent or input weight of an nn.RNN, nn.GRU or nn.LSTM")
+        scores = torch.cat(pooled)
+        count = round(sparsity * len(scores))
+        q = scores.kthvalue(count).values.item() if count else 0.0
+        if not 0 < q < math.inf:
+            raise ValueError(
+                f"sparsity={sparsity} of {len(scores)} blocks gives q={q}, which must be positive and finite"
+            )
+        return cls(q=q, **steps)
+
+    @property
+    def theta(self) -> float:
+        """What the threshold rises by at an update before ramp_step."""
+        return self.q * self.frequency / self._weighted_steps(self.end_step)
+
+    @property
+    def phi(self) -> float:
+        """What the threshold rises by at an update after ramp_step."""
+        return self.slope_ratio * self.theta
+
+    @property
+    def last_step(self) -> int:
+        return self.end_step
+
+    def updates_at(self, step: int) -> bool:
+        on_beat = self.begin_step < step < self.end_step and (step - self.begin_step) % self.frequency == 0
+        return on_beat or step == self.end_step
+
+    def threshold_at(self, step: int) -> float:
+        return self.q * (self._weighted_steps(step) / self._weighted_steps(self.end_step))
+
+    def _weighted_steps(self, step: int) -> float:
+        """Steps since begin_step, those after ramp_step counted slope_ratio times."""
+        step = min(self.end_step, max(self.begin_step, step))
+        return (min(step, self.ramp_step) - self.begin_step) + self.slope_ratio * max(0, step - self.ramp_step)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneShot(Schedule):
+    """Prune by rank once: the hard pruning that the paper compares with (gradual pruning is more accurate).
+
+    >>> schedule = OneShot(sparsity=0.9, step=1000)
+    >>> schedule.updates_at(999), schedule.updates_at(1000), schedule.sparsity_at(1000)
+    (False, True, 0.9)
+    """
+
+    sparsity: float
+    step: int
+
+    def __post_init__(self) -> None:
+        _check_fraction("sparsity", self.sparsity)
+        _check_integer("step", self.step)
+
+    @property
+    def last_step(self) -> int:
+        return self.step
+
+    def updates_at(self, step: int) -> bool:
+        return step == self.step
+
+    def sparsity_at(self, step: int) -> float:
+        return self.sparsity if step >= self.step else 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConstantMask(Schedule):
+    """Keep the zeros there are: to go on training a checkpoint that is pruned already.
+
+    A block is pruned when all its weights are zero at the moment the first gradient of the training arrives, so the
+    checkpoint may be loaded before or after the pruner is made.
+
+    >>> ConstantMask().updates_at(0), ConstantMask().updates_at(1), ConstantMask().threshold_at(0)
+    (True, False, 0.0)
+    """
+
+    @property
+    def last_step(self) -> int:
+        return 0
+
+    def updates_at(self, step: int) -> bool:
+        return step == 0
+
+    def threshold_at(self, step: int) -> float:
+        return 0.0
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number above 0, got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+
+
+def _check_integer(name: str, value: int, *, least: int = 0) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_span(begin_step: int, end_step: int, frequency: int) -> None:
+    _check_integer("begin_step", begin_step)
+    _check_integer("end_step", end_step)
+    _check_integer("frequency", frequency, least=1)
+    if begin_step >= end_step:
+        raise ValueError(f"end_step must come after begin_step={begin_step}, got {end_step}")

@@ -1,0 +1,74 @@
+"""The pruner's state as plain values: written by `pack_state`, checked whole by `unpack_state`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from triton_sparse_rnn.pruning.masks import pack_bits, unpack_bits
+from triton_sparse_rnn.pruning.targets import Weight
+
+VERSION = 1
+
+
+def pack_state(
+    step_count: int, settings: dict[str, Any], weights: tuple[Weight, ...], block_masks: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Gather a checkpoint of plain values and uint8 tensors; see `Pruner.state_dict`."""
+    described = {weight.name: _describe(weight) | {"mask": pack_bits(block_masks[weight.name])} for weight in weights}
+    return {"version": VERSION, "step_count": step_count, "settings": settings, "weights": described}
+
+
+def unpack_state(
+    state: Mapping[str, Any],
+    settings: dict[str, Any],
+    weights: tuple[Weight, ...],
+    block_masks: Mapping[str, Tensor],
+) -> tuple[int, dict[str, Tensor]]:
+    """Check a checkpoint against this pruner and return its step count and block masks; the inputs stay as they are.
+
+    Raises:
+        TypeError, ValueError: see `Pruner.load_state_dict`.
+    """
+    _check_keys("state_dict", state, {"version", "step_count", "settings", "weights"})
+    if state["version"] != VERSION:
+        raise ValueError(f"state_dict has version {state['version']!r}, this package reads {VERSION}")
+    step_count = state["step_count"]
+    if isinstance(step_count, bool) or not isinstance(step_count, int) or step_count < 0:
+        raise ValueError(f"state_dict['step_count'] must be an integer from 0, got {step_count!r}")
+    _check_same("settings", state["settings"], settings)
+    _check_keys("state_dict['weights']", state["weights"], {weight.name for weight in weights})
+    masks = {}
+    for weight in weights:
+        saved = state["weights"][weight.name]
+        expected = _describe(weight)
+        _check_keys(weight.name, saved, {*expected, "mask"})
+        _check_same(weight.name, {key: saved[key] for key in expected}, expected)
+        try:
+            masks[weight.name] = unpack_bits(saved["mask"], tuple(block_masks[weight.name].shape))
+        except ValueError as error:
+            raise ValueError(f"state_dict has a damaged mask for {weight.name}: {error}") from None
+    return step_count, masks
+
+
+def _describe(weight: Weight) -> dict[str, Any]:
+    return {"shape": list(weight.parameter.shape), "schedules": [repr(schedule) for schedule in weight.schedules]}
+
+
+def _check_keys(where: str, found: object, expected: set[str]) -> None:
+    if not isinstance(found, Mapping):
+        raise TypeError(f"{where} must be a mapping, got {type(found).__name__}")
+    if set(found) != expected:
+        missing = ", ".join(sorted(expected - set(found))) or "none"
+        unexpected = ", ".join(sorted(map(str, set(found) - expected))) or "none"
+        raise ValueError(f"{where} does not fit this pruner: missing {missing}; unexpected {unexpected}")
+
+
+def _check_same(where: str, found: object, expected: dict[str, Any]) -> None:
+    _check_keys(where, found, set(expected))
+    assert isinstance(found, Mapping)
+    for key, value in expected.items():
+        if found[key] != value:
+            raise ValueError(f"{where} has {key}={found[key]!r} in state_dict, but this pruner has {value!r}")

@@ -1,0 +1,189 @@
+"""Which parameters of a model are pruned, and by which schedule each of their gates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+
+from triton_sparse_rnn.pruning.schedules import Schedule
+from triton_sparse_rnn.pruning.weights import (
+    clean_name,
+    find_parameter,
+    gate_names,
+    name_matches,
+    recurrent_weights,
+    split_gates,
+)
+from triton_sparse_rnn.sparse.blocks import count_blocks
+
+Target: TypeAlias = "Schedule | Mapping[str, Schedule | None] | None"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """A parameter to be pruned.
+
+    Attributes:
+        name: what users see and checkpoints hold: the path without the prefixes of wrappers.
+        path: where the model has it.
+        parameter: [G * H, C]; or [O, ...] of a parameter on request, taken as [O, C] with one gate.
+        schedules: of each gate; None leaves it dense.
+    """
+
+    name: str
+    path: str
+    parameter: nn.Parameter
+    schedules: tuple[Schedule | None, ...]
+
+    @property
+    def gates(self) -> int:
+        return len(self.schedules)
+
+    def stacked(self, tensor: Tensor | None = None) -> Tensor:
+        """View the parameter, or another tensor of its shape, as [G, H, C]."""
+        return split_gates(self.parameter.detach() if tensor is None else tensor, self.gates)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(H, C) of one gate."""
+        return self.parameter.shape[0] // self.gates, self.parameter.shape[1:].numel()
+
+    def block_grid(self, block_size: tuple[int, int]) -> tuple[int, int, int]:
+        """(G, block rows of a gate, block columns)."""
+        block_rows, block_columns = count_blocks(*self.matrix_shape, block_size)
+        return self.gates, block_rows, block_columns
+
+    def in_model(self, model: nn.Module) -> bool:
+        """Whether the model still has this very parameter in its place."""
+        return find_parameter(model, self.path) is self.parameter
+
+
+def match_weights(
+    model: nn.Module,
+    schedule: Schedule | None,
+    targets: Mapping[str, Target] | None,
+    include: Iterable[str],
+) -> tuple[Weight, ...]:
+    """Find every weight to prune; arguments as for `Pruner`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, or the parameter that cannot be pruned.
+    """
+    targets = {} if targets is None else targets
+    _check_arguments(model, schedule, targets, include)
+    unused, found = set(targets), []
+    for candidate in (*_recurrent(model), *_included(model, include)):
+        name = clean_name(candidate.path)
+        pattern = next((pattern for pattern in targets if name_matches(name, pattern)), None)
+        unused.discard(pattern)
+        target = schedule if pattern is None else targets[pattern]
+        schedules = _schedule_each_gate(name, candidate.gates, target, schedule)
+        if any(one is not None for one in schedules):
+            found.append(Weight(name, candidate.path, _checked_parameter(model, candidate), schedules))
+    if unused:
+        raise ValueError(f"targets has globs that no weight is left for: {', '.join(map(repr, sorted(unused)))}")
+    if not found:
+        raise ValueError(
+            "nothing to prune: model has no nn.RNN, nn.GRU or nn.LSTM with a schedule; "
+            "name other parameters by include=('decoder.weight',)"
+        )
+    _check_distinct(found)
+    return tuple(found)
+
+
+def _check_arguments(
+    model: nn.Module, schedule: Schedule | None, targets: Mapping[str, Target], include: Iterable[str]
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(targets, Mapping):
+        raise TypeError(f"targets must map globs to schedules, got {type(targets).__name__}")
+    if isinstance(include, str):
+        raise TypeError(f"include must be a sequence of globs, such as ({include!r},), got a single string")
+    _check_schedule("schedule", schedule)
+    for pattern, target in targets.items():
+        for value in target.values() if isinstance(target, Mapping) else (target,):
+            _check_schedule(f"targets[{pattern!r}]", value)
+
+
+def _check_schedule(where: str, value: object) -> None:
+    if value is not None and not isinstance(value, Schedule):
+        raise TypeError(f"{where} must be a schedule such as PolynomialDecay(...), or None, got {value!r}")
+
+
+class _Candidate(NamedTuple):
+    path: str
+    gates: tuple[str, ...]
+    rows: int | None  # G * H of a recurrent layer
+
+
+def _recurrent(model: nn.Module) -> Iterator[_Candidate]:
+    for path, module, _ in recurrent_weights(model):
+        gates = tuple(gate_names(module))
+        yield _Candidate(path, gates, len(gates) * module.hidden_size)
+
+
+def _included(model: nn.Module, include: Iterable[str]) -> list[_Candidate]:
+    """The matrices, other than recurrent and input weights, that `include` names; they have one gate, ""."""
+    recurrent = {path for path, _, _ in recurrent_weights(model)}
+    matrices = [path for path, parameter in model.named_parameters(remove_duplicate=False) if parameter.dim() >= 2]
+    chosen: dict[str, _Candidate] = {}
+    for pattern in include:
+        matched = [path for path in matrices if name_matches(clean_name(path), pattern)]
+        if not matched:
+            raise ValueError(f"include has {pattern!r}, which matches no parameter of two dimensions or more")
+        chosen.update({path: _Candidate(path, ("",), None) for path in matched if path not in recurrent})
+    return list(chosen.values())
+
+
+def _schedule_each_gate(
+    name: str, gates: tuple[str, ...], target: Target, default: Schedule | None
+) -> tuple[Schedule | None, ...]:
+    if not isinstance(target, Mapping):
+        return (target,) * len(gates)
+    unknown = sorted(str(gate) for gate in target if gate not in gates)
+    if unknown:
+        known = f"its gates are {', '.join(gates)}" if gates != ("",) else "it has no gates"
+        raise ValueError(f"targets gives schedules to the gates {', '.join(unknown)} of {name}, but {known}")
+    return tuple(target.get(gate, default) for gate in gates)
+
+
+def _checked_parameter(model: nn.Module, candidate: _Candidate) -> nn.Parameter:
+    name = clean_name(candidate.path)
+    way_out = f"; targets={{{name!r}: None}} leaves it out"
+    parameter = find_parameter(model, candidate.path)
+    if parameter is None or "parametrizations" in candidate.path.split("."):
+        raise ValueError(f"{name} is not a plain parameter: it is parametrized, normed or flattened{way_out}")
+    if type(parameter) is not nn.Parameter:
+        kind = type(parameter).__name__
+        raise TypeError(
+            f"{name} must be a plain nn.Parameter, got a {kind}, and sharded ones cannot be pruned{way_out}"
+        )
+    if not parameter.is_floating_point():
+        raise TypeError(f"{name} must be a real floating-point parameter, got {parameter.dtype}{way_out}")
+    if candidate.rows is not None and (parameter.dim() != 2 or parameter.shape[0] != candidate.rows):
+        raise ValueError(f"{name} must have {candidate.rows} rows, got shape {tuple(parameter.shape)}{way_out}")
+    if not parameter.requires_grad:
+        raise ValueError(f"{name} is frozen (requires_grad is False): it could not adapt to being pruned{way_out}")
+    return parameter
+
+
+def _check_distinct(found: list[Weight]) -> None:
+    by_name: dict[str, Weight] = {}
+    by_id: dict[int, Weight] = {}
+    for weight in found:
+        if weight.name in by_name:
+            raise ValueError(
+                f"{by_name[weight.name].path} and {weight.path} are both called {weight.name} once the prefixes that "
+                "torch.compile and DistributedDataParallel add are left out; rename a submodule"
+            )
+        tied = by_id.get(id(weight.parameter))
+        if tied is not None:
+            raise ValueError(
+                f"{tied.name} and {weight.name} are one tied parameter; "
+                f"targets={{{weight.name!r}: None}} prunes it once, as {tied.name}"
+            )
+        by_name[weight.name] = by_id[id(weight.parameter)] = weight

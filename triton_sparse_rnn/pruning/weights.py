@@ -1,0 +1,65 @@
+"""Find the recurrent and input weights of a model, by names that do not change when the model is wrapped."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+GATES = {"RNN_TANH": "h", "RNN_RELU": "h", "GRU": "rzn", "LSTM": "ifgo"}
+_WRAPPERS = ("_orig_mod", "module")  # the prefixes of torch.compile and of DistributedDataParallel
+
+
+def recurrent_weights(model: nn.Module) -> Iterator[tuple[str, nn.RNNBase, str]]:
+    """Yield (path in the model, module, attribute) of each weight_ih and weight_hh of each nn.RNN, nn.GRU and nn.LSTM.
+
+    >>> [path for path, _, _ in recurrent_weights(nn.Sequential(nn.GRU(3, 4)))]
+    ['0.weight_ih_l0', '0.weight_hh_l0']
+    """
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            for layer in range(module.num_layers):
+                for suffix in ("", "_reverse")[: 2 if module.bidirectional else 1]:
+                    for attribute in (f"weight_ih_l{layer}{suffix}", f"weight_hh_l{layer}{suffix}"):
+                        yield f"{prefix}.{attribute}".lstrip("."), module, attribute
+
+
+def find_parameter(model: nn.Module, path: str) -> nn.Parameter | None:
+    """What the model registers under this path; None where there is none, or a computed (parametrized) tensor."""
+    prefix, _, attribute = path.rpartition(".")
+    try:
+        return model.get_submodule(prefix)._parameters.get(attribute)
+    except AttributeError:
+        return None
+
+
+def gate_names(module: nn.RNNBase) -> str:
+    """One letter for each gate, in the order in which they are stacked: "rzn", "ifgo" or "h"."""
+    if module.mode not in GATES:
+        raise ValueError(f"expected an nn.RNN, nn.GRU or nn.LSTM, got {type(module).__name__} of mode {module.mode!r}")
+    return GATES[module.mode]
+
+
+def split_gates(weight: Tensor, gates: int) -> Tensor:
+    """View a weight [G * H, ...] as [G, H, C], its trailing axes flattened."""
+    return weight.flatten(1).unflatten(0, (gates, -1))
+
+
+def clean_name(path: str) -> str:
+    """Leave out of a parameter's path what torch.compile and DistributedDataParallel put in.
+
+    >>> clean_name("module._orig_mod.rnn.weight_hh_l0")
+    'rnn.weight_hh_l0'
+    """
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def name_matches(name: str, pattern: str) -> bool:
+    """Whether a glob matches a name; "*.weight_hh_l0" also matches the bare "weight_hh_l0" of a layer on its own.
+
+    >>> name_matches("rnn.weight_hh_l0", "*.weight_hh*"), name_matches("weight_hh_l0", "*.weight_hh*")
+    (True, True)
+    """
+    pattern = clean_name(pattern)
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(f".{name}", pattern)
