@@ -56,7 +56,9 @@ def read_call(input: Tensor | PackedSequence, hx: Tensor | Sequence[Tensor] | No
         x, batch_sizes = input.data, input.batch_sizes
         _check_input(x, 2, layout)
         states = None if states is None else _permute(states, input.sorted_indices)
-        states = _check_states(states, x, int(batch_sizes[0]), layout)
+        # torch.export knows the length of an axis, but no number in a tensor.
+        B = int(batch_sizes[0]) if input.sorted_indices is None else input.sorted_indices.shape[0]
+        states = _check_states(states, x, B, layout)
         return Call(x, states, batch_sizes, input, (), False, False)
     if input.dim() not in (2, 3):
         raise ValueError(f"{layout.name}: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
@@ -157,9 +159,9 @@ def _check_states(states: list[Tensor] | None, x: Tensor, B: int, layout: CallLa
 def _dtypes_match(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether they are the same, or autocast makes them the same; it leaves float64 and integers alone."""
     narrow = (torch.float32, torch.float16, torch.bfloat16)
-    return tensor.dtype == dtype or (
-        torch.is_autocast_enabled(tensor.device.type) and tensor.dtype in narrow and dtype in narrow
-    )
+    if tensor.dtype == dtype or tensor.is_meta:  # torch knows no autocast on the meta device
+        return tensor.dtype == dtype
+    return torch.is_autocast_enabled(tensor.device.type) and tensor.dtype in narrow and dtype in narrow
 
 
 def _permute(states: Sequence[Tensor], permutation: Tensor | None) -> list[Tensor]:

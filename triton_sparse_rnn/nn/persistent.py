@@ -138,7 +138,10 @@ class PersistentLayer(nn.Module):
         return cls(dense, weights, dtype=dtype, backend=backend)
 
     def to_dense(self) -> nn.RNNBase:
-        """Return a layer of the dense class with these weights: exactly the original ones for an unchanged dtype."""
+        """Return a layer of the dense class with these weights: bit for bit the original ones for an unchanged dtype.
+
+        The one exception is -0.0 in a block that is not stored: it comes back as 0.0.
+        """
         options: dict[str, Any] = {"proj_size": self.proj_size} if self.proj_size else {}
         if self.mode.startswith("RNN_"):
             options["nonlinearity"] = self.mode.removeprefix("RNN_").lower()
@@ -218,12 +221,12 @@ class PersistentLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made again at the next call."""
-        return super().__getstate__() | {"_plan": None}  # type: ignore[operator]
+        return self.__dict__ | {"_plan": None}
 
     def _result_dtype(self, call: Call) -> torch.dtype:
         """As torch.nn under autocast: a GRU on the CPU keeps the dtype of its state, all else takes autocast's."""
         device_type = call.x.device.type
-        if not torch.is_autocast_enabled(device_type) or self._marker.dtype == torch.float64:
+        if call.x.is_meta or not torch.is_autocast_enabled(device_type) or self._marker.dtype == torch.float64:
             return self._marker.dtype
         if device_type == "cpu" and self.mode == "GRU":
             return torch.promote_types(call.states[0].dtype, torch.get_autocast_dtype(device_type))

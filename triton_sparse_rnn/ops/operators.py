@@ -81,11 +81,12 @@ recurrent_layer.register_autograd(_backward, setup_context=_keep_inputs)
 
 
 def is_observed(x: Tensor, states: list[Tensor]) -> bool:
-    """Whether something traces this call or wants its gradient, so that it must go through the operator."""
+    """Whether something traces this call, or wants its gradient or only shapes: then it must go through the operator."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or type(x) is not Tensor
+        or x.is_meta
         or any(type(state) is not Tensor for state in states)
         or (torch.is_grad_enabled() and (x.requires_grad or any(state.requires_grad for state in states)))
         or _get_current_dispatch_mode() is not None

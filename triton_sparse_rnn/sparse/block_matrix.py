@@ -59,10 +59,10 @@ class BlockMatrix:
     def from_dense(
         cls, weight: Tensor, block_size: tuple[int, int], *, gates: int = 1, dtype: torch.dtype | None = None
     ) -> BlockMatrix:
-        """Store every block that holds a weight other than zero (NaN is stored).
+        """Store every block that holds a weight other than zero (NaN is stored, a block of -0.0 is not).
 
         Args:
-            weight: [G * H, columns], floating point.
+            weight: [G * H, columns], floating point, any strides.
             block_size: (BR, BC), any size; blocks at the edge of a gate are filled up with zeros.
             gates: G; its rows are cut gate by gate.
             dtype: how weights are stored, None for that of `weight`. int8 is symmetric, with one scale for each row.
@@ -70,10 +70,14 @@ class BlockMatrix:
         Raises:
             ValueError, TypeError: naming the argument.
         """
-        if weight.dim() != 2 or not weight.is_floating_point():
-            raise ValueError(f"weight must be a floating-point matrix, got {weight.dtype} of {tuple(weight.shape)}")
-        if gates < 1 or weight.shape[0] % gates:
-            raise ValueError(f"gates must divide the {weight.shape[0]} rows of weight, got {gates}")
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+        if weight.dim() != 2 or not weight.is_floating_point() or weight.layout != torch.strided:
+            raise ValueError(
+                "weight must be a floating-point matrix of layout torch.strided, "
+                f"got {weight.dtype} of shape {tuple(weight.shape)} and layout {weight.layout}"
+            )
+        _check_gates(gates, weight.shape[0])
         dtype = check_storage_dtype(weight.dtype if dtype is None else dtype)
         block_size = check_block_size(block_size)
         weight, scales = weight.detach(), None
@@ -89,9 +93,7 @@ class BlockMatrix:
         blocks = groups[kept]
         values = blocks.to(dtype)
         if dtype.is_floating_point and not torch.equal(values.isinf(), blocks.isinf()):
-            raise ValueError(
-                f"weight holds values up to {weight.abs().max():.3g}, beyond the largest number of {dtype}"
-            )
+            raise ValueError(f"weight holds values beyond {torch.finfo(dtype).max:.3g}, the largest number of {dtype}")
         return cls(
             values=values.transpose(1, 2).contiguous(),
             columns=kept.nonzero()[:, 2].to(torch.int32),
@@ -109,27 +111,46 @@ class BlockMatrix:
             matrix: [G * ceil(H / BR) * BR, ceil(columns / BC) * BC], layout torch.sparse_bsr.
             shape: (G * H, columns) without the filling up of edge blocks; None for the shape of `matrix`.
             gates: G, as for `from_dense`.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong, or the indices of `matrix` do not fit together.
         """
-        if matrix.layout != torch.sparse_bsr:
-            raise ValueError(f"matrix must have layout torch.sparse_bsr, got {matrix.layout}")
+        if not isinstance(matrix, Tensor):
+            raise TypeError(f"matrix must be a tensor, got {type(matrix).__name__}")
+        if matrix.layout != torch.sparse_bsr or matrix.dim() != 2 or matrix.values().dim() != 3:
+            raise ValueError(
+                "matrix must have layout torch.sparse_bsr and no batch or dense axes, "
+                f"got {matrix.layout} of shape {tuple(matrix.shape)}"
+            )
+        matrix = matrix.detach()
         rows, columns = matrix.shape if shape is None else shape
+        _check_gates(gates, rows)
         blocks, column_indices, row_starts = matrix.values(), matrix.col_indices(), matrix.crow_indices()
         block_size = (blocks.shape[1], blocks.shape[2])
-        padded = _padded_shape(rows, columns, block_size, gates) if gates >= 1 and rows % gates == 0 else None
+        padded = _padded_shape(rows, columns, block_size, gates)
         if padded != tuple(matrix.shape):
-            raise ValueError(f"shape {(rows, columns)} in {gates} gates does not fill up to {tuple(matrix.shape)}")
+            raise ValueError(
+                f"shape {(rows, columns)} with gates={gates} fills up to {padded} in blocks of {block_size}, but matrix "
+                f"has {tuple(matrix.shape)}"
+            )
+        try:  # torch checks the indices of a BSR tensor only when it is told to
+            torch.sparse_bsr_tensor(row_starts, column_indices, blocks, size=matrix.shape, check_invariants=True)
+        except RuntimeError as error:
+            raise ValueError(f"matrix is not a valid BSR tensor: {error}") from error
         counts = row_starts.diff().long()
         block_rows = torch.arange(len(counts), device=counts.device)
         ours = block_rows.view(gates, -1).t().flatten()  # our order of rows of blocks: group by group
         order = torch.argsort(torch.argsort(ours)[block_rows.repeat_interleave(counts)], stable=True)
         ends = counts[ours].cumsum(0)
-        return cls(
+        result = cls(
             values=blocks[order].transpose(1, 2).contiguous(),
             columns=column_indices[order].to(torch.int32),
             starts=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
             shape=(rows, columns),
             gates=gates,
         )
+        result.check()
+        return result
 
     def to_bsr(self) -> Tensor:
         """Return a torch BSR tensor; the edge blocks of each gate stay filled up with zeros."""
@@ -159,22 +180,32 @@ class BlockMatrix:
 
     def check(self) -> None:
         """Raise ValueError unless the tensors fit together: kernels read as far as `starts` and `columns` say."""
-        gates, groups, block_columns = self.block_grid
-        NB = len(self.values)
+        check_storage_dtype(self.values.dtype, "values")
         for name in ("columns", "starts"):
             if getattr(self, name).dtype != torch.int32:
                 raise ValueError(f"{name} must be int32, got {getattr(self, name).dtype}")
-        if self.values.dim() != 3 or self.columns.shape != (NB,) or self.starts.shape != (groups * gates + 1,):
-            shapes = tuple(self.values.shape), tuple(self.columns.shape), tuple(self.starts.shape)
+        shapes = tuple(self.values.shape), tuple(self.columns.shape), tuple(self.starts.shape)
+        if self.values.dim() != 3 or 0 in self.block_size or self.columns.shape != self.values.shape[:1]:
+            raise ValueError(f"values, columns and starts do not fit together: their shapes are {shapes}")
+        gates, groups, block_columns = self.block_grid
+        if self.starts.shape != (groups * gates + 1,):
             raise ValueError(f"values, columns and starts of a {self.shape} matrix do not fit together: {shapes}")
+        tensors = [self.values, self.columns, self.starts, *([] if self.scales is None else [self.scales])]
+        if not all(tensor.is_contiguous() and tensor.device == self.values.device for tensor in tensors):
+            raise ValueError("values, columns, starts and scales must be contiguous and on one device")
+        NB = len(self.values)
         if self.starts[0] != 0 or self.starts[-1] != NB or (self.starts.diff() < 0).any():
             raise ValueError(f"starts must rise from 0 to the {NB} stored blocks")
         if NB and not 0 <= self.columns.min() <= self.columns.max() < block_columns:
             raise ValueError(f"columns must lie in 0..{block_columns - 1}")
+        if ((self.block_rows * block_columns + self.columns).diff() <= 0).any():
+            raise ValueError("columns must ascend within each row of blocks")
         if (self.values.dtype == torch.int8) != (self.scales is not None):
             raise ValueError("scales belong to int8 values and to no others")
-        if self.scales is not None and self.scales.shape != (self.shape[0],):
-            raise ValueError(f"scales must have one number for each of {self.shape[0]} rows")
+        if self.scales is not None and (
+            self.scales.shape != (self.shape[0],) or not self.scales.is_floating_point()
+        ):
+            raise ValueError(f"scales must be one floating-point number for each of {self.shape[0]} rows")
 
     def scaled_blocks(self) -> Tensor:
         """The stored blocks [NB, BR, BC], upright and with scales applied."""
@@ -214,6 +245,13 @@ class BlockMatrix:
         return sum(
             tensor.nbytes for tensor in (self.values, self.columns, self.starts, self.scales) if tensor is not None
         )
+
+
+def _check_gates(gates: int, rows: int) -> None:
+    if isinstance(gates, bool) or not isinstance(gates, int):
+        raise TypeError(f"gates must be an integer, got {gates!r}")
+    if gates < 1 or rows % gates:
+        raise ValueError(f"gates must divide the {rows} rows of the matrix, got {gates}")
 
 
 def check_storage_dtype(dtype: torch.dtype, name: str = "dtype") -> torch.dtype:

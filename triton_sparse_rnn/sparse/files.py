@@ -60,7 +60,8 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            # Copied, for get_tensor maps the file: who writes to it later would change the weights.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise SparseFileError(
             f"{path} is not a safetensors file or is truncated or damaged ({error}); nothing was loaded"

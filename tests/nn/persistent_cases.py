@@ -1,0 +1,75 @@
+"""What the tests of the persistent modules share: pruned layers, and each backend with what it runs."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES
+from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask
+
+BLOCK_SIZE = (4, 1)
+CELLS = [nn.RNN, nn.GRU, nn.LSTM]
+CELLS_AND_BACKENDS = [*((cell, "reference") for cell in CELLS), (nn.GRU, "cpu")]
+every_cell_and_backend = pytest.mark.parametrize(("cell", "backend"), CELLS_AND_BACKENDS)
+
+
+def make_pruned(cell: type[nn.RNNBase], *sizes: int, **options: Any) -> Any:
+    """A layer in eval mode with two thirds of the blocks of every matrix zeroed; seeds the random numbers."""
+    torch.manual_seed(0)
+    layer = cell(*(sizes or (5, 7)), **options).eval().requires_grad_(False)
+    gates = {nn.RNN: 1, nn.GRU: 3, nn.LSTM: 4}[cell]
+    for name, weight in layer.named_parameters():
+        if name.startswith(("weight_ih", "weight_hh")):
+            H, columns = len(weight) // gates, weight.shape[1]
+            grid = (gates, *count_blocks(H, columns, BLOCK_SIZE))
+            keep = (torch.arange(math.prod(grid)) % 3 == 1).view(grid)
+            weight.masked_fill_(~expand_block_mask(keep, BLOCK_SIZE, H, columns).flatten(0, 1), 0)
+    return layer
+
+
+def convert(layer: nn.RNNBase, backend: str | None = "reference", **options: Any) -> Any:
+    cls = next(ours for dense, ours in PERSISTENT_CLASSES.items() if isinstance(layer, dense))
+    return cls.from_dense(layer, backend=backend, **{"block_size": BLOCK_SIZE, **options})
+
+
+def make_states(layer: Any, B: int | None, dtype: torch.dtype = torch.float32) -> Any:
+    """An hx for `layer`, of a batch or, for B None, unbatched."""
+    layers = layer.num_layers * (2 if layer.bidirectional else 1)
+    sizes = [layer.proj_size or layer.hidden_size, layer.hidden_size]
+    states = [torch.randn(layers, *([] if B is None else [B]), size).to(dtype) for size in sizes]
+    return tuple(states) if layer.mode == "LSTM" else states[0]
+
+
+def tensors_of(result: Any) -> list[torch.Tensor]:
+    """The tensors in what a layer returned, outputs first."""
+    if isinstance(result, nn.utils.rnn.PackedSequence):
+        return [result.data]
+    return [result] if isinstance(result, torch.Tensor) else [t for part in result for t in tensors_of(part)]
+
+
+def assert_same_bits(ours: Any, theirs: Any) -> None:
+    for a, b in zip(tensors_of(ours), tensors_of(theirs), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def assert_as_exact_as_nn(ours: Any, dense: nn.RNNBase, input: Any, hx: Any = None) -> None:
+    """Ours is within 4 times the error of torch.nn's own result, both taken against float64, plus 4 roundings."""
+    theirs = tensors_of(dense(input, hx))
+    dtype = theirs[0].dtype
+    try:
+        exact = tensors_of(dense.double()(*_to_double(input, hx)))
+    finally:
+        dense.to(dtype)
+    for a, b, e in zip(tensors_of(ours), theirs, exact, strict=True):
+        assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+        budget = 4 * (b - e).abs().amax() + 4 * torch.finfo(dtype).eps if a.numel() else 0
+        assert ((a - e).abs() <= budget).all()
+
+
+def _to_double(input: Any, hx: Any) -> tuple[Any, Any]:
+    hx = tuple(h.double() for h in hx) if isinstance(hx, (tuple, list)) else None if hx is None else hx.double()
+    return input.to(torch.float64), hx

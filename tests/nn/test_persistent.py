@@ -1,0 +1,198 @@
+"""The persistent modules as modules: made, shown, moved, copied, saved."""
+
+import io
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from persistent_cases import (
+    BLOCK_SIZE,
+    CELLS,
+    assert_same_bits,
+    convert,
+    every_cell_and_backend,
+    make_pruned,
+)
+from torch import nn
+
+from triton_sparse_rnn import BackendUnavailableError, BlockMatrix, PersistentGRU, PersistentLSTM, PersistentRNN
+from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES
+
+SIZES = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size"]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_dense_and_back_bit_for_bit(cell, bias, bidirectional):
+    options: dict[str, Any] = {"proj_size": 3} if cell is nn.LSTM else {}
+    options |= {"nonlinearity": "relu"} if cell is nn.RNN else {}
+    layer = make_pruned(
+        cell, num_layers=2, bias=bias, bidirectional=bidirectional, batch_first=True, dropout=0.25, **options
+    )
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    ours = convert(layer)
+    dense: Any = ours.to_dense()
+    for module in (ours, dense):
+        assert {name: getattr(module, name) for name in SIZES} == {name: getattr(layer, name) for name in SIZES}
+        assert module.mode == layer.mode
+        assert not module.training
+    assert type(dense) is cell
+    assert list(dense.state_dict()) == list(before)
+    assert all(parameter.requires_grad for parameter in dense.parameters())
+    assert_same_bits(list(dense.state_dict().values()), list(before.values()))
+    assert_same_bits(list(layer.state_dict().values()), list(before.values()))
+    assert list(ours.parameters()) == []
+    with torch.no_grad():
+        for parameter in (*layer.parameters(), *dense.parameters()):
+            parameter.fill_(9)
+    assert_same_bits(list(ours.to_dense().state_dict().values()), list(before.values()))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_stored_weights_are_the_buffers(cell):
+    layer = make_pruned(cell, num_layers=2, bidirectional=True)
+    ours = convert(layer)
+    weights = ours.stored_weights()
+    assert list(weights) == list(layer.state_dict())
+    buffers = {id(buffer) for buffer in ours.buffers()}
+    for name, weight in weights.items():
+        parts = [weight.values, weight.columns, weight.starts] if isinstance(weight, BlockMatrix) else [weight]
+        assert all(id(part) in buffers for part in parts)
+        dense = weight.to_dense() if isinstance(weight, BlockMatrix) else weight
+        assert torch.equal(dense, getattr(layer, name))
+    assert list(ours.stored_weights(1)) == [name for name in weights if "_l1" in name]
+    assert ours.nbytes == sum(weight.nbytes for weight in weights.values())
+    dense_bytes = sum(parameter.nbytes for parameter in layer.parameters())
+    assert ours.nbytes < dense_bytes
+    assert 0.2 < ours.density < 0.45
+
+
+def test_fewest_bytes_of_the_listed_block_sizes():
+    layer = nn.GRU(64, 64).requires_grad_(False)
+    keep = (torch.arange(12 * 64) % 8 == 0).view(12, 64).repeat_interleave(16, 0)
+    layer.weight_ih_l0.mul_(keep)
+    keep = (torch.arange(12 * 4) % 8 == 0).view(12, 4).repeat_interleave(16, 0).repeat_interleave(16, 1)
+    layer.weight_hh_l0.mul_(keep)
+    ours = PersistentGRU.from_dense(layer)
+    weights: Any = ours.stored_weights()
+    assert weights["weight_ih_l0"].block_size == (16, 1)
+    assert weights["weight_hh_l0"].block_size == (16, 16)
+    assert "block_size=[(16, 1), (16, 16)]" in repr(ours)
+
+
+def test_repr():
+    layer = make_pruned(nn.GRU, 5, 7, num_layers=2, bidirectional=True)
+    text = repr(convert(layer, "reference"))
+    assert text.startswith("PersistentGRU(5, 7, num_layers=2, bidirectional=True, density=0.3")
+    assert text.endswith(f"block_size={BLOCK_SIZE}, weight_dtype=torch.float32, nbytes=3536, backend='reference')")
+    assert "proj_size=3" in repr(convert(make_pruned(nn.LSTM, proj_size=3)))
+
+
+def test_train_changes_nothing_and_says_so():
+    ours = convert(make_pruned(nn.GRU, num_layers=2, dropout=0.5))
+    x = torch.randn(5, 2, 5)
+    expected = ours(x)
+    with pytest.warns(UserWarning, match=r"PersistentGRU is for inference: train\(\) changes nothing"):
+        assert ours.train() is ours
+    assert ours.training
+    assert_same_bits(ours(x), expected)
+    assert not ours.eval().training  # and says nothing
+    assert ours.flatten_parameters() is None
+
+
+def test_a_layer_in_training_mode_is_converted_silently():
+    assert convert(make_pruned(nn.GRU).train()).training
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_state_dict_into_a_module_of_the_same_structure(cell):
+    layer = make_pruned(cell)
+    ours = convert(layer)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(2)
+    other = convert(layer)
+    assert list(ours.state_dict())[:3] == ["weight_ih_l0_values", "weight_ih_l0_columns", "weight_ih_l0_starts"]
+    ours.load_state_dict(other.state_dict())
+    assert_same_bits(list(ours.to_dense().state_dict().values()), list(layer.state_dict().values()))
+
+
+@every_cell_and_backend
+def test_copies(cell, backend):
+    ours = convert(make_pruned(cell), backend, weight_dtype=torch.float32)
+    x = torch.randn(4, 2, 5)
+    buffer = io.BytesIO()
+    torch.save(ours, buffer)
+    buffer.seek(0)
+    for copied in (torch.load(buffer, weights_only=False), pickle.loads(pickle.dumps(ours))):
+        assert_same_bits(copied(x), ours(x))
+        assert repr(copied) == repr(ours)
+    ours.share_memory()
+    assert ours(x)[0].shape == (4, 2, 7)
+
+
+def test_meta_and_back():
+    ours = convert(make_pruned(nn.GRU))
+    meta = convert(make_pruned(nn.GRU)).to("meta")
+    assert meta(torch.empty(3, 2, 5, device="meta"))[0].shape == (3, 2, 7)
+    with pytest.raises(ValueError, match="RNN input dtype"):
+        meta(torch.empty(3, 2, 5, device="meta", dtype=torch.float64))
+    empty = meta.to_empty(device="cpu")
+    empty.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 2, 5)
+    assert_same_bits(empty(x), ours(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"backend": "cuda"}, ValueError, "backend must be None or one of 'triton', 'cpu', 'reference', got 'cuda'"),
+        ({"backend": 1}, ValueError, "backend must be None or one of"),
+        ({"backend": "triton"}, BackendUnavailableError, "backend 'triton' cannot run this layer: .*backend=None"),
+        ({"block_size": 16}, TypeError, "block_size must be two integers"),
+        ({"block_size": (16, 0)}, ValueError, "block_size must be at least"),
+        ({"weight_dtype": torch.int16}, ValueError, "weight_dtype must be one of .* got torch.int16"),
+        ({"weight_dtype": "int8"}, ValueError, "weight_dtype must be one of .* got int8"),
+        ({"backend": "cpu", "block_size": (3, 1)}, BackendUnavailableError, "cannot run this layer: .* 3 rows"),
+        ({"backend": "cpu", "weight_dtype": torch.int8}, BackendUnavailableError, "cannot run this layer: .* torch.int8"),
+    ],
+)
+def test_wrong_options(options, error, message):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other blocks store more
+        with pytest.raises(error, match=message):
+            convert(make_pruned(nn.GRU), **options)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (make_pruned(nn.LSTM), "it runs GRU only in this version, this is LSTM"),
+        (make_pruned(nn.RNN), "it runs GRU only in this version, this is RNN_TANH"),
+        (make_pruned(nn.GRU).double(), "it computes in float32 only, the layer's dtype is torch.float64"),
+    ],
+)
+def test_a_named_backend_is_never_replaced(layer, message):
+    with pytest.raises(BackendUnavailableError, match=f"backend 'cpu' cannot run this layer: {message}"):
+        convert(layer, "cpu")
+    assert convert(layer, None)(torch.zeros(1, 1, 5, dtype=layer.weight_ih_l0.dtype))[0].shape == (1, 1, 7)
+
+
+def test_a_named_backend_refuses_what_the_module_becomes():
+    ours = convert(make_pruned(nn.GRU), "cpu").double()
+    with pytest.raises(BackendUnavailableError, match="it computes in float32 only"):
+        ours(torch.zeros(3, 2, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cls", [PersistentRNN, PersistentGRU, PersistentLSTM])
+def test_wrong_layers(cls):
+    others = [dense() if dense is nn.Module else dense(2, 3) for dense in (nn.RNN, nn.GRU, nn.LSTM, nn.GRUCell)]
+    for layer in others:
+        if PERSISTENT_CLASSES.get(type(layer)) is not cls:  # type: ignore[arg-type]
+            with pytest.raises(TypeError, match=f"{cls.__name__}.from_dense takes an nn.*, got {type(layer).__name__}"):
+                cls.from_dense(layer)
+    with pytest.raises(ValueError, match="weight_ih_l0 is on the meta device"):
+        cls.from_dense(cls.dense_class(2, 3, device="meta"))

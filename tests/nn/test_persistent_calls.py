@@ -1,0 +1,290 @@
+"""The call of the persistent modules against torch.nn's: arguments in every form, results, errors."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from persistent_cases import (
+    CELLS,
+    CELLS_AND_BACKENDS,
+    assert_as_exact_as_nn,
+    assert_same_bits,
+    convert,
+    every_cell_and_backend,
+    make_pruned,
+    make_states,
+    tensors_of,
+)
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+
+OPTIONS: list[dict[str, Any]] = [
+    {"num_layers": layers, "bidirectional": bidirectional, "batch_first": batch_first, "bias": bias}
+    for layers, bidirectional, batch_first, bias in itertools.product((1, 3), (False, True), (False, True), (True, False))
+]
+
+
+def make_inputs(form: str, I=5) -> tuple[Any, int | None]:
+    """An input and its B, None where it is unbatched."""
+    if form == "packed":
+        return pack_sequence([torch.randn(t, I) for t in (2, 6, 1, 3)], enforce_sorted=False), 4
+    if form == "packed sorted":
+        return pack_sequence([torch.randn(t, I) for t in (6, 3, 3)]), 3
+    if form == "unbatched":
+        return torch.randn(6, I), None
+    if form == "strided":
+        return torch.randn(I, 4, 12).permute(2, 1, 0)[::2], 4
+    if form == "one":
+        return torch.randn(1, 1, I), 1
+    return torch.randn(6, 4, I), 4
+
+
+@every_cell_and_backend
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k[:3]}{int(v)}" for k, v in o.items()))
+def test_every_form_of_a_call(cell, backend, options):
+    layer = make_pruned(cell, **options)
+    ours = convert(layer, backend)
+    for form in ("batched", "packed", "packed sorted", "unbatched", "strided", "one"):
+        x, B = make_inputs(form)
+        if options["batch_first"] and form in ("batched", "strided"):
+            B = 6
+        assert_as_exact_as_nn(ours(x), layer, x)
+        hx = make_states(layer, B)
+        before = [h.clone() for h in tensors_of(hx)]
+        assert_as_exact_as_nn(ours(x, hx), layer, x, hx)
+        assert_same_bits(before, hx)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # said of nn.LSTM
+@pytest.mark.parametrize("proj_size", [0, 3])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_lstm_with_projection_and_lists(proj_size, bidirectional):
+    layer = make_pruned(nn.LSTM, num_layers=2, proj_size=proj_size, bidirectional=bidirectional)
+    ours = convert(layer)
+    for form in ("batched", "packed", "unbatched"):
+        x, B = make_inputs(form)
+        hx = list(make_states(layer, B))
+        assert_as_exact_as_nn(ours(x, hx), layer, x, hx)
+        assert isinstance(ours(x, hx)[1], tuple)
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_nonlinearities(nonlinearity):
+    layer = make_pruned(nn.RNN, nonlinearity=nonlinearity)
+    x, _ = make_inputs("batched")
+    assert_as_exact_as_nn(convert(layer)(x), layer, x)
+    assert convert(layer).nonlinearity == nonlinearity
+
+
+@every_cell_and_backend
+def test_states_of_any_strides(cell, backend):
+    layer = make_pruned(cell, num_layers=2)
+    ours = convert(layer, backend)
+    x = torch.randn(3, 4, 5)
+    parts = [torch.randn(7, 4, 4)[:, :, ::2].permute(2, 1, 0) for _ in range(2)]
+    hx = tuple(parts) if cell is nn.LSTM else parts[0]
+    expected = ours(x, tuple(p.contiguous() for p in parts) if cell is nn.LSTM else parts[0].contiguous())
+    assert_same_bits(ours(x, hx), expected)
+
+
+@every_cell_and_backend
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_empty_batch(cell, backend, batch_first):
+    layer = make_pruned(cell, num_layers=2, bidirectional=True, batch_first=batch_first)
+    ours = convert(layer, backend)
+    x = torch.randn(0, 3, 5) if batch_first else torch.randn(3, 0, 5)
+    for hx in (None, make_states(layer, 0)):
+        for a, b in zip(tensors_of(ours(x, hx)), tensors_of(layer(x, hx)), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    single = convert(make_pruned(cell), backend)
+    y, _ = single.step(torch.randn(0, 5))
+    assert y.shape == (0, 7)
+
+
+@every_cell_and_backend
+def test_packed_sequence_keeps_its_indices(cell, backend):
+    layer = make_pruned(cell, batch_first=True)
+    x, _ = make_inputs("packed")
+    theirs, ours = layer(x)[0], convert(layer, backend)(x)[0]
+    for name in ("batch_sizes", "sorted_indices", "unsorted_indices"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    padded, lengths = pad_packed_sequence(ours, batch_first=True)
+    assert padded.shape == (4, 6, 7)
+    assert lengths.tolist() == [2, 6, 1, 3]
+
+
+def outcome(call, *arguments):
+    try:
+        call(*arguments)
+    except Exception as error:
+        return type(error), str(error)
+    return None, ""
+
+
+def states(cell, *shape, **options):
+    h = torch.zeros(shape, **options)
+    return (h, h) if cell is nn.LSTM else h
+
+
+X = torch.zeros(5, 3, 4)
+PACKED = pack_sequence([torch.zeros(3, 4), torch.zeros(2, 4)])
+WRONG_CALLS: dict[str, Any] = {
+    "0-D": lambda cell: (torch.tensor(1.0),),
+    "1-D": lambda cell: (torch.zeros(4),),
+    "4-D": lambda cell: (torch.zeros(1, 2, 3, 4),),
+    "list": lambda cell: ([1.0],),
+    "int": lambda cell: (X.long(),),
+    "bool": lambda cell: (X.bool(),),
+    "float64": lambda cell: (X.double(),),
+    "bfloat16": lambda cell: (X.bfloat16(),),
+    "input size": lambda cell: (torch.zeros(5, 3, 6),),
+    "input size unbatched": lambda cell: (torch.zeros(5, 6),),
+    "T=0": lambda cell: (torch.zeros(0, 3, 4),),
+    "T=0 unbatched": lambda cell: (torch.zeros(0, 4),),
+    "T=0 B=0": lambda cell: (torch.zeros(0, 0, 4),),
+    "T=0 and hidden size": lambda cell: (torch.zeros(0, 3, 4), states(cell, 2, 4, 8)),
+    "2-D hx": lambda cell: (X, states(cell, 2, 8)),
+    "1-D hx": lambda cell: (X, states(cell, 8)),
+    "4-D hx": lambda cell: (X, states(cell, 2, 3, 8, 1)),
+    "3-D hx unbatched": lambda cell: (X[:, 0], states(cell, 2, 1, 8)),
+    "hidden B": lambda cell: (X, states(cell, 2, 4, 8)),
+    "hidden H": lambda cell: (X, states(cell, 2, 3, 9)),
+    "hidden L": lambda cell: (X, states(cell, 1, 3, 8)),
+    "hidden H unbatched": lambda cell: (X[:, 0], states(cell, 2, 9)),
+    "hidden device": lambda cell: (X, states(cell, 2, 3, 8, device="meta")),
+    "input device": lambda cell: (X.to("meta"),),
+    "dtype before size": lambda cell: (torch.zeros(5, 3, 6).double(), states(cell, 2, 4, 8)),
+}
+WRONG_PACKED: dict[str, Any] = {
+    "packed float64": lambda cell: (PACKED.double(),),
+    "packed input size": lambda cell: (pack_sequence([torch.zeros(3, 6)]),),
+    "packed hidden B": lambda cell: (PACKED, states(cell, 2, 3, 8)),
+    "packed 2-D hx": lambda cell: (PACKED, states(cell, 2, 8)),
+    "packed 3-D rows": lambda cell: (pack_sequence([torch.zeros(3, 4, 1)]),),
+}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("case", [*WRONG_CALLS, *WRONG_PACKED])
+def test_errors_are_those_of_torch_nn(case, cell):
+    if cell is nn.LSTM and case in WRONG_PACKED:
+        pytest.skip("nn.LSTM does not check packed input: it fails inside, or takes the wrong size")
+    layer = make_pruned(cell, 4, 8, num_layers=2)
+    arguments = {**WRONG_CALLS, **WRONG_PACKED}[case](cell)
+    wanted = outcome(layer, *arguments)
+    assert wanted[0] is not None
+    ours = outcome(convert(layer), *arguments)
+    assert ours[0] is wanted[0]
+    assert ours[1].split()[:8] == wanted[1].split()[:8]
+
+
+@pytest.mark.parametrize("case", WRONG_PACKED)
+def test_packed_input_of_an_lstm_is_checked(case):
+    ours = convert(make_pruned(nn.LSTM, 4, 8, num_layers=2))
+    error, message = outcome(ours, *WRONG_PACKED[case](nn.LSTM))
+    assert error in (RuntimeError, ValueError)
+    assert any(words in message for words in ("RNN input dtype", "input.size(-1)", "Expected hidden[0]", "dimensions"))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bfloat16])
+def test_dtype_of_hidden(cell, dtype):
+    ours = convert(make_pruned(cell, 4, 8, num_layers=2))
+    with pytest.raises(RuntimeError, match=f"Input and hidden tensors are not the same dtype, .* {dtype}"):
+        ours(X, states(cell, 2, 3, 8, dtype=dtype))
+
+
+H0 = torch.zeros(2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("cell", "hx", "error", "message"),
+    [
+        (nn.GRU, (H0, H0), TypeError, "hx must be a tensor, got tuple"),
+        (nn.GRU, (), TypeError, "hx must be a tensor, got tuple"),
+        (nn.RNN, 3, TypeError, "hx must be a tensor, got int"),
+        (nn.LSTM, 3, TypeError, "hx must be a pair of tensors .* got int"),
+        (nn.LSTM, H0, TypeError, "hx must be a pair of tensors .* got Tensor"),
+        (nn.LSTM, (H0,), TypeError, "hx must be a pair of tensors .* got tuple"),
+        (nn.LSTM, (None, None), TypeError, "hx must be a pair of tensors .* got tuple"),
+        (nn.LSTM, (H0, H0[:, :, :7]), RuntimeError, r"Expected hidden\[1\] size \(2, 3, 8\), got \[2, 3, 7\]"),
+        (nn.LSTM, (H0, H0[0]), RuntimeError, r"For batched 3-D input, hx and cx .* \(3-D, 2-D\)"),
+        (nn.LSTM, (H0, H0.to("meta")), RuntimeError, "Input and hidden tensors are not at the same device"),
+    ],
+)
+def test_hx_of_another_kind(cell, hx, error, message):
+    with pytest.raises(error, match=message):
+        convert(make_pruned(cell, 4, 8, num_layers=2))(X, hx)
+
+
+@pytest.mark.parametrize(
+    ("x", "hx", "error", "message"),
+    [
+        (torch.zeros(2, 3, 4), None, ValueError, r"Expected input of step\(\) to be 1D or 2D, got 3D"),
+        (torch.zeros(3, 6), None, RuntimeError, r"input.size\(-1\) must be equal to input_size. Expected 4, got 6"),
+        (torch.zeros(3, 4).int(), None, ValueError, "RNN input dtype .torch.int32. does not match"),
+        (torch.zeros(3, 4), torch.zeros(2, 2, 8), RuntimeError, r"Expected hidden size \(2, 3, 8\), got \[2, 2, 8\]"),
+        (torch.zeros(3, 4), torch.zeros(2, 8), RuntimeError, "For batched 3-D input, hx should also be 3-D"),
+        (torch.zeros(4), torch.zeros(2, 1, 8), RuntimeError, "For unbatched 2-D input, hx should also be 2-D"),
+    ],
+)
+def test_wrong_arguments_of_step(x, hx, error, message):
+    with pytest.raises(error, match=message):
+        convert(make_pruned(nn.GRU, 4, 8, num_layers=2)).step(x, hx)
+
+
+def test_step_needs_one_direction():
+    with pytest.raises(RuntimeError, match="needs one direction, but this layer is bidirectional"):
+        convert(make_pruned(nn.GRU, 4, 8, bidirectional=True)).step(torch.zeros(3, 4))
+
+
+@every_cell_and_backend
+@pytest.mark.parametrize("B", [None, 1, 3])
+def test_step_by_step_is_the_whole_call(cell, backend, B):
+    layer = make_pruned(cell, num_layers=2, batch_first=True)
+    ours = convert(layer, backend)
+    x = torch.randn(6, *([] if B is None else [B]), 5)
+    start = make_states(layer, B)
+    before = [h.clone() for h in tensors_of(start)]
+    y, hx = ours(x if B is None else x.transpose(0, 1), start)
+    steps, h = [], start
+    for x_t in x:
+        y_t, h = ours.step(x_t, h)
+        steps.append(y_t)
+    assert_same_bits(before, start)
+    y = y if B is None else y.transpose(0, 1)
+    for a, b in zip([torch.stack(steps), *tensors_of(h)], [y, *tensors_of(hx)], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=4e-7)
+    assert_same_bits(ours.step(x[0])[0], ours.step(x[0], [torch.zeros_like(t) for t in tensors_of(start)])[0])
+
+
+AUTOCAST_CASES = [
+    (weights, x, h)
+    for weights in (torch.float32, torch.bfloat16, torch.float64)
+    for x in (torch.float32, torch.bfloat16, torch.float64, torch.int64)
+    for h in (None, torch.float32, torch.bfloat16, torch.float64)
+]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast_gives_the_dtypes_of_torch_nn(cell):
+    """bfloat16 only: nn.LSTM on the CPU cannot run under float16 autocast."""
+    for weight_dtype, x_dtype, h_dtype in AUTOCAST_CASES:
+        layer = make_pruned(cell, dtype=weight_dtype)
+        x = torch.randn(6, 3, 5).to(x_dtype)
+        hx = None if h_dtype is None else make_states(layer, 3, h_dtype)
+        ours = convert(layer)
+        with torch.autocast("cpu", torch.bfloat16):
+            try:
+                theirs = tensors_of(layer(x, hx))
+            except RuntimeError:
+                with pytest.raises((RuntimeError, ValueError), match="dtype"):
+                    ours(x, hx)
+                continue
+            result = tensors_of(ours(x, hx))
+        for a, b in zip(result, theirs, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=0, atol=0.03)
+
+
