@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import types
 import warnings
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -60,13 +62,12 @@ def to_sparse(
             continue
         options = {"weight_dtype": weight_dtype, "block_size": block_size, "backend": backend}
         converted[name] = PERSISTENT_CLASSES[dense].from_dense(layer, **options)
-        _take_hooks(converted[name], layer)
     if not converted:
         found = "; ".join(left) or "none"
         raise ValueError(f"model must hold an nn.RNN, nn.GRU or nn.LSTM, got a {type(model).__name__} with {found}")
     if left:
         warnings.warn(f"to_sparse left some layers dense: {'; '.join(left)}", stacklevel=2)
-    return copy_with_replacements(model, converted)
+    return _converted_copy(model, converted)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -82,19 +83,30 @@ def to_dense(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    converted: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, PersistentLayer):
-            converted[name] = module.to_dense()
-            _take_hooks(converted[name], module)
+    converted: dict[str, nn.Module] = {
+        name: module.to_dense() for name, module in model.named_modules() if isinstance(module, PersistentLayer)
+    }
     if not converted:
         raise ValueError(f"model must hold a module that to_sparse() made, got a {type(model).__name__} with none")
-    return copy_with_replacements(model, converted)
+    return _converted_copy(model, converted)
 
 
-def _take_hooks(new: nn.Module, old: nn.Module) -> None:
+def take_hooks(new: nn.Module, old: nn.Module) -> None:
     """Keep what is called before and after forward: it sees the same arguments and results."""
     for kind in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
         getattr(new, kind).update(getattr(old, kind))
     for kind in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
         getattr(new, kind).update(getattr(old, kind))
+
+
+def _converted_copy(model: nn.Module, converted: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a copy of `model` with converted layers; hooks that are methods of its modules act on the copy."""
+    copied = copy_with_replacements(model, converted)
+    names = {id(module): name for name, module in model.named_modules()}
+    for layer_name, new in converted.items():
+        take_hooks(new, model.get_submodule(layer_name))
+        for hooks in (new._forward_hooks, new._forward_pre_hooks):
+            for key, hook in hooks.items():
+                if isinstance(hook, types.MethodType) and (name := names.get(id(hook.__self__))) is not None:
+                    hooks[key] = types.MethodType(hook.__func__, copied.get_submodule(name))
+    return copied

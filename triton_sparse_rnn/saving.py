@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from triton_sparse_rnn.conversion import take_hooks
 from triton_sparse_rnn.errors import SparseFileError
 from triton_sparse_rnn.nn.persistent import MATRIX_PARTS, PERSISTENT_CLASSES, PersistentLayer
 from triton_sparse_rnn.nn.replace import replace_modules
@@ -57,32 +58,46 @@ def load_sparse(model: ModelT, path: str | os.PathLike[str]) -> ModelT:
     the tensors of the model, as load_state_dict(strict=True) does. Either all of it happens or none.
 
     Args:
-        model: of the architecture that was saved, with nn or Sparse modules, on its final device.
+        model: of the architecture and dtype that were saved, with nn or Sparse modules, on its final device.
         path: the file.
     Returns:
         `model`; for a recurrent layer by itself the persistent module.
     Raises:
         SparseFileError: the file is truncated, damaged or foreign, or holds another architecture.
-        OSError: it cannot be read at all.
+        BackendUnavailableError: a layer of `model` was converted already, for a backend that cannot run these weights.
+        OSError: the file cannot be read at all.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if meta := [name for name, value in model.state_dict().items() if isinstance(value, Tensor) and value.is_meta]:
+        raise ValueError(f"model has {', '.join(meta)} on the meta device; build it on its final device first")
     tensors, description = read_file(path)
     modules = dict(model.named_modules(remove_duplicate=False))
-    replacements: dict[str, nn.Module] = {}
-    done: set[nn.Module] = set()  # a shared layer is saved under all of its names
-    for name, described in description["modules"].items():
-        if (layer := modules.get(name)) is None:
-            raise SparseFileError(f"{path} holds a {described['class']} '{name}', which the model does not have")
-        _check_same_sizes(path, name, layer, described)
-        if layer not in done:
-            replacements[name] = _build(path, name, layer, described, tensors)
-            done.add(layer)
-    prefixes = tuple(f"{name}." if name else "" for name in description["modules"])
-    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
-    _check_same_tensors(path, rest, {k: v for k, v in model.state_dict().items() if not k.startswith(prefixes)})
-    model.load_state_dict(rest, strict=False)
-    return replace_modules(model, replacements)  # type: ignore[return-value]
+    replacements: dict[nn.Module, tuple[str, PersistentLayer]] = {}
+    wanted = model.state_dict()
+    try:
+        for name, described in description["modules"].items():
+            if (layer := modules.get(name)) is None:
+                raise SparseFileError(f"{path} holds a {described['class']} '{name}', which the model does not have")
+            _check_same_sizes(path, name, layer, described)
+            if layer not in replacements:  # a shared layer is saved under all of its names
+                replacements[layer] = name, _build(path, name, layer, described, tensors)
+            wanted = {key: value for key, value in wanted.items() if not key.startswith(_prefix(name))}
+            wanted |= replacements[layer][1].state_dict(prefix=_prefix(name))
+        _check_same_tensors(path, tensors, wanted)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise SparseFileError(f"{path} describes its tensors wrongly ({error!r}); nothing was loaded") from error
+    for layer, (_, new) in replacements.items():
+        take_hooks(new, layer)
+    loaded = replace_modules(model, dict(replacements.values()))
+    prefixes = tuple(map(_prefix, description["modules"]))
+    loaded.load_state_dict({key: t for key, t in tensors.items() if not key.startswith(prefixes)}, strict=False)
+    return loaded  # type: ignore[return-value]
+
+
+def _prefix(name: str) -> str:
+    """What stands before the names of the tensors of a module; nothing for the model itself."""
+    return f"{name}." if name else ""
 
 
 def _describe(module: PersistentLayer) -> dict[str, Any]:
@@ -109,29 +124,42 @@ def _check_same_sizes(path: object, name: str, layer: nn.Module, described: dict
     for size, saved in described["sizes"].items():
         if getattr(layer, size) != saved:
             raise SparseFileError(f"{path} holds '{name}' with {size}={saved}, the model's has {getattr(layer, size)}")
-    if any(tensor.is_meta for tensor in layer.state_dict().values()):
-        raise ValueError(f"model has '{name}' on the meta device; build it on its final device before loading")
+    dtype = str(_dtype(layer)).removeprefix("torch.")
+    if dtype != described["dtype"]:
+        raise SparseFileError(
+            f"{path} holds '{name}' in {described['dtype']}, the model's is in {dtype}; convert the model first, with "
+            f".to(torch.{described['dtype']})"
+        )
+
+
+def _dtype(layer: Any) -> torch.dtype:
+    return layer.dtype if isinstance(layer, PersistentLayer) else layer.weight_ih_l0.dtype
 
 
 def _build(
     path: object, name: str, layer: Any, described: dict[str, Any], tensors: Mapping[str, Tensor]
 ) -> PersistentLayer:
+    prefix, dtype = _prefix(name), _dtype(layer)
     device = next(iter(layer.state_dict().values())).device
-    prefix = f"{name}." if name else ""
     weights: dict[str, BlockMatrix | Tensor] = {}
+    for weight_name in weight_names(layer):
+        if (matrix := described["weights"].get(weight_name)) is None:
+            weights[weight_name] = tensors[prefix + weight_name].to(device)
+            continue
+        parts: dict[str, Any] = {part: tensors[f"{prefix}{weight_name}_{part}"].to(device) for part in MATRIX_PARTS[:3]}
+        if (scales := tensors.get(f"{prefix}{weight_name}_scales")) is not None:
+            parts["scales"] = scales.to(device)
+        weights[weight_name] = BlockMatrix(**parts, shape=tuple(matrix["shape"]), gates=matrix["gates"])
+    built = _CLASSES[described["class"]][1](layer, weights, dtype=dtype, backend=getattr(layer, "backend", None))
     try:
-        for weight_name in weight_names(layer):
-            if (matrix := described["weights"].get(weight_name)) is None:
-                weights[weight_name] = tensors[prefix + weight_name].to(device)
-                continue
-            parts = {part: tensors.get(f"{prefix}{weight_name}_{part}") for part in MATRIX_PARTS}
-            parts = {part: None if tensor is None else tensor.to(device) for part, tensor in parts.items()}
-            weights[weight_name] = BlockMatrix(**parts, shape=tuple(matrix["shape"]), gates=matrix["gates"])  # type: ignore[arg-type]
-            weights[weight_name].check()
-        dtype = getattr(torch, described["dtype"])
-        return _CLASSES[described["class"]][1](layer, weights, dtype=dtype, backend=getattr(layer, "backend", None))
-    except (KeyError, ValueError) as error:
-        raise SparseFileError(f"{path} holds '{name}' with weights that do not fit together ({error})") from error
+        for weight_name, weight in built.stored_weights().items():
+            if isinstance(weight, BlockMatrix):
+                weight.check()
+            elif (weight.shape, weight.dtype) != (getattr(layer, weight_name).shape, dtype):
+                raise ValueError(f"{weight_name} is {weight.dtype} of shape {tuple(weight.shape)}")
+    except ValueError as error:
+        raise SparseFileError(f"{path} holds '{name}' with weights that do not fit together: {error}") from error
+    return built
 
 
 def _check_same_tensors(path: object, saved: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> None:
@@ -143,5 +171,11 @@ def _check_same_tensors(path: object, saved: Mapping[str, Tensor], wanted: Mappi
         for name, tensor in saved.items()
         if name in wanted and tensor.shape != wanted[name].shape
     ]
+    if not problems:
+        tied: dict[Any, str] = {}
+        for name, tensor in wanted.items():
+            same = tied.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), name)
+            if saved[same] is not saved[name] and not torch.equal(saved[same], saved[name]):
+                problems.append(f"with different {same} and {name}, which are one tensor in the model")
     if problems:
         raise SparseFileError(f"{path} holds another model: {'; '.join(problems)}. Nothing was loaded.")

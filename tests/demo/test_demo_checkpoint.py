@@ -1,0 +1,70 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from triton_sparse_rnn.demo.checkpoint import CheckpointError, Progress, load_checkpoint, save_checkpoint
+from triton_sparse_rnn.demo.settings import Settings
+from triton_sparse_rnn.demo.text import Text
+
+
+@pytest.fixture
+def path(tmp_path: Path, tiny: Settings, text: Text) -> Path:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(
+        path, Progress({"sparse": {"model": {"w": torch.arange(500.0)}, "h": None}}, {"sparse": 1.5}), tiny, text
+    )
+    return path
+
+
+def test_comes_back(path: Path, tiny: Settings, text: Text):
+    progress = load_checkpoint(path, tiny, text)
+    assert progress.seconds == {"sparse": 1.5}
+    assert torch.equal(progress.states["sparse"]["model"]["w"], torch.arange(500.0))
+    assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]
+
+
+def test_other_settings_and_other_text_are_named(path: Path, tiny: Settings, text: Text):
+    with pytest.raises(CheckpointError, match=r"another run .hidden_size was 20, is 21, seed was 0, is 1."):
+        load_checkpoint(path, dataclasses.replace(tiny, hidden_size=21, seed=1), text)
+    with pytest.raises(CheckpointError, match=r"text was .* SHA-256"):
+        load_checkpoint(path, tiny, dataclasses.replace(text, sha256="0" * 64))
+
+
+def test_missing(tmp_path: Path, tiny: Settings, text: Text):
+    with pytest.raises(CheckpointError, match="no checkpoint to resume; start without --resume"):
+        load_checkpoint(tmp_path / "checkpoint.pt", tiny, text)
+
+
+@pytest.mark.parametrize("content", [b"", b"something else", b"PK\x03\x04"])
+def test_foreign_file(tmp_path: Path, tiny: Settings, text: Text, content: bytes):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged, or not a checkpoint of this demo"):
+        load_checkpoint(path, tiny, text)
+
+
+@pytest.mark.parametrize("value", [{"format": 1}, [1, 2], {"states": {}, "seconds": {}, "run": {}, "format": 0}])
+def test_foreign_content(tmp_path: Path, tiny: Settings, text: Text, value: object):
+    path = tmp_path / "checkpoint.pt"
+    torch.save(value, path)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path, tiny, text)
+
+
+def test_damage_is_found(path: Path, tiny: Settings, text: Text):
+    data = path.read_bytes()
+    at = data.index(torch.arange(500.0).numpy().tobytes())
+    for damaged in (data[: at + 1000], data[:-1], data[: at + 99] + b"\x99" + data[at + 100 :], data[at:]):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_checkpoint(path, tiny, text)
+
+
+def test_a_failed_save_leaves_the_old_file(path: Path, tiny: Settings, text: Text):
+    before = path.read_bytes()
+    with pytest.raises(AttributeError):
+        save_checkpoint(path, Progress({"sparse": {"model": lambda: None}}), tiny, text)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]

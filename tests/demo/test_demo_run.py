@@ -1,0 +1,110 @@
+import io
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from triton_sparse_rnn.demo import results as demo_results
+from triton_sparse_rnn.demo.evaluation import WrongResultError
+from triton_sparse_rnn.demo.model import CharacterModel, build_model
+from triton_sparse_rnn.demo.run import WRITTEN, run_demo
+from triton_sparse_rnn.demo.settings import Settings
+from triton_sparse_rnn.demo.training import Training
+from triton_sparse_rnn.saving import load_sparse
+
+
+def run(settings: Settings, text_file: Path, folder: Path, *, resume: bool = False) -> tuple[dict[str, Any], str]:
+    console = Console(file=io.StringIO(), width=100)
+    results = run_demo(settings, folder=folder, text_path=text_file, resume=resume, console=console)
+    return results, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Settings, text_file: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("whole") / "demo-output"
+    return (folder, *run(tiny, text_file, folder))
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {f"{file}/{name}": tensor for file in WRITTEN[:2] for name, tensor in load_file(folder / file).items()}
+
+
+def test_everything_is_written_and_the_checkpoint_gone(finished):
+    folder, results, _ = finished
+    assert sorted(file.name for file in folder.iterdir()) == sorted(WRITTEN)
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert len((folder / "sample.txt").read_text(encoding="utf-8")) > 20
+
+
+def test_results_hold_what_the_table_shows(finished, tiny: Settings):
+    folder, results, output = finished
+    for kind in ("dense", "sparse"):
+        row = results["models"][kind]
+        assert row["file_bytes"] == (folder / row["file"]).stat().st_size
+        for shown in (f"{row['bits_per_character']:.3f}", f"{row['nonzero_parameters']:,}", f"{row['file_bytes']:,}"):
+            assert shown in output
+        assert row["us_per_character"] > 0
+        assert len(results["training"][kind]["bits_per_character"]) == tiny.steps
+    dense, sparse = results["models"]["dense"], results["models"]["sparse"]
+    assert sparse["nonzero_parameters"] < dense["nonzero_parameters"] == dense["parameters"] == sparse["parameters"]
+    assert results["check"]["difference"] <= results["check"]["allowed"]
+    assert results["settings"]["hidden_size"] == tiny.hidden_size
+    assert results["training"]["sparse"]["final_sparsity"] == pytest.approx(0.9, abs=0.05)
+    assert "forecast" in output.lower()
+
+
+def test_the_saved_model_is_the_one_that_was_measured(finished, tiny: Settings, text):
+    folder, results, _ = finished
+    model = build_model("sparse", len(text.vocabulary), tiny.input_size, tiny.hidden_size, seed=9)
+    loaded = load_sparse(model, folder / "model.safetensors").eval()
+    bits = demo_results.bits_per_character(loaded, text, tiny.held_out)
+    assert bits == results["models"]["sparse"]["bits_per_character"]
+
+
+@pytest.mark.parametrize(("kind", "step"), [("sparse", 7), ("sparse", 14), ("dense", 1)])
+def test_interrupted_and_resumed_is_the_same_to_the_bit(
+    finished, tiny: Settings, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, step: int
+):
+    take_step = Training.step
+
+    def interrupted_step(self: Training) -> None:
+        take_step(self)
+        if (self.kind, self.step_count) == (kind, step):
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "step", interrupted_step)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, text_file, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+    results, _ = run(tiny, text_file, tmp_path, resume=True)
+    folder, whole, _ = finished
+    theirs = weights_of(folder)
+    for name, tensor in weights_of(tmp_path).items():
+        assert torch.equal(tensor, theirs[name]), name
+    for model in ("dense", "sparse"):
+        assert results["models"][model]["bits_per_character"] == whole["models"][model]["bits_per_character"]
+        for history in ("bits_per_character", "sparsity"):
+            assert results["training"][model][history] == whole["training"][model][history]
+    assert (tmp_path / "sample.txt").read_text() == (folder / "sample.txt").read_text()
+
+
+def test_no_number_is_shown_for_a_wrong_conversion(
+    tiny: Settings, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    convert = demo_results.to_sparse
+
+    def convert_wrongly(model: CharacterModel) -> Any:
+        converted: Any = convert(model)
+        converted.rnn.bias_hh_l0 += 0.01
+        return converted
+
+    monkeypatch.setattr(demo_results, "to_sparse", convert_wrongly)
+    with pytest.raises(WrongResultError, match="not the trained one"):
+        run(tiny, text_file, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]

@@ -1,0 +1,34 @@
+import pytest
+
+from triton_sparse_rnn import doctor
+from triton_sparse_rnn.ops import dispatch
+
+
+def test_says_what_runs_here_and_why_the_rest_does_not(monkeypatch: pytest.MonkeyPatch):
+    reasons = {"triton": "no GPU is there", "cpu": None, "reference": None}
+    monkeypatch.setattr(dispatch, "unavailable_reason", reasons.get)
+    assert doctor.backend_reasons() == reasons
+    lines = [line.split() for line in doctor.diagnosis().splitlines()]
+    assert ["triton", "cannot", "run", "here:", "no", "GPU", "is", "there"] in lines
+    assert ["reference", "runs", "here"] in lines
+
+
+def test_reference_runs_everywhere():
+    assert doctor.backend_reasons()["reference"] is None
+    assert set(doctor.backend_reasons()) == set(dispatch.BACKENDS)
+
+
+def test_versions_name_what_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package-anywhere"))
+    found = doctor.versions()
+    assert found["torch"]
+    assert found["no-such-package-anywhere"] is None
+    assert "no-such-package-anywhere  not installed" in doctor.diagnosis()
+
+
+def test_a_machine_that_tells_nothing_of_its_processor(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "_processor_info", dict)
+    processor = doctor.describe_processor()
+    assert processor["processor"]
+    assert processor["usable_cores"] >= 1
+    assert len(processor["vector_instructions"]) == 1

@@ -1,0 +1,152 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from triton_sparse_rnn.conversion import to_sparse
+from triton_sparse_rnn.report import sparsity_report
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+
+
+def pruned(layer: nn.Module, share: float = 0.8) -> nn.Module:
+    """Zero whole columns of every matrix; every 10th column at least stays."""
+    for name, weight in layer.named_parameters():
+        if "weight" in name:
+            weight.data[:, torch.arange(weight.shape[1]) % 10 < 10 * share] = 0
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "gates"), [(nn.RNN(20, 18), "h"), (nn.GRU(20, 18), "rzn"), (nn.LSTM(20, 18), "ifgo")]
+)
+def test_each_gate_is_counted_by_itself(layer: nn.RNNBase, gates: str):
+    weight = layer.get_parameter("weight_hh_l0")
+    weight.data[:9, 3:] = 0  # half of the first gate
+    report = sparsity_report(layer)
+    assert [weight.name for weight in report.weights] == ["weight_ih_l0", "weight_hh_l0"]
+    hh = report.weights[1]
+    assert [gate.name for gate in hh.gates] == list(gates)
+    assert [gate.shape for gate in hh.gates] == [(18, 18)] * len(gates)
+    assert hh.gates[0].nonzero == 9 * 18 + 9 * 3
+    assert hh.gates[0].density == pytest.approx(hh.gates[0].nonzero / 18**2)
+    assert all(gate.density == 1 for gate in hh.gates[1:])
+    assert hh.gates[0].stored_blocks == 2 * 18  # the second row of blocks, 2 units, is kept as is the first
+    assert hh.gates[0].multiply_accumulates == 2 * 18 * 16
+    assert hh.gates[0].stored_bytes == 2 * 18 * (16 * 4 + 4)
+    assert hh.stored_bytes == BlockMatrix.from_dense(weight, (16, 1), gates=len(gates)).nbytes
+    assert hh.dense_bytes == 4 * 18 * 18 * len(gates)
+
+
+def test_totals_are_sums():
+    report = sparsity_report(pruned(nn.GRU(20, 32, num_layers=2, bidirectional=True)))
+    assert len(report.weights) == 8
+    for total in ("nonzero", "stored_bytes", "dense_bytes", "multiply_accumulates", "dense_multiply_accumulates"):
+        assert getattr(report, total) == sum(getattr(weight, total) for weight in report.weights)
+    assert 0.15 < report.density < 0.25
+
+
+def test_names_tell_layers_whatever_surrounds_them():
+    model = nn.ModuleDict({"a": nn.LSTM(5, 8, proj_size=3, bias=False), "b": nn.GRUCell(5, 8), "c": nn.Linear(4, 4)})
+    report = sparsity_report(model)
+    assert {weight.name: len(weight.gates) for weight in report.weights} == {
+        "a.weight_ih_l0": 4,
+        "a.weight_hh_l0": 4,
+        "b.weight_ih": 3,
+        "b.weight_hh": 3,
+    }
+    assert {tensor.name for tensor in report.others} == {
+        "a.weight_hr_l0",
+        "b.bias_ih",
+        "b.bias_hh",
+        "c.weight",
+        "c.bias",
+    }
+    compiled = sparsity_report({f"_orig_mod.{name}": value for name, value in model.state_dict().items()})
+    assert [weight.gates for weight in compiled.weights] == [weight.gates for weight in report.weights]
+
+
+def test_state_dict_and_module_agree():
+    model = pruned(nn.Sequential(nn.GRU(20, 32), nn.Linear(32, 3)))
+    assert sparsity_report(model) == sparsity_report(model.state_dict())
+    assert sparsity_report({**model.state_dict(), "epoch": 3}) == sparsity_report(model)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.int8])
+def test_converted_model_is_reported_as_it_is_stored(weight_dtype: torch.dtype):
+    model = pruned(nn.Sequential(nn.GRU(20, 32), nn.Linear(32, 3)))
+    converted = to_sparse(model.eval(), weight_dtype=weight_dtype, block_size=(8, 2))
+    report = sparsity_report(converted)
+    stored = converted[0].stored_weights()["weight_hh_l0"]  # type: ignore[index]
+    (hh,) = (weight for weight in report.weights if weight.name == "0.weight_hh_l0")
+    assert hh.block_size == (8, 2)
+    assert hh.stored_bytes == stored.nbytes
+    assert hh.nonzero == int(stored.to_dense().count_nonzero())
+    assert {tensor.name for tensor in report.others} == {"0.bias_ih_l0", "0.bias_hh_l0", "1.weight", "1.bias"}
+    if weight_dtype == torch.float32:
+        assert report == sparsity_report(model, block_size=(8, 2))
+
+
+def test_a_converted_layer_by_itself():
+    layer = pruned(nn.GRU(20, 32))
+    assert sparsity_report(to_sparse(layer.eval()), block_size=(16, 1)) == sparsity_report(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_dtypes(dtype: torch.dtype):
+    state = {name: value.to(dtype) for name, value in pruned(nn.GRU(20, 32)).state_dict().items()}
+    report = sparsity_report(state)
+    assert report.dense_bytes == 3 * 32 * 52 * dtype.itemsize
+    assert report.nonzero < 3 * 32 * 52 * 0.3
+
+
+def test_nothing_recurrent():
+    report = sparsity_report(nn.Linear(3, 2))
+    assert report.weights == ()
+    assert report.density != report.density
+    assert "No recurrent layer" in str(report)
+    assert "weight" in str(report)
+
+
+def test_shapes_that_are_no_recurrent_layer_are_other_tensors():
+    state = {"weight_hh_l0": torch.ones(10, 4), "weight_ih_l0": torch.ones(10, 4), "weight_ih_l1": torch.ones(3)}
+    report = sparsity_report(state)
+    assert report.weights == ()
+    assert len(report.others) == 3
+
+
+def test_everything_pruned():
+    layer = nn.GRU(4, 8)
+    for weight in layer.parameters():
+        nn.init.zeros_(weight)
+    report = sparsity_report(layer)
+    assert report.density == 0
+    assert report.multiply_accumulates == 0
+    assert "0.0%" in str(report)
+
+
+def test_nan_is_not_zero():
+    layer = nn.GRU(4, 8)
+    nn.init.constant_(layer.get_parameter("weight_hh_l0"), float("nan"))
+    assert sparsity_report(layer).weights[1].density == 1
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match=r"model must be an nn.Module or a state_dict, got list"):
+        sparsity_report([1])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no tensors"):
+        sparsity_report({"epoch": 3})
+    with pytest.raises(ValueError, match=r"meta device, such as weight_ih_l0"):
+        sparsity_report(nn.GRU(4, 8, device="meta"))
+    with pytest.raises(ValueError, match="block_size"):
+        sparsity_report(nn.GRU(4, 8), block_size=(0, 1))
+
+
+def test_the_model_is_not_changed():
+    model = pruned(nn.GRU(20, 32))
+    before = copy.deepcopy(model.state_dict())
+    report = sparsity_report(model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.weights = ()  # type: ignore[misc]

@@ -1,0 +1,151 @@
+"""The command `triton-sparse-rnn`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, 1 for a wrong result, 2 for a user's error, 130 after Ctrl-C."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; it imports nothing heavy, so that --help is quick."""
+    parser = argparse.ArgumentParser(
+        prog="triton-sparse-rnn",
+        description="Recurrent networks that train while they are pruned and run from block-sparse weights.",
+    )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser(
+        "demo",
+        help="train a character model sparse and dense, convert it, generate text, compare",
+        description="Train a SparseGRU while it is pruned to 90 %% and an nn.GRU the same way, convert the sparse one, "
+        "check it, let it write, and show speed and accuracy in one table. A few minutes on 2 cores.",
+    )
+    demo.add_argument(
+        "--text", type=Path, metavar="PATH", help="a text file or a folder of them [Python's own library]"
+    )
+    demo.add_argument("--quick", action="store_true", help="a smaller model and fewer steps: less than a minute")
+    demo.add_argument("--resume", action="store_true", help="go on after an interruption, with the same other options")
+    demo.add_argument("--output", type=Path, metavar="DIR", default=Path("demo-output"), help="[%(default)s]")
+    demo.add_argument("--seed", type=_natural, default=0, metavar="N", help="of weights, data order and sample [0]")
+    demo.add_argument("--threads", type=_positive, metavar="N", help="for training [as many as cores, at most 4]")
+    demo.set_defaults(run=_demo)
+
+    doctor = commands.add_parser("doctor", help="say what is installed and which backends run here, and why not")
+    doctor.set_defaults(run=_doctor)
+
+    report = commands.add_parser(
+        "report",
+        help="show density, bytes and multiply-accumulates of a checkpoint",
+        description="Show the density of each recurrent weight and gate of a checkpoint, the bytes it takes in blocks, "
+        "and multiply-accumulates per step. FILE is a .safetensors file or what torch.save wrote of a state_dict.",
+    )
+    report.add_argument("file", type=Path, metavar="FILE")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    missing = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        return _fail(f"the demo needs {' and '.join(missing)}: pip install 'triton-sparse-rnn[demo]'")
+    from triton_sparse_rnn.demo.checkpoint import CHECKPOINT, CheckpointError
+    from triton_sparse_rnn.demo.evaluation import WrongResultError
+    from triton_sparse_rnn.demo.run import run_demo
+    from triton_sparse_rnn.demo.settings import QUICK, Settings
+    from triton_sparse_rnn.demo.text import TextError
+
+    threads = arguments.threads or min(4, _usable_cores())
+    settings = dataclasses.replace(QUICK if arguments.quick else Settings(), seed=arguments.seed, threads=threads)
+    try:
+        run_demo(settings, folder=arguments.output, text_path=arguments.text, resume=arguments.resume)
+    except (TextError, CheckpointError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or arguments.output}: {error.strerror or error}")
+    except WrongResultError as error:
+        return _fail(f"{error}; no result is shown. Please report this as a bug", FAILED)
+    except KeyboardInterrupt:
+        if not (arguments.output / CHECKPOINT).exists():
+            return _fail("interrupted before the first step", INTERRUPTED)
+        return _fail(f"interrupted; go on with: {_resume_command(arguments)}", INTERRUPTED)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from triton_sparse_rnn.doctor import diagnosis
+
+    print(diagnosis())
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from triton_sparse_rnn.checkpoint_files import CheckpointFileError, read_state_dict
+    from triton_sparse_rnn.report import sparsity_report
+
+    try:
+        print(sparsity_report(read_state_dict(arguments.file)))
+    except CheckpointFileError as error:
+        return _fail(str(error))
+    return 0
+
+
+def _fail(message: str, code: int = USER_ERROR) -> int:
+    print(f"triton-sparse-rnn: {message}", file=sys.stderr)
+    return code
+
+
+def _resume_command(arguments: argparse.Namespace) -> str:
+    words = ["triton-sparse-rnn", "demo", "--resume"]
+    words += ["--quick"] if arguments.quick else []
+    words += ["--text", str(arguments.text)] if arguments.text is not None else []
+    words += ["--output", str(arguments.output)] if arguments.output != Path("demo-output") else []
+    words += ["--seed", str(arguments.seed)] if arguments.seed else []
+    words += ["--threads", str(arguments.threads)] if arguments.threads else []
+    return shlex.join(words)
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _natural(word: str) -> int:
+    number = int(word)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {word}")
+    return number
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {word}")
+    return number
+
+
+class _ShowVersion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import importlib.metadata
+
+        print(importlib.metadata.version("triton-sparse-rnn"))
+        parser.exit()

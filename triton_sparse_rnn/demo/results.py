@@ -1,0 +1,132 @@
+"""The numbers of a finished run: measured only after the converted model has been checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from triton_sparse_rnn.conversion import to_sparse
+from triton_sparse_rnn.demo.checkpoint import Progress
+from triton_sparse_rnn.demo.evaluation import Comparison, WrongResultError, bits_per_character, check_same_outputs
+from triton_sparse_rnn.demo.generation import draw_noise, time_streams
+from triton_sparse_rnn.demo.model import CharacterModel, build_model
+from triton_sparse_rnn.demo.settings import Settings
+from triton_sparse_rnn.demo.text import Text
+from triton_sparse_rnn.demo.training import Training
+from triton_sparse_rnn.doctor import describe_processor, versions
+from triton_sparse_rnn.saving import load_sparse, save_sparse
+
+SPARSE_FILE, DENSE_FILE = "model.safetensors", "dense.safetensors"
+CHECKED = (256, 8)  # T, B of the comparison between trained and converted model
+
+
+def convert_and_check(trained: CharacterModel, text: Text) -> tuple[CharacterModel, Comparison]:
+    """Return the model with its layer converted, and how far its outputs are from the trained one's.
+
+    Raises:
+        WrongResultError: farther than rounding explains.
+    """
+    converted = cast(CharacterModel, to_sparse(trained.eval()))
+    T, B = CHECKED
+    B = max(1, min(B, len(text.held_out) // T))
+    ids = text.held_out[: B * T].view(B, -1).t().long()
+    return converted, check_same_outputs(trained, trained, ids)
+
+
+def measure(
+    dense: CharacterModel,
+    trained: CharacterModel,
+    converted: CharacterModel,
+    text: Text,
+    settings: Settings,
+    folder: Path,
+) -> dict[str, dict[str, Any]]:
+    """Save both models to `folder` and measure them; see `display.result_table` for the columns.
+
+    The row "dense_weights_in_our_kernel" is the dense model converted: it has no zeros to skip, so its speed tells what
+    of a ratio is not due to sparsity.
+    """
+    save_sparse(converted, folder / SPARSE_FILE)
+    check_saved(converted, folder / SPARSE_FILE, text, settings)
+    save_file({name: tensor.contiguous() for name, tensor in dense.state_dict().items()}, folder / DENSE_FILE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a dense weight is converted: said in the name of the row
+        unpruned = cast(CharacterModel, to_sparse(dense.eval()))
+    models = {"dense": dense, "sparse": converted, "dense_weights_in_our_kernel": unpruned}
+    noise = draw_noise(settings.generated, len(text.vocabulary), settings.seed)
+    times = time_streams(models, text.held_out[:100].long(), noise)
+    rows: dict[str, dict[str, Any]] = {
+        name: {
+            "us_per_character": time.loop_us * text.bytes_per_character,
+            "layer_us_per_character": time.layer_us * text.bytes_per_character,
+        }
+        for name, time in times.items()
+    }
+    for name, label, weights, file in (
+        ("dense", "nn.GRU", dense, DENSE_FILE),
+        ("sparse", f"SparseGRU, {100 * settings.sparsity:g} % zeros", trained, SPARSE_FILE),
+    ):
+        rows[name] |= {
+            "name": label,
+            "bits_per_character": bits_per_character(models[name], text, settings.held_out),
+            "nonzero_parameters": count_nonzero(weights),
+            "parameters": sum(parameter.numel() for parameter in weights.parameters()),
+            "file": file,
+            "file_bytes": (folder / file).stat().st_size,
+        }
+    return rows
+
+
+def check_saved(converted: CharacterModel, path: Path, text: Text, settings: Settings) -> None:
+    """Load the file into a freshly built model and compare outputs, to the bit.
+
+    Raises:
+        WrongResultError: they differ.
+    """
+    fresh = build_model("sparse", len(text.vocabulary), settings.input_size, settings.hidden_size, settings.seed + 1)
+    loaded = load_sparse(fresh, path)
+    ids = text.held_out[: CHECKED[0], None].long()
+    with torch.inference_mode():
+        if not torch.equal(loaded(ids)[0], converted(ids)[0]):
+            raise WrongResultError(f"the model loaded from {path} does not give the outputs of the one that was saved")
+
+
+def count_nonzero(model: nn.Module) -> int:
+    """Return how many parameters of a model are not zero."""
+    return sum(int(parameter.count_nonzero()) for parameter in model.parameters())
+
+
+def describe_run(
+    settings: Settings,
+    text: Text,
+    check: Comparison,
+    models: dict[str, dict[str, Any]],
+    trainings: Sequence[Training],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return what results.json holds; bits are per character, times in the unit of their name."""
+    return {
+        "models": models,
+        "check": dataclasses.asdict(check),
+        "settings": dataclasses.asdict(settings),
+        "text": {"source": text.source, "sha256": text.sha256, "held_out_bytes": len(text.held_out)},
+        "training": {
+            training.kind: {
+                "seconds": round(progress.seconds[training.kind], 1),
+                "forecast_sparsity": training.forecast.sparsity if training.forecast else 0.0,
+                "final_sparsity": training.sparsities[-1],
+                "bits_per_character": [round(bits * text.bytes_per_character, 4) for bits in training.losses],
+                "sparsity": [round(sparsity, 4) for sparsity in training.sparsities],
+            }
+            for training in trainings
+        },
+        "versions": versions(),
+        "machine": describe_processor(),
+    }

@@ -1,0 +1,152 @@
+"""The demo from text to table."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from triton_sparse_rnn.demo.checkpoint import CHECKPOINT, Progress, load_checkpoint, save_checkpoint
+from triton_sparse_rnn.demo.display import closing_lines, result_table, sample_writer, training_bar
+from triton_sparse_rnn.demo.generation import draw_noise, generate
+from triton_sparse_rnn.demo.model import CharacterModel
+from triton_sparse_rnn.demo.plots import plot_mask, plot_training
+from triton_sparse_rnn.demo.results import DENSE_FILE, SPARSE_FILE, convert_and_check, describe_run, measure
+from triton_sparse_rnn.demo.settings import Settings
+from triton_sparse_rnn.demo.text import Text, load_text
+from triton_sparse_rnn.demo.training import Training, train
+
+WRITTEN = (SPARSE_FILE, DENSE_FILE, "results.json", "loss_and_sparsity.png", "mask.png", "sample.txt")
+SHOWN = 600  # symbols of the sample on the screen
+TEMPERATURE = 0.7  # of the sample
+PROMPT = 200  # symbols of held-out text that the sample continues
+
+
+def run_demo(
+    settings: Settings,
+    *,
+    folder: Path,
+    text_path: Path | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train the sparse model and the dense baseline, convert, check, generate, measure; write it all to `folder`.
+
+    Args:
+        settings: the numbers of the run.
+        folder: made if it is not there.
+        text_path: a file or a folder of text, None for the sources of Python's standard library.
+        resume: go on from the checkpoint in `folder`.
+        console: where to show it, None for the terminal.
+    Returns:
+        What results.json holds.
+    Raises:
+        TextError: the text cannot be used.
+        CheckpointError: `resume`, and there is no checkpoint of this very run.
+        WrongResultError: the converted model differs from the trained one; no number is written.
+        KeyboardInterrupt: Ctrl-C; once training has begun, `folder` holds a checkpoint.
+    """
+    console = Console() if console is None else console
+    folder.mkdir(parents=True, exist_ok=True)
+    with _threads(settings.threads):
+        text = load_text(text_path, min_bytes=settings.min_bytes, seed=settings.seed)
+        progress = load_checkpoint(folder / CHECKPOINT, settings, text) if resume else Progress()
+        if not resume and (folder / CHECKPOINT).exists():
+            console.print(f"The unfinished run in {folder} is not continued: --resume was not given", highlight=False)
+        console.print(f"Text: {text.source}; its last {len(text.held_out):,} bytes are held out", highlight=False)
+        sparse = _train("sparse", settings, text, progress, folder, console)
+        dense = _train("dense", settings, text, progress, folder, console)
+        converted, check = convert_and_check(sparse.model, text)
+        console.print(f"Converted with to_sparse(): {check}", highlight=False)
+        sample = _write_sample(converted, text, settings, console)
+        models = measure(dense.model, sparse.model, converted, text, settings, folder)
+    results = describe_run(settings, text, check, models, (sparse, dense), progress)
+    _draw(sparse, dense, results, text, folder)
+    (folder / "sample.txt").write_text(sample, encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (folder / CHECKPOINT).unlink()
+    console.print(result_table(results["models"]))
+    for line in closing_lines(results):
+        console.print(line, highlight=False)
+    console.print(f"Written to {folder}/: {', '.join(WRITTEN)}", highlight=False)
+    return results
+
+
+def _train(kind: str, settings: Settings, text: Text, progress: Progress, folder: Path, console: Console) -> Training:
+    """Bring one training to its end, from where `progress` left it, with checkpoints on the way."""
+    training = Training(kind, settings, text)
+    if training.forecast is not None:
+        console.print(
+            f"Forecast: {training.forecast.sparsity:.1%} zeros in the recurrent layer, "
+            f"{training.forecast.nbytes:,} of {training.forecast.dense_nbytes:,} bytes",
+            highlight=False,
+        )
+    state = progress.states.get(kind)
+    if state is not None:
+        training.load_state_dict(state)
+    began = time.perf_counter() - progress.seconds.get(kind, 0.0)
+
+    def save() -> None:
+        progress.states[kind] = training.state_dict()
+        progress.seconds[kind] = time.perf_counter() - began
+        save_checkpoint(folder / CHECKPOINT, progress, settings, text)
+
+    with training_bar(console, training, text.bytes_per_character) as show:
+        train(training, save=save, on_step=show)
+    if training.forecast is not None:
+        console.print(f"Became {training.sparsities[-1]:.1%} zeros", highlight=False)
+    return training
+
+
+def _write_sample(model: CharacterModel, text: Text, settings: Settings, console: Console) -> str:
+    """Generate text symbol by symbol, show the beginning as it comes, and return all of it."""
+    vocabulary = text.vocabulary
+    noise = draw_noise(settings.generated, len(vocabulary), settings.seed)
+    prompt = text.held_out[:PROMPT].long()
+    decoder, pieces = vocabulary.decoder(), []
+    with sample_writer(console, "text from the converted model, one step() per character") as write:
+
+        def show(symbol: int) -> None:
+            pieces.append(decoder(symbol))
+            if len(pieces) <= SHOWN:
+                write(pieces[-1])
+
+        generate(model, prompt, noise, temperature=TEMPERATURE, on_symbol=show)
+    return "".join(pieces) + "\n"
+
+
+def _draw(sparse: Training, dense: Training, results: dict[str, Any], text: Text, folder: Path) -> None:
+    settings, rows = sparse.settings, results["models"]
+    per_character = text.bytes_per_character
+    percent = f"{100 * sparse.sparsities[-1]:.0f} %"
+    sizes = f"GRU {settings.hidden_size}, {settings.steps:,} steps on {text.name}"
+    plot_training(
+        folder / "loss_and_sparsity.png",
+        {kind: [bits * per_character for bits in one.losses] for kind, one in (("sparse", sparse), ("dense", dense))},
+        sparse.sparsities,
+        {kind: rows[kind]["bits_per_character"] for kind in ("sparse", "dense")},
+        f"{sizes}: pruned to {percent} in blocks of {'x'.join(map(str, settings.block_size))} while it trains",
+    )
+    plot_mask(
+        folder / "mask.png",
+        sparse.model.rnn.weight_hh_l0,
+        ("r (reset)", "z (update)", "n (new)"),
+        settings.block_size,
+        f"What is kept of the recurrent weight: {sizes}",
+    )
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,50 @@
+"""The numbers of a demo run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides the outcome of a run; a checkpoint of other settings is not continued.
+
+    Attributes:
+        input_size, hidden_size: I and H of the recurrent layer.
+        batch_size, window: B streams of text are read side by side, T symbols of each per step.
+        steps: optimizer steps of each of the two trainings.
+        learning_rate, warmup: peak rate, reached after `warmup` of the steps; a half cosine to 0 follows.
+        clip_norm: largest norm of the whole gradient.
+        sparsity, block_size: of recurrent and input weights at the end of pruning.
+        prune_begin, prune_end, prune_every: the ramp as shares of `steps`, and the steps between its updates.
+        held_out: how many symbols of held-out text are scored.
+        generated: symbols of the sample, and of each timed run.
+        checkpoint_every: steps.
+    """
+
+    input_size: int = 128
+    hidden_size: int = 512
+    batch_size: int = 16
+    window: int = 64
+    steps: int = 1000
+    learning_rate: float = 4e-3
+    warmup: float = 0.05
+    clip_norm: float = 1.0
+    sparsity: float = 0.9
+    block_size: tuple[int, int] = (16, 1)
+    prune_begin: float = 0.1
+    prune_end: float = 0.6
+    prune_every: int = 10
+    held_out: int = 200_000
+    generated: int = 2_000
+    checkpoint_every: int = 200
+    seed: int = 0
+    threads: int = 2
+
+    @property
+    def min_bytes(self) -> int:
+        """Bytes of text below which a stream or the held-out part would hold less than two windows."""
+        return 40 * (self.window + 1) + 2 * self.batch_size * (self.window + 1)
+
+
+QUICK = Settings(hidden_size=256, steps=200, held_out=50_000, generated=1_000, prune_every=5)

@@ -1,0 +1,85 @@
+"""What is installed here, and which backends run: the answer of `triton-sparse-rnn doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from triton_sparse_rnn.tables import align
+
+PACKAGES = ("triton-sparse-rnn", "torch", "numpy", "numba", "llvmlite", "triton", "safetensors", "rich", "matplotlib")
+FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "sve")
+
+
+def versions() -> dict[str, str | None]:
+    """Return the version of Python and of each package of ours, None where it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def describe_processor() -> dict[str, Any]:
+    """Return the processor's name, the cores this process may use, and the vector instructions it has."""
+    import torch
+
+    info = _processor_info()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    flags = set(info.get("flags", info.get("Features", "")).split())
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": info.get("model name") or platform.processor() or platform.machine(),
+        "usable_cores": usable,
+        "vector_instructions": [name for name in FEATURES if name in flags]
+        or [torch.backends.cpu.get_cpu_capability()],
+    }
+
+
+def backend_reasons() -> dict[str, str | None]:
+    """Return for each backend why it cannot run on this machine, None where it can."""
+    from triton_sparse_rnn.ops.dispatch import BACKENDS, unavailable_reason
+
+    return {backend: unavailable_reason(backend) for backend in BACKENDS}
+
+
+def diagnosis() -> str:
+    """Return it all as text."""
+    import torch
+
+    processor = describe_processor()
+    lines = ["Versions"]
+    lines += align([[f"  {name}", version or "not installed"] for name, version in versions().items()])
+    lines += ["", "Machine"]
+    lines += align(
+        [
+            ["  system", processor["system"]],
+            ["  processor", f"{processor['processor']}, {processor['usable_cores']} usable cores"],
+            ["  instructions", " ".join(processor["vector_instructions"])],
+            ["  torch threads", str(torch.get_num_threads())],
+            ["  CUDA device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"],
+        ]
+    )
+    lines += ["", "Backends, the fastest first"]
+    lines += align(
+        [
+            [f"  {backend}", "runs here" if reason is None else f"cannot run here: {reason}"]
+            for backend, reason in backend_reasons().items()
+        ]
+    )
+    return "\n".join(lines)
+
+
+def _processor_info() -> dict[str, str]:
+    """Read the first processor of /proc/cpuinfo, {} where there is none."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n", 1)[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
