@@ -82,6 +82,9 @@ def test_report_of_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "text.txt").write_text("just text")
     assert cli.main(["report", str(tmp_path / "text.txt")]) == 2
     assert "text.txt" in error_of(capsys)
+    torch.save({"weight": torch.empty(3, device="meta")}, tmp_path / "meta.pt")
+    assert cli.main(["report", str(tmp_path / "meta.pt")]) == 2
+    assert "meta.pt: model has tensors without data" in error_of(capsys)
     assert cli.main(["report", str(tmp_path / "missing")]) == 2
     assert error_of(capsys).endswith("missing: No such file or directory")
 

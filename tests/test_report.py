@@ -143,6 +143,12 @@ def test_wrong_arguments():
         sparsity_report(nn.GRU(4, 8), block_size=(0, 1))
 
 
+def test_bare_state_dict_of_a_converted_model():
+    state = to_sparse(pruned(nn.GRU(20, 32)).eval()).state_dict()
+    with pytest.raises(ValueError, match=r"blocks of a converted layer .* such as weight_ih_l0_values.* save_sparse"):
+        sparsity_report(state)
+
+
 def test_the_model_is_not_changed():
     model = pruned(nn.GRU(20, 32))
     before = copy.deepcopy(model.state_dict())

@@ -3,21 +3,41 @@
 from triton_sparse_rnn.conversion import sparsify, to_dense, to_sparse
 from triton_sparse_rnn.errors import BackendUnavailableError
 from triton_sparse_rnn.nn import PersistentGRU, PersistentLSTM, PersistentRNN, SparseGRU, SparseLSTM, SparseRNN
+from triton_sparse_rnn.pruning import (
+    ConstantMask,
+    OneShot,
+    PolynomialDecay,
+    Pruner,
+    ThresholdRamp,
+    forecast,
+    group_lasso,
+    l1,
+)
+from triton_sparse_rnn.report import sparsity_report
 from triton_sparse_rnn.saving import load_sparse, save_sparse
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 __all__ = [
     "BackendUnavailableError",
     "BlockMatrix",
+    "ConstantMask",
+    "OneShot",
     "PersistentGRU",
     "PersistentLSTM",
     "PersistentRNN",
+    "PolynomialDecay",
+    "Pruner",
     "SparseGRU",
     "SparseLSTM",
     "SparseRNN",
+    "ThresholdRamp",
+    "forecast",
+    "group_lasso",
+    "l1",
     "load_sparse",
     "save_sparse",
     "sparsify",
+    "sparsity_report",
     "to_dense",
     "to_sparse",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import io
 import os
 import shlex
 import sys
@@ -16,6 +17,9 @@ USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 for a wrong result, 2 for a user's error, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode shows "?", and nothing fails
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -104,9 +108,14 @@ def _report(arguments: argparse.Namespace) -> int:
     from triton_sparse_rnn.report import sparsity_report
 
     try:
-        print(sparsity_report(read_state_dict(arguments.file)))
+        state = read_state_dict(arguments.file)
     except CheckpointFileError as error:
         return _fail(str(error))
+    try:
+        report = sparsity_report(state)
+    except ValueError as error:
+        return _fail(f"{arguments.file}: {error}")
+    print(report)
     return 0
 
 

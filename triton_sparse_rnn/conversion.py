@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES, PersistentLayer
-from triton_sparse_rnn.nn.replace import added_members, copy_with_replacements, named_recurrent_layers
+from triton_sparse_rnn.nn.replace import added_members, copy_with_replacements, named_recurrent_layers, take_hooks
 from triton_sparse_rnn.nn.sparsify import sparsify
 from triton_sparse_rnn.nn.training import TRAINING_CLASSES
 
@@ -89,14 +89,6 @@ def to_dense(model: nn.Module) -> nn.Module:
     if not converted:
         raise ValueError(f"model must hold a module that to_sparse() made, got a {type(model).__name__} with none")
     return _converted_copy(model, converted)
-
-
-def take_hooks(new: nn.Module, old: nn.Module) -> None:
-    """Keep what is called before and after forward: it sees the same arguments and results."""
-    for kind in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
-        getattr(new, kind).update(getattr(old, kind))
-    for kind in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
-        getattr(new, kind).update(getattr(old, kind))
 
 
 def _converted_copy(model: nn.Module, converted: Mapping[str, nn.Module]) -> nn.Module:

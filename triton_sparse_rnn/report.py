@@ -16,6 +16,7 @@ from triton_sparse_rnn.tables import align
 
 GATE_NAMES = {1: "h", 3: "rzn", 4: "ifgo"}  # by G: RNN, GRU, LSTM
 _MATRIX = re.compile(r"(?P<prefix>.*)weight_(?P<kind>ih|hh)(?P<suffix>(_l\d+(_reverse)?)?)")
+_BLOCKS = re.compile(r".*weight_(ih|hh)_l\d+(_reverse)?_(values|columns|starts|scales)")  # see PersistentLayer
 _HEADINGS = ["weight", "gate", "shape", "density", "non-zero", "blocks", "bytes", "MAC/step"]
 
 
@@ -175,7 +176,8 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, block_size: tuple[i
         A report for every weight_ih and weight_hh (of nn.RNN, nn.GRU, nn.LSTM and their cells) and gate.
     Raises:
         TypeError: `model` is neither.
-        ValueError: it has no tensors, or tensors without data (meta device).
+        ValueError: it has no tensors, or some without data (meta device), or is the bare state_dict of a converted
+            model, which does not tell sizes.
 
     >>> layer = nn.GRU(2, 16, bias=False)
     >>> _ = layer.weight_hh_l0.data[:, 4:].zero_()
@@ -205,6 +207,11 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, block_size: tuple[i
         raise ValueError("model has no tensors to report")
     if missing := [name for name, value in tensors.items() if isinstance(value, Tensor) and value.is_meta]:
         raise ValueError(f"model has tensors without data on the meta device, such as {missing[0]}")
+    if parts := [name for name in tensors if _BLOCKS.fullmatch(name)]:
+        raise ValueError(
+            f"model has blocks of a converted layer without their sizes, such as {parts[0]}: "
+            "give the module itself, or save it by save_sparse()"
+        )
     gates = dict(_find_gates(tensors))
     return SparsityReport(
         tuple(_report_weight(name, tensors[name], count, block_size) for name, count in gates.items()),

@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from triton_sparse_rnn.conversion import take_hooks
 from triton_sparse_rnn.errors import SparseFileError
 from triton_sparse_rnn.nn.persistent import MATRIX_PARTS, PERSISTENT_CLASSES, PersistentLayer
-from triton_sparse_rnn.nn.replace import replace_modules
+from triton_sparse_rnn.nn.replace import replace_modules, take_hooks
 from triton_sparse_rnn.nn.weight_storage import weight_names
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.files import read_file, write_file
@@ -70,7 +69,7 @@ def load_sparse(model: ModelT, path: str | os.PathLike[str]) -> ModelT:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if meta := [name for name, value in model.state_dict().items() if isinstance(value, Tensor) and value.is_meta]:
-        raise ValueError(f"model has {', '.join(meta)} on the meta device; build it on its final device first")
+        raise ValueError(f"model has '{meta[0]}' on the meta device; build it on its final device first")
     tensors, description = read_file(path)
     modules = dict(model.named_modules(remove_duplicate=False))
     replacements: dict[nn.Module, tuple[str, PersistentLayer]] = {}

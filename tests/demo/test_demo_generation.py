@@ -14,6 +14,7 @@ def model() -> CharacterModel:
     for weight in (model.rnn.weight_ih_l0, model.rnn.weight_hh_l0):
         torch.nn.init.normal_(weight)
         weight.data[:, torch.arange(weight.shape[1]) % 5 > 0] = 0
+    torch.nn.init.normal_(model.decoder.weight)
     return model
 
 

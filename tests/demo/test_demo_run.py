@@ -70,19 +70,20 @@ def test_the_saved_model_is_the_one_that_was_measured(finished, tiny: Settings, 
 def test_interrupted_and_resumed_is_the_same_to_the_bit(
     finished, tiny: Settings, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, step: int
 ):
-    take_step = Training.step
+    take_step, taken = Training.step, []
 
     def interrupted_step(self: Training) -> None:
         take_step(self)
-        if (self.kind, self.step_count) == (kind, step):
+        taken.append((self.kind, self.step_count))
+        if taken[-1] == (kind, step):
             signal.raise_signal(signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Training, "step", interrupted_step)
-        with pytest.raises(KeyboardInterrupt):
-            run(tiny, text_file, tmp_path)
+    monkeypatch.setattr(Training, "step", interrupted_step)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, text_file, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
     results, _ = run(tiny, text_file, tmp_path, resume=True)
+    assert taken == [(one, count) for one in ("sparse", "dense") for count in range(1, tiny.steps + 1)]  # none twice
     folder, whole, _ = finished
     theirs = weights_of(folder)
     for name, tensor in weights_of(tmp_path).items():

@@ -19,7 +19,8 @@ every_cell_and_backend = pytest.mark.parametrize(("cell", "backend"), CELLS_AND_
 def make_pruned(cell: type[nn.RNNBase], *sizes: int, **options: Any) -> Any:
     """A layer in eval mode with two thirds of the blocks of every matrix zeroed; seeds the random numbers."""
     torch.manual_seed(0)
-    layer = cell(*(sizes or (5, 7)), **options).eval().requires_grad_(False)
+    build: Any = cell
+    layer = build(*(sizes or (5, 7)), **options).eval().requires_grad_(False)
     gates = {nn.RNN: 1, nn.GRU: 3, nn.LSTM: 4}[cell]
     for name, weight in layer.named_parameters():
         if name.startswith(("weight_ih", "weight_hh")):

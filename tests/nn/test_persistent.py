@@ -71,7 +71,7 @@ def test_stored_weights_are_the_buffers(cell):
 
 
 def test_fewest_bytes_of_the_listed_block_sizes():
-    layer = nn.GRU(64, 64).requires_grad_(False)
+    layer: Any = nn.GRU(64, 64).requires_grad_(False)
     keep = (torch.arange(12 * 64) % 8 == 0).view(12, 64).repeat_interleave(16, 0)
     layer.weight_ih_l0.mul_(keep)
     keep = (torch.arange(12 * 4) % 8 == 0).view(12, 4).repeat_interleave(16, 0).repeat_interleave(16, 1)
@@ -157,7 +157,11 @@ def test_meta_and_back():
         ({"weight_dtype": torch.int16}, ValueError, "weight_dtype must be one of .* got torch.int16"),
         ({"weight_dtype": "int8"}, ValueError, "weight_dtype must be one of .* got int8"),
         ({"backend": "cpu", "block_size": (3, 1)}, BackendUnavailableError, "cannot run this layer: .* 3 rows"),
-        ({"backend": "cpu", "weight_dtype": torch.int8}, BackendUnavailableError, "cannot run this layer: .* torch.int8"),
+        (
+            {"backend": "cpu", "weight_dtype": torch.int8},
+            BackendUnavailableError,
+            "cannot run this layer: .* torch.int8",
+        ),
     ],
 )
 def test_wrong_options(options, error, message):
@@ -179,6 +183,36 @@ def test_a_named_backend_is_never_replaced(layer, message):
     with pytest.raises(BackendUnavailableError, match=f"backend 'cpu' cannot run this layer: {message}"):
         convert(layer, "cpu")
     assert convert(layer, None)(torch.zeros(1, 1, 5, dtype=layer.weight_ih_l0.dtype))[0].shape == (1, 1, 7)
+
+
+@every_cell_and_backend
+def test_calls_follow_what_is_changed_after_the_first(cell, backend):
+    layer = make_pruned(cell, num_layers=2)
+    ours, x = convert(layer, backend), torch.randn(4, 2, 5)
+
+    def assert_follows():
+        assert_same_bits(ours(x), convert(layer, ours.backend)(x))
+
+    assert_follows()
+    for changed in (layer, ours):
+        changed.bias_ih_l1.mul_(2)
+    assert_follows()
+    layer.bias_hh_l0.add_(1)
+    ours.bias_hh_l0 = ours.bias_hh_l0 + 1
+    assert_follows()
+    layer.weight_hh_l0.mul_(2)
+    ours.load_state_dict(convert(layer).state_dict(), assign=True)
+    assert_follows()
+    ours.backend = "reference"
+    assert_follows()
+    layer, ours, x = layer.double(), ours.double(), x.double()
+    assert_follows()
+    layer, ours, x = layer.float(), ours.float(), x.float()
+    ours.backend = None
+    assert_follows()
+    ours.backend = "gpu"
+    with pytest.raises(ValueError, match="backend must be None or one of"):
+        ours(x)
 
 
 def test_a_named_backend_refuses_what_the_module_becomes():

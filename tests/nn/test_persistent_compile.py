@@ -110,14 +110,6 @@ def test_export_with_a_packed_sequence_inside(cell):
         assert_same_bits(exported.module()(*arguments), model(*arguments))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
-def test_jit_trace():
-    ours = convert(make_pruned(nn.GRU))
-    x = torch.randn(4, 2, 5)
-    traced: Any = torch.jit.trace(ours, (x,))
-    assert_same_bits(traced(x), ours(x))
-
-
 @pytest.mark.slow
 @needs_compiler
 def test_aot_inductor(tmp_path):

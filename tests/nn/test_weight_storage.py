@@ -29,9 +29,10 @@ def test_no_listed_block_size_takes_fewer_bytes(dtype, density):
 
 def test_blocks_do_not_reach_from_gate_to_gate():
     weight = torch.zeros(2 * 8, 4)
-    weight[4:12] = 1  # one 16x4 block if rows were cut without regard to gates, two of 8 rows with
+    weight[:8, 0], weight[8:, 1:] = 1, 1  # one full 16x4 block if rows were cut without regard to gates
     assert len(BlockMatrix.from_dense(weight, (16, 4), gates=2).values) == 2
-    assert choose_block_size(weight, 2, torch.float32) == (16, 4)
+    assert choose_block_size(weight, 1, torch.float32) == (16, 4)
+    assert choose_block_size(weight, 2, torch.float32) == (16, 1)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,8 @@ def test_threshold_ramp_is_foreseen_from_a_dense_twin(sparsity):
 
 def test_reference_of_another_origin_gives_its_quantile():
     dense, model = train(Model(seed=1)), Model(seed=2)
-    ramp = ThresholdRamp.from_weights(dense, 0.8, block_size=(1, 1), begin_step=1, ramp_step=50, end_step=100)
+    span: dict[str, Any] = {"begin_step": 1, "ramp_step": 50, "end_step": 100, "frequency": 5}
+    ramp = ThresholdRamp.from_weights(dense, 0.8, block_size=(1, 1), **span)
     pruner = Pruner(model, ramp, block_size=(1, 1))
     assert forecast(model, pruner, dense).sparsity == pytest.approx(0.8, abs=1e-3)
     assert forecast(dense, pruner).sparsity == pytest.approx(0.8, abs=1e-3)

@@ -35,6 +35,17 @@ def test_equal_scores_go_in_order():
     assert kept.flatten().tolist() == [False] * 60 + [True] * 60
 
 
+@pytest.mark.parametrize("sparsity", [0.1, 0.35, 0.5, 0.8, 0.99])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_choice_is_that_of_a_stable_sort(sparsity, balanced):
+    scores = torch.randint(4, (6, 9)).double()
+    scores[scores == 3] = math.inf
+    rows = scores if balanced else scores.view(1, -1)
+    lowest = rows.sort(dim=-1, stable=True).indices[:, : round(sparsity * rows.shape[1])]
+    expected = torch.ones_like(rows, dtype=torch.bool).scatter(1, lowest, False).view_as(scores)
+    assert torch.equal(prune_to_sparsity(scores, everything(scores), sparsity, balanced=balanced), expected)
+
+
 def test_pruned_blocks_stay_pruned_and_count():
     scores = torch.arange(10.0).view(2, 5)
     kept = scores != 9  # the best one is pruned already

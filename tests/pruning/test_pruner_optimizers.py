@@ -105,3 +105,16 @@ def test_weights_shared_out_in_groups_and_other_parameters_are_no_matter():
     optimizer.step()
     assert pruner.sparsity > 0
     assert head.weight.all()
+
+
+def test_codes_and_counts_that_an_optimizer_keeps_are_left_alone():
+    layer = gru(5, 7)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    codes = torch.ones_like(layer.weight_hh_l0, dtype=torch.uint8)  # as optimizers with 8-bit state hold them
+    optimizer.state[layer.weight_hh_l0] = {"codes": codes, "steps": 3, "empty": None}
+    pruner = Pruner(layer, OneShot(sparsity=0.5, step=1))
+    pruner.attach(optimizer)
+    backward(layer, 0)
+    optimizer.step()
+    assert pruner.sparsity > 0
+    assert codes.all()

@@ -89,6 +89,19 @@ def test_resume_of_a_constant_mask_keeps_it():
         assert resumed.save() == whole.save()
 
 
+def test_what_becomes_zero_later_is_not_pruned_on_resume():
+    source = Run(OneShot(sparsity=0.6, step=1), "sgd", seed=0)
+    source.train(range(1))
+    run = Run(ConstantMask(), "sgd", seed=1)
+    run.layer.load_state_dict(source.layer.state_dict())
+    run.train(range(1))
+    nn.init.zeros_(run.layer.get_parameter("weight_hh_l0"))
+    resumed = Run(ConstantMask(), "sgd", seed=2)
+    resumed.load(run.save(), ("model", "optimizer", "pruner"))
+    resumed.train(range(1, 2))
+    assert all(torch.equal(mask, source.pruner.masks[name]) for name, mask in resumed.pruner.masks.items())
+
+
 def test_loading_applies_masks_at_once_and_replaces_all_of_the_old():
     run = Run(DECAY, "adam", seed=0, block_size=(1, 1))
     fresh = run.pruner.state_dict()

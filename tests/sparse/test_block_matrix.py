@@ -175,7 +175,11 @@ def test_any_strides_and_a_copy():
         ({"dtype": torch.int32}, ValueError, "dtype must be one of torch.float32, .* got torch.int32"),
         ({"dtype": "int8"}, ValueError, "dtype must be one of"),
         ({"weight": torch.full((6, 5), 1e5), "dtype": torch.float16}, ValueError, "beyond 6.55e[+]04, the largest"),
-        ({"weight": torch.full((6, 5), 1e39, dtype=torch.float64), "dtype": torch.float32}, ValueError, "beyond 3.4e[+]38"),
+        (
+            {"weight": torch.full((6, 5), 1e39, dtype=torch.float64), "dtype": torch.float32},
+            ValueError,
+            "beyond 3.4e[+]38",
+        ),
         ({"weight": torch.full((6, 5), float("nan")), "dtype": torch.int8}, ValueError, "int8 cannot store"),
     ],
 )

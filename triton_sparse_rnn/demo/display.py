@@ -28,10 +28,9 @@ def training_bar(console: Console, training: Training, bytes_per_character: floa
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
     ]
+    name, steps = NAMES[training.kind], training.settings.steps
     with Progress(*columns, console=console, expand=True) as progress:
-        task = progress.add_task(
-            NAMES[training.kind], total=training.settings.steps, completed=training.step_count, state=""
-        )
+        task = progress.add_task(name, total=steps, completed=training.step_count, state="")
 
         def show() -> None:
             recent = training.losses[-50:]
@@ -39,6 +38,8 @@ def training_bar(console: Console, training: Training, bytes_per_character: floa
             if training.pruner is not None:
                 state += f"  {100 * training.sparsities[-1]:4.1f} % pruned"
             progress.update(task, completed=training.step_count, state=state)
+            if not console.is_terminal and training.step_count % max(1, steps // 10) == 0:
+                console.print(f"{name}, step {training.step_count:,} of {steps:,}: {state}", highlight=False)
 
         if training.losses:
             show()
@@ -58,7 +59,7 @@ def result_table(models: dict[str, dict[str, Any]]) -> Table:
     """Return the table of `results["models"]`: speed and accuracy of a model in one row."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", no_wrap=True)
-    for heading in ("bits/char", "non-zero\nparameters", "file,\nbytes", "µs/char", "of it\nits layer"):
+    for heading in ("bits/char", "non-zero\nparameters", "file,\nbytes", "µs/char", "layer\nalone"):
         table.add_column(heading, justify="right", no_wrap=True)
     for kind in ("dense", "sparse"):
         row = models[kind]

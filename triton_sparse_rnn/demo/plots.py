@@ -14,7 +14,7 @@ from torch import Tensor
 
 INK, PALE = "#1f2933", "#9aa5b1"
 DENSE, SPARSE = "#52606d", "#d9480f"
-KEPT = LinearSegmentedColormap.from_list("kept", ["#ffe8cc", "#fd7e14", "#862e0a", "#2b0f04"])
+KEPT = LinearSegmentedColormap.from_list("kept", ["#ffc078", "#f76707", "#862e0a", "#2b0f04"])
 SMOOTHING = 0.03  # of the steps, in the running mean
 
 

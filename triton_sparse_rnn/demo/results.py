@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from triton_sparse_rnn.conversion import to_sparse
 from triton_sparse_rnn.demo.checkpoint import Progress
@@ -34,10 +34,13 @@ def convert_and_check(trained: CharacterModel, text: Text) -> tuple[CharacterMod
         WrongResultError: farther than rounding explains.
     """
     converted = cast(CharacterModel, to_sparse(trained.eval()))
+    return converted, check_same_outputs(trained, converted, _check_ids(text))
+
+
+def _check_ids(text: Text) -> Tensor:
     T, B = CHECKED
     B = max(1, min(B, len(text.held_out) // T))
-    ids = text.held_out[: B * T].view(B, -1).t().long()
-    return converted, check_same_outputs(trained, trained, ids)
+    return text.held_out[: B * T].view(B, -1).t().long()
 
 
 def measure(
@@ -50,6 +53,8 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Save both models to `folder` and measure them; see `display.result_table` for the columns.
 
+    Times are of one symbol, times how many of them a character of the held-out text takes.
+
     The row "dense_weights_in_our_kernel" is the dense model converted: it has no zeros to skip, so its speed tells what
     of a ratio is not due to sparsity.
     """
@@ -58,7 +63,7 @@ def measure(
     save_file({name: tensor.contiguous() for name, tensor in dense.state_dict().items()}, folder / DENSE_FILE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a dense weight is converted: said in the name of the row
-        unpruned = cast(CharacterModel, to_sparse(dense.eval()))
+        unpruned, _ = convert_and_check(dense, text)
     models = {"dense": dense, "sparse": converted, "dense_weights_in_our_kernel": unpruned}
     noise = draw_noise(settings.generated, len(text.vocabulary), settings.seed)
     times = time_streams(models, text.held_out[:100].long(), noise)
@@ -92,7 +97,7 @@ def check_saved(converted: CharacterModel, path: Path, text: Text, settings: Set
     """
     fresh = build_model("sparse", len(text.vocabulary), settings.input_size, settings.hidden_size, settings.seed + 1)
     loaded = load_sparse(fresh, path)
-    ids = text.held_out[: CHECKED[0], None].long()
+    ids = _check_ids(text)
     with torch.inference_mode():
         if not torch.equal(loaded(ids)[0], converted(ids)[0]):
             raise WrongResultError(f"the model loaded from {path} does not give the outputs of the one that was saved")

@@ -25,7 +25,7 @@ from triton_sparse_rnn.demo.training import Training, train
 WRITTEN = (SPARSE_FILE, DENSE_FILE, "results.json", "loss_and_sparsity.png", "mask.png", "sample.txt")
 SHOWN = 600  # symbols of the sample on the screen
 TEMPERATURE = 0.7  # of the sample
-PROMPT = 200  # symbols of held-out text that the sample continues
+PROMPT = 400  # symbols of held-out text that the sample continues, back to the end of a line
 
 
 def run_demo(
@@ -109,6 +109,8 @@ def _write_sample(model: CharacterModel, text: Text, settings: Settings, console
     vocabulary = text.vocabulary
     noise = draw_noise(settings.generated, len(vocabulary), settings.seed)
     prompt = text.held_out[:PROMPT].long()
+    line_ends = (prompt == vocabulary.encode(b"\n")).nonzero().flatten().tolist()
+    prompt = prompt[: line_ends[-1] + 1] if line_ends else prompt
     decoder, pieces = vocabulary.decoder(), []
     with sample_writer(console, "text from the converted model, one step() per character") as write:
 

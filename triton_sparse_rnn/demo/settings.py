@@ -23,21 +23,21 @@ class Settings:
     """
 
     input_size: int = 128
-    hidden_size: int = 512
-    batch_size: int = 16
-    window: int = 64
-    steps: int = 1000
+    hidden_size: int = 384
+    batch_size: int = 32
+    window: int = 32
+    steps: int = 2200
     learning_rate: float = 4e-3
     warmup: float = 0.05
     clip_norm: float = 1.0
     sparsity: float = 0.9
     block_size: tuple[int, int] = (16, 1)
     prune_begin: float = 0.1
-    prune_end: float = 0.6
+    prune_end: float = 0.5
     prune_every: int = 10
     held_out: int = 200_000
-    generated: int = 2_000
-    checkpoint_every: int = 200
+    generated: int = 1_500
+    checkpoint_every: int = 250
     seed: int = 0
     threads: int = 2
 
@@ -47,4 +47,4 @@ class Settings:
         return 40 * (self.window + 1) + 2 * self.batch_size * (self.window + 1)
 
 
-QUICK = Settings(hidden_size=256, steps=200, held_out=50_000, generated=1_000, prune_every=5)
+QUICK = Settings(hidden_size=256, steps=350, prune_every=5, held_out=50_000, generated=1_000)

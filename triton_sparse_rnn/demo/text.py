@@ -23,7 +23,7 @@ HELD_OUT = 0.05  # share of the text, at its end
 RARE = 1e-5  # a byte below this share of the training text is spelled OTHER
 MAX_BYTES = 32 << 20  # more text than this is never reached in a demo
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-_CONTROLS = {chr(code) for code in range(32)} - set("\t\n\r\f\v\x1b")
+_CONTROLS = {chr(code) for code in range(32)} - set("\t\n\r\f\v")
 
 
 class TextError(ValueError):

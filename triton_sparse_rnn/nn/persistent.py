@@ -44,6 +44,7 @@ class PersistentLayer(nn.Module):
     """What the three persistent modules share; see `PersistentGRU`."""
 
     dense_class: ClassVar[type[nn.RNNBase]]
+    _marker: Tensor
 
     def __init__(
         self,
@@ -122,7 +123,7 @@ class PersistentLayer(nn.Module):
         check_backend(backend)
         sizes = None if block_size is None else check_block_size(block_size)
         weights: dict[str, BlockMatrix | Tensor] = {}
-        dtype = dense.weight_ih_l0.dtype
+        dtype: torch.dtype = dense.weight_ih_l0.dtype  # type: ignore[assignment]
         storage = check_storage_dtype(dtype if weight_dtype is None else weight_dtype, "weight_dtype")
         for name in weight_names(dense):
             weight = getattr(dense, name).detach()
@@ -131,8 +132,8 @@ class PersistentLayer(nn.Module):
             if name.startswith(("weight_ih", "weight_hh")):
                 gates = GATES[dense.mode]
                 size = choose_block_size(weight, gates, storage) if sizes is None else sizes
-                weights[name] = BlockMatrix.from_dense(weight, size, gates=gates, dtype=storage)
-                warn_if_dense(name, weight, weights[name])
+                weights[name] = stored = BlockMatrix.from_dense(weight, size, gates=gates, dtype=storage)
+                warn_if_dense(name, weight, stored)
             else:
                 weights[name] = weight.clone()
         return cls(dense, weights, dtype=dtype, backend=backend)
@@ -145,7 +146,8 @@ class PersistentLayer(nn.Module):
         options: dict[str, Any] = {"proj_size": self.proj_size} if self.proj_size else {}
         if self.mode.startswith("RNN_"):
             options["nonlinearity"] = self.mode.removeprefix("RNN_").lower()
-        dense = self.dense_class(
+        dense_class: Any = self.dense_class  # its subclasses take no mode
+        dense = dense_class(
             self.input_size,
             self.hidden_size,
             num_layers=self.num_layers,

@@ -101,3 +101,20 @@ def copy_with_replacements(model: nn.Module, replacements: Mapping[str, nn.Modul
         held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
         memo |= {id(tensor): tensor for tensor in held if isinstance(tensor, Tensor)}
     return copy.deepcopy(model, memo)
+
+
+def take_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Let `new` call what `old` calls before and after forward.
+
+    Args:
+        new: called with the same arguments and giving the same results as `old`.
+        old: keeps its hooks.
+    """
+    for kind in (
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+    ):
+        getattr(new, kind).update(getattr(old, kind))

@@ -44,10 +44,12 @@ def choose_backend(
     """Return the backend that runs this layer.
 
     Raises:
+        ValueError: there is no backend of that name.
         BackendUnavailableError: `backend` is named and cannot run it.
     """
-    if backend is None:
+    if check_backend(backend) is None:
         return next(name for name in BACKENDS if unsupported_reason(name, mode, dtype, device, directions) is None)
+    assert backend is not None
     if (reason := unsupported_reason(backend, mode, dtype, device, directions)) is not None:
         raise BackendUnavailableError(
             f"backend {backend!r} cannot run this layer: {reason}. backend=None takes the fastest one that can."

@@ -81,10 +81,10 @@ recurrent_layer.register_autograd(_backward, setup_context=_keep_inputs)
 
 
 def is_observed(x: Tensor, states: list[Tensor]) -> bool:
-    """Whether something traces this call, or wants its gradient or only shapes: then it must go through the operator."""
+    """Whether something traces this call, wants its gradient or only shapes: then it goes through the operator."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[reportPrivateImportUsage] - it is documented
         or type(x) is not Tensor
         or x.is_meta
         or any(type(state) is not Tensor for state in states)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from triton_sparse_rnn.pruning.masks import kept_bits, prune_to_sparsity, prune_to_threshold, zero_pruned
-from triton_sparse_rnn.pruning.schedules import ConstantMask, Schedule, ThresholdRamp
+from triton_sparse_rnn.pruning.schedules import ConstantMask, Schedule
 from triton_sparse_rnn.pruning.scores import block_scores, block_weight_counts, check_score, combine_gates
 from triton_sparse_rnn.pruning.state import pack_state, unpack_state
 from triton_sparse_rnn.pruning.targets import Target, Weight, match_weights
@@ -27,7 +27,8 @@ class Pruner:
     The parameters stay the model's own: a state_dict of it holds plain weights, zeros among them.
 
     Masks depend on weights alone, so every rank of DistributedDataParallel finds the same ones without communication.
-    A weight that is NaN is pruned last, and NaN or infinity in a pruned place becomes zero.
+    A weight that is NaN is pruned last, and NaN or infinity in a pruned place becomes zero. The pruner holds about as
+    much memory as the weights that it prunes.
 
     >>> from triton_sparse_rnn import pruning
     >>> model = nn.GRU(8, 32)
@@ -219,7 +220,7 @@ class Pruner:
             if self.tie_gates and len(set(weight.schedules)) > 1:
                 raise ValueError(f"tie_gates=True gives all gates one mask, but targets gives {weight.name} several")
             for schedule in weight.schedules:
-                if self.balanced and isinstance(schedule, (ThresholdRamp, ConstantMask)):
+                if self.balanced and schedule is not None and schedule.sparsity_at(schedule.last_step) is None:
                     raise ValueError(
                         f"balanced=True needs a schedule by rank, PolynomialDecay or OneShot: a "
                         f"{type(schedule).__name__} (for {weight.name}) does not choose how many blocks it prunes"
@@ -275,7 +276,7 @@ class Pruner:
         for weight in self._weights:
             parameter = weight.parameter
             for tensor in (parameter, parameter.grad, *optimizer.state.get(parameter, {}).values()):
-                if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
+                if isinstance(tensor, Tensor) and tensor.shape == parameter.shape and tensor.is_floating_point():
                     self._apply(weight, tensor)
 
     def _update_masks(self, step: int) -> None:

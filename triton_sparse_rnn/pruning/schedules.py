@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import fnmatch
 import math
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from triton_sparse_rnn.pruning.scores import block_scores, combine_gates
-from triton_sparse_rnn.pruning.weights import clean_name, gate_names, recurrent_weights, split_gates
+from triton_sparse_rnn.pruning.weights import clean_name, gate_names, name_matches, recurrent_weights, split_gates
 from triton_sparse_rnn.sparse.blocks import check_block_size
 
 
@@ -179,7 +178,7 @@ class ThresholdRamp(Schedule):
         check_block_size(block_size)
         pooled = []
         for path, module, attribute in recurrent_weights(model):
-            if fnmatch.fnmatchcase(clean_name(path), names):
+            if name_matches(clean_name(path), names):
                 weight = split_gates(getattr(module, attribute).detach(), len(gate_names(module)))
                 scores = block_scores(weight, block_size, score)
                 pooled.append((combine_gates(scores, score) if tie_gates else scores).flatten())

@@ -130,8 +130,8 @@ class BlockMatrix:
         padded = _padded_shape(rows, columns, block_size, gates)
         if padded != tuple(matrix.shape):
             raise ValueError(
-                f"shape {(rows, columns)} with gates={gates} fills up to {padded} in blocks of {block_size}, but matrix "
-                f"has {tuple(matrix.shape)}"
+                f"shape {(rows, columns)} with gates={gates} fills up to {padded} in blocks of {block_size}, "
+                f"but matrix has {tuple(matrix.shape)}"
             )
         try:  # torch checks the indices of a BSR tensor only when it is told to
             torch.sparse_bsr_tensor(row_starts, column_indices, blocks, size=matrix.shape, check_invariants=True)
@@ -202,9 +202,7 @@ class BlockMatrix:
             raise ValueError("columns must ascend within each row of blocks")
         if (self.values.dtype == torch.int8) != (self.scales is not None):
             raise ValueError("scales belong to int8 values and to no others")
-        if self.scales is not None and (
-            self.scales.shape != (self.shape[0],) or not self.scales.is_floating_point()
-        ):
+        if self.scales is not None and (self.scales.shape != (self.shape[0],) or not self.scales.is_floating_point()):
             raise ValueError(f"scales must be one floating-point number for each of {self.shape[0]} rows")
 
     def scaled_blocks(self) -> Tensor:

@@ -27,7 +27,10 @@ FORMAT, VERSION = "triton-sparse-rnn", "1"
 def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
     """Write tensors and a description; a file that was there is replaced in one go or, on an error, kept.
 
-    Tensors that are one and the same are stored once, and come back as one.
+    Tensors that are one and the same are stored once, and come back as one; views of one storage come back apart.
+
+    Raises:
+        ValueError: a tensor has no numbers to store, or its layout is not torch.strided.
     """
     stored, aliases = _separate(tensors)
     text = json.dumps({"aliases": aliases, "content": description}, sort_keys=True)
@@ -60,8 +63,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            # Copied, for get_tensor maps the file: who writes to it later would change the weights.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {name: _copy(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise SparseFileError(
             f"{path} is not a safetensors file or is truncated or damaged ({error}); nothing was loaded"
@@ -75,9 +77,11 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         )
     if _digest(tensors, metadata["description"]) != metadata.get("sha256"):
         raise SparseFileError(f"{path} is damaged: its content does not match its SHA-256; nothing was loaded")
-    described = json.loads(metadata["description"])
-    tensors |= {name: tensors[same] for name, same in described["aliases"].items()}
-    return tensors, described["content"]
+    try:
+        described = json.loads(metadata["description"])
+        return tensors | {name: tensors[same] for name, same in described["aliases"].items()}, described["content"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SparseFileError(f"{path} describes its tensors wrongly ({error!r}); nothing was loaded") from error
 
 
 def _separate(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -87,7 +91,9 @@ def _separate(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     names: dict[tuple[Any, ...], str] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
-        tensor = tensor.detach()
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be a tensor with numbers, got layout {tensor.layout} on {tensor.device}")
+        tensor = tensor.detach().resolve_conj().resolve_neg()
         identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if tensor.numel() and identity in names:
             aliases[name] = names[identity]
@@ -100,9 +106,21 @@ def _separate(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     return stored, aliases
 
 
+def _copy(tensor: Tensor) -> Tensor:
+    """Copy byte for byte: get_tensor maps the file, and who writes to it later would change the weights.
+
+    A clone would mend what is damaged in a bool.
+    """
+    return _bytes(tensor).clone().view(tensor.dtype).view(tensor.shape)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
 def _digest(tensors: dict[str, Tensor], description: str) -> str:
     digest = hashlib.sha256(description.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensor.cpu()).numpy().data)
     return digest.hexdigest()

@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from triton_sparse_rnn.errors import BackendUnavailableError
+from triton_sparse_rnn.ops.dispatch import BACKENDS, RUN_LAYER, check_backend, choose_backend, unavailable_reason
+from triton_sparse_rnn.ops.layer_weights import LayerWeights
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+
+
+def make_weights(block_size=(4, 1), dtype=torch.float32):
+    matrix = BlockMatrix.from_dense(torch.eye(24)[:, :8], block_size, gates=3, dtype=dtype)
+    return [LayerWeights(matrix, matrix, None, None)]
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "device", "weights", "chosen"),
+    [
+        ("GRU", torch.float32, CPU, make_weights(), "cpu"),
+        ("GRU", torch.float64, CPU, make_weights(), "reference"),
+        ("GRU", torch.float32, torch.device("meta"), make_weights(), "reference"),
+        ("GRU", torch.float32, CPU, make_weights((3, 1)), "reference"),
+        ("GRU", torch.float32, CPU, make_weights(dtype=torch.int8), "reference"),
+        ("LSTM", torch.float32, CPU, make_weights(), "reference"),
+        ("RNN_TANH", torch.float32, CPU, make_weights(), "reference"),
+    ],
+)
+def test_the_fastest_that_fits(mode, dtype, device, weights, chosen):
+    assert choose_backend(None, mode, dtype, device, weights) == chosen
+    assert choose_backend("reference", mode, dtype, device, weights) == "reference"
+    if chosen == "cpu":
+        assert choose_backend("cpu", mode, dtype, device, weights) == "cpu"
+    else:
+        with pytest.raises(BackendUnavailableError, match=r"'cpu' cannot run this layer: .* backend=None takes"):
+            choose_backend("cpu", mode, dtype, device, weights)
+
+
+def test_every_available_backend_can_run():
+    assert {name for name in BACKENDS if unavailable_reason(name) is None} == set(RUN_LAYER)
+    assert unavailable_reason("triton")
+
+
+def test_names_of_backends():
+    assert [check_backend(name) for name in (None, *BACKENDS)] == [None, *BACKENDS]
+    for wrong in ("CPU", "", 3, torch.device("cpu")):
+        with pytest.raises(ValueError, match="backend must be None or one of 'triton', 'cpu', 'reference', got"):
+            check_backend(wrong)  # type: ignore[arg-type]

@@ -1,0 +1,177 @@
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from triton_sparse_rnn.errors import BackendUnavailableError
+from triton_sparse_rnn.ops import reference
+from triton_sparse_rnn.ops.layer_weights import (
+    GATES,
+    TENSORS_PER_DIRECTION,
+    LayerWeights,
+    pack_layer_weights,
+    unpack_layer_weights,
+)
+from triton_sparse_rnn.ops.operators import is_observed, recurrent_layer
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+
+I, H = 3, 5
+MODES_AND_BACKENDS = [*((mode, "reference") for mode in GATES), ("GRU", "cpu"), ("LSTM", None)]
+
+
+def make_weights(mode="GRU", dtype=torch.float32, proj_size=0, bias=True, weight_dtype=None) -> LayerWeights:
+    rows = GATES[mode] * H
+    matrices = [torch.randn(rows, columns, dtype=dtype) for columns in (I, proj_size or H)]
+    for matrix in matrices:
+        matrix[:, 1:] = 0
+    ih, hh = (BlockMatrix.from_dense(m, (2, 1), gates=GATES[mode], dtype=weight_dtype) for m in matrices)
+    bias_ih, bias_hh = (torch.randn(rows, dtype=dtype) if bias else None for _ in range(2))
+    return LayerWeights(ih, hh, bias_ih, bias_hh, torch.randn(proj_size, H, dtype=dtype) if proj_size else None)
+
+
+def make_arguments(mode="GRU", directions=1, packed=False, dtype=torch.float32, **options):
+    weights = [make_weights(mode, dtype, **options) for _ in range(directions)]
+    tensors = [tensor for direction in weights for tensor in pack_layer_weights(direction)]
+    batch_sizes = torch.tensor([3, 2, 2, 1]) if packed else None
+    x = torch.randn(8 if packed else 12, I, dtype=dtype)
+    states = [torch.randn(directions, 3, options.get("proj_size") or H, dtype=dtype)]
+    if mode == "LSTM":
+        states.append(torch.randn(directions, 3, H, dtype=dtype))
+    return x, states, tensors, batch_sizes, mode, H
+
+
+@pytest.mark.parametrize(("mode", "backend"), MODES_AND_BACKENDS)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(mode, backend, directions, packed):
+    arguments = make_arguments(mode, directions, packed)
+    torch.library.opcheck(recurrent_layer, (*arguments, backend))
+
+
+@pytest.mark.parametrize("options", [{"proj_size": 2}, {"bias": False}, {"weight_dtype": torch.int8}])
+def test_opcheck_of_options(options):
+    torch.library.opcheck(recurrent_layer, (*make_arguments("LSTM", 2, **options), "reference"))
+
+
+@pytest.mark.parametrize(("mode", "backend"), MODES_AND_BACKENDS)
+def test_opcheck_with_gradients(mode, backend):
+    """Without test_aot_dispatch, which runs a backward: it raises, as the next test shows."""
+    x, states, *rest = make_arguments(mode)
+    arguments = (x.requires_grad_(), [state.requires_grad_() for state in states], *rest, backend)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(recurrent_layer, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("wants_grad", ["x", "state"])
+@pytest.mark.parametrize("output", [0, 1, 2])
+def test_backward_raises(wants_grad, output):
+    x, states, *rest = make_arguments("LSTM")
+    (x if wants_grad == "x" else states[1]).requires_grad_()
+    result = recurrent_layer(x, states, *rest, None)
+    with pytest.raises(RuntimeError, match=r"has no backward: it is for inference\. Train the SparseRNN"):
+        result[output].sum().backward()
+
+
+def test_schema():
+    schema = str(torch.ops.triton_sparse_rnn.recurrent_layer.default._schema)
+    assert schema == (
+        "triton_sparse_rnn::recurrent_layer(Tensor x, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, "
+        "str mode, SymInt hidden_size, str? backend) -> Tensor[]"
+    )
+
+
+@pytest.mark.parametrize(("mode", "backend"), MODES_AND_BACKENDS)
+def test_fresh_outputs_and_untouched_inputs(mode, backend):
+    arguments = make_arguments(mode, 2)
+    x, states, tensors = arguments[:3]
+    given = [x, *states, *(tensor for tensor in tensors if tensor is not None)]
+    before = [tensor.clone() for tensor in given]
+    outputs = recurrent_layer(*arguments, backend)
+    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
+    storages = [tensor.untyped_storage().data_ptr() for tensor in (*outputs, *given)]
+    assert len(set(storages)) == len(storages)
+    fake = recurrent_layer(x.to("meta"), [s.to("meta") for s in states], *arguments[2:], backend)
+    for a, b in zip(outputs, fake, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+def test_a_named_backend_runs_or_raises():
+    with pytest.raises(BackendUnavailableError, match=r"backend 'cpu' cannot run this layer: .*RNN_TANH"):
+        recurrent_layer(*make_arguments("RNN_TANH"), "cpu")
+    with pytest.raises(BackendUnavailableError, match="backend 'triton' cannot run this layer"):
+        recurrent_layer(*make_arguments(), "triton")
+
+
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2}, {"bias": False}, {"weight_dtype": torch.int8}])
+def test_weights_packed_and_unpacked(options):
+    packed = [make_weights("LSTM", **options) for _ in range(2)]
+    tensors = [tensor for weights in packed for tensor in pack_layer_weights(weights)]
+    assert len(tensors) == 2 * TENSORS_PER_DIRECTION
+    unpacked = unpack_layer_weights(tensors, "LSTM", I, (H, options.get("proj_size") or H))
+    for ours, theirs in zip(unpacked, packed, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            if isinstance(a, BlockMatrix) and isinstance(b, BlockMatrix):
+                a.check()
+                assert (a.shape, a.gates) == (b.shape, b.gates)
+                assert a.values is b.values
+                assert a.scales is b.scales
+            else:
+                assert a is b
+
+
+class Wrapped(Tensor):
+    """A subclass of Tensor."""
+
+
+def test_what_must_go_through_the_operator():
+    x, states = torch.zeros(4, I), [torch.zeros(1, 2, H)]
+    assert not is_observed(x, states)
+    assert is_observed(x.as_subclass(Wrapped), states)
+    assert is_observed(x, [states[0].as_subclass(Wrapped)])
+    assert is_observed(x.to("meta"), states)
+    wanted = x.clone().requires_grad_()
+    assert is_observed(wanted, states)
+    assert is_observed(x, [states[0].clone().requires_grad_()])
+    with torch.no_grad():
+        assert not is_observed(wanted, states)
+    with FlopCounterMode(display=False):
+        assert is_observed(x, states)
+
+
+@pytest.mark.parametrize("mode", GATES)
+def test_the_reference_is_its_equations_in_float64(mode):
+    weights = make_weights(mode, torch.float64)
+    assert weights.bias_ih is not None
+    assert weights.bias_hh is not None
+    x, h, c = (torch.randn(4, n, dtype=torch.float64) for n in (I, H, H))
+    p = x @ weights.weight_ih.to_dense().t() + weights.bias_ih
+    a = h @ weights.weight_hh.to_dense().t() + weights.bias_hh
+    if mode == "GRU":
+        (p_r, p_z, p_n), (a_r, a_z, a_n) = p.chunk(3, 1), a.chunk(3, 1)
+        r, z = torch.sigmoid(p_r + a_r), torch.sigmoid(p_z + a_z)
+        expected = [(1 - z) * torch.tanh(p_n + r * a_n) + z * h]
+    elif mode == "LSTM":
+        i, f, g, o = (p + a).chunk(4, 1)
+        c_next = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        expected = [torch.sigmoid(o) * torch.tanh(c_next), c_next]
+    else:
+        expected = [torch.tanh(p + a) if mode == "RNN_TANH" else torch.relu(p + a)]
+    states = [h[None], c[None]][: len(expected)]
+    y, *ends = reference.recurrent_layer(x, states, [weights], None, mode)
+    torch.testing.assert_close(y, expected[0], rtol=0, atol=1e-14)
+    for end, wanted in zip(ends, expected, strict=True):
+        torch.testing.assert_close(end[0], wanted, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("block_size", [(1, 1), (2, 3), (4, 2), (16, 16)])
+@pytest.mark.parametrize("gates", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int8])
+@pytest.mark.parametrize("density", [0, 0.5])
+def test_both_products_of_the_reference_agree(block_size, gates, dtype, density):
+    weight = torch.randn(gates * 5, 7).masked_fill(torch.rand(gates * 5, 7) > density, 0)
+    matrix = BlockMatrix.from_dense(weight, block_size, gates=gates, dtype=dtype)
+    x, bias = torch.randn(4, 7, dtype=torch.float64), torch.randn(gates * 5)
+    for b in (None, bias):
+        products = [make(matrix, b, torch.float64)(x) for make in (reference.dense_linear, reference.block_linear)]
+        torch.testing.assert_close(*products, rtol=0, atol=1e-13)
+        assert products[0].dtype == torch.float64
