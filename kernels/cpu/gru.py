@@ -7,17 +7,17 @@
 
 | tensor           | shape                  | dtype   |                                                    |
 |------------------|------------------------|---------|----------------------------------------------------|
-| x                | [N, I], contiguous     | float32 | read; the rows of a step are consecutive           |
-| h0               | [B, H], contiguous     | float32 | read                                               |
+| x                | [N, I]                 | float32 | read; the rows of a step are consecutive           |
+| h0               | [D, B, H]              | float32 | read                                               |
 | weight_ih        | a BlockMatrix [3 H, I] | float32 | read                                               |
 | weight_hh        | a BlockMatrix [3 H, H] | float32 | read                                               |
-| bias_ih, bias_hh | [3 H], contiguous      | float32 | read                                               |
-| batch_sizes      | [T], contiguous        | int64   | read; rows of each step, never more than before it |
-| y                | [N, H]                 | float32 | written; only within a row need it be contiguous   |
-| h_n              | [B, H], contiguous     | float32 | written                                            |
+| bias_ih, bias_hh | [3 H]                  | float32 | read                                               |
+| batch_sizes      | [T]                    | int64   | read; rows of each step, never more than before it |
+| y                | [N, D H]               | float32 | written                                            |
+| h_n              | [D, B, H]              | float32 | written                                            |
 
-Time, the batch and scratch are the affair of layer.py. Here is what a step does: the kernel takes the unit groups one
-after another and finishes BR units in one go. One thread; nothing to synchronise.
+All are contiguous. Time, the batch and scratch are the affair of layer.py. Here is what a step does: the kernel takes
+the unit groups one after another and finishes BR units in one go. One thread; nothing to synchronise.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def gru_layer(
     bias_hh: Tensor | None,
     batch_sizes: Tensor | None,
     *,
-    reverse: bool,
+    direction: int,
     y: Tensor,
     h_n: Tensor,
 ) -> None:
@@ -102,20 +102,23 @@ def gru_layer(
     Args:
         bias_ih, bias_hh: both or neither.
         batch_sizes: None where every step has B rows.
-        reverse: from the last step to the first; a row of the batch enters, with its h0, at the last step it has.
+        direction: 0, or 1 from the last step to the first; a row of the batch then enters, with its h0, at the last
+            step it has. Of h0, y and h_n only this direction's part is read or written.
     """
-    (N, I), (B, H) = x.shape, h0.shape
+    (N, I), (D, B, H) = x.shape, h0.shape
     if N == 0:
-        h_n.copy_(h0)
+        h_n[direction] = h0[direction]
         return
     (_, BC_ih, BR), BC_hh = weight_ih.values.shape, weight_hh.values.shape[1]
     project, step = _kernel_addresses(BR, BC_ih, BC_hh)
     T = N // B if batch_sizes is None else batch_sizes.shape[0]
+    state_bytes = direction * B * H * FLOAT_BYTES
     run_layer(
-        N, T, B, I, H, _GATES, BR, BC_ih, BC_hh, reverse, project, step,
+        N, T, B, I, H, _GATES, BR, BC_ih, BC_hh, direction == 1, project, step,
         weight_ih.starts.data_ptr(), weight_ih.columns.data_ptr(), weight_ih.values.data_ptr(), _address(bias_ih),
         weight_hh.starts.data_ptr(), weight_hh.columns.data_ptr(), weight_hh.values.data_ptr(), _address(bias_hh),
-        x.data_ptr(), h0.data_ptr(), _address(batch_sizes), y.data_ptr(), y.stride(0) * FLOAT_BYTES, h_n.data_ptr(),
+        x.data_ptr(), h0.data_ptr() + state_bytes, _address(batch_sizes),
+        y.data_ptr() + direction * H * FLOAT_BYTES, D * H * FLOAT_BYTES, h_n.data_ptr() + state_bytes,
     )  # fmt: skip
 
 

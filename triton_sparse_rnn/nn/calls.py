@@ -43,7 +43,7 @@ class Call(NamedTuple):
             )
             states = _permute(states, self.packed.unsorted_indices)
         else:
-            output = y.view(*self.shape, y.shape[1])
+            output = y if len(self.shape) == 1 else y.view(*self.shape, y.shape[1])
             output = output.transpose(0, 1) if self.transposed else output
             states = [state.squeeze(1) for state in states] if self.unbatched else states
         return output, (states[0] if len(states) == 1 else tuple(states))

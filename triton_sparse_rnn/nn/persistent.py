@@ -194,7 +194,7 @@ class PersistentLayer(nn.Module):
 
     def _run(self, call: Call) -> tuple[Any, Any]:
         dtype, result_dtype = self._marker.dtype, self._result_dtype(call)
-        x, states = call.x.to(dtype), [state.to(dtype) for state in call.states]
+        x, *states = _cast([call.x, *call.states], dtype)
         D = 2 if self.bidirectional else 1
         run_layer = self._traced_layer if is_observed(x, states) else self._eager_layer
         ends = []
@@ -203,7 +203,8 @@ class PersistentLayer(nn.Module):
             x, *end = run_layer(layer, x, layer_states, call.batch_sizes)
             ends.append(end)
         states = ends[0] if len(ends) == 1 else [torch.cat(parts) for parts in zip(*ends, strict=True)]
-        return call.result(x.to(result_dtype), [state.to(result_dtype) for state in states])
+        x, *states = _cast([x, *states], result_dtype)
+        return call.result(x, states)
 
     def _traced_layer(self, layer: int, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
         """Run a layer as one operator, which whoever traces or differentiates this call sees."""
@@ -214,7 +215,12 @@ class PersistentLayer(nn.Module):
         """Run a layer past the operator: its overhead is several microseconds, as much as a step of a small layer."""
         plan = self._plan
         held = self._buffers.values()
-        if plan is None or plan.asked != self.backend or not all(map(operator.is_, plan.buffers, held)):
+        if (
+            plan is None
+            or plan.asked != self.backend
+            or len(plan.buffers) != len(held)
+            or not all(map(operator.is_, plan.buffers, held))
+        ):
             layers = [self._layer_weights(layer) for layer in range(self.num_layers)]
             place = self._marker.dtype, self._marker.device
             backends = [choose_backend(self.backend, self.mode, *place, directions) for directions in layers]
@@ -323,6 +329,10 @@ class PersistentLayer(nn.Module):
             f"backend={self.backend!r}",
         ]
         return ", ".join([str(self.input_size), str(self.hidden_size), *changed, *stored])
+
+
+def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]  # to() alone takes its time
 
 
 class PersistentRNN(PersistentLayer):

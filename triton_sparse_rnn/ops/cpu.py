@@ -32,20 +32,8 @@ def recurrent_layer(
 
     assert mode == "GRU", mode
     x, h0 = x.contiguous(), states[0].contiguous()
-    H = h0.shape[2]
-    y = x.new_empty(len(x), len(directions) * H)
-    h_n = torch.empty_like(h0)
-    for d, weights in enumerate(directions):
-        gru_layer(
-            x,
-            h0[d],
-            weights.weight_ih,
-            weights.weight_hh,
-            weights.bias_ih,
-            weights.bias_hh,
-            batch_sizes,
-            reverse=d == 1,
-            y=y[:, d * H : (d + 1) * H],
-            h_n=h_n[d],
-        )
+    D, _, H = h0.shape
+    y, h_n = x.new_empty(x.shape[0], D * H), torch.empty_like(h0)
+    for direction, (weight_ih, weight_hh, bias_ih, bias_hh, _) in enumerate(directions):
+        gru_layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, direction=direction, y=y, h_n=h_n)
     return [y, h_n]

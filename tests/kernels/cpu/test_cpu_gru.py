@@ -36,14 +36,21 @@ class Layer:
         return torch.randn(sum(batch_sizes), self.I), torch.randn(batch_sizes[0], self.H)
 
     def run(self, x, h0, batch_sizes=None, reverse=False):
-        """Return y in a column slice of a wider tensor, and h_n."""
-        wide = torch.full((len(x), 2 * self.H + 3), NAN)
-        y, h_n = wide[:, self.H : 2 * self.H], torch.full_like(h0, NAN)
-        sizes = None if batch_sizes is None else torch.tensor(batch_sizes)
-        gru_layer(x, h0, self.weight_ih, self.weight_hh, *self.biases, sizes, reverse=reverse, y=y, h_n=h_n)
-        assert wide[:, : self.H].isnan().all()
-        assert wide[:, 2 * self.H :].isnan().all()
-        return y.clone(), h_n
+        """Return y and h_n of one direction; the part of the other stays untouched."""
+        y, h_n = torch.full((len(x), 2 * self.H), NAN), torch.full((2, *h0.shape), NAN)
+        sizes, direction, other = (
+            None if batch_sizes is None else torch.tensor(batch_sizes),
+            int(reverse),
+            int(not reverse),
+        )
+        both = torch.stack([h0, h0])
+        both[other] = NAN
+        weights = (self.weight_ih, self.weight_hh, *self.biases)
+        gru_layer(x, both, *weights, sizes, direction=direction, y=y, h_n=h_n)
+        ours, others = (y.unflatten(1, (2, self.H))[:, d] for d in (direction, other))
+        assert others.isnan().all()
+        assert h_n[other].isnan().all()
+        return ours.clone(), h_n[direction]
 
     def dense(self, x, h0, batch_sizes, reverse, dtype):
         """The same of nn.GRU, whose second direction is `reverse`."""
