@@ -12,6 +12,7 @@ import numba
 import torch
 from torch import Tensor, nn
 
+from triton_sparse_rnn.doctor import processor_name
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask
 
 
@@ -34,13 +35,13 @@ class Workload:
         """float32, weights scaled so that states are as large as those of a dense layer."""
         generator = torch.Generator().manual_seed(0)
         layer = nn.GRU(self.H, self.H).eval().requires_grad_(False)
-        for weight in (layer.weight_ih_l0, layer.weight_hh_l0):
+        for weight in map(layer.get_parameter, ("weight_ih_l0", "weight_hh_l0")):
             weight.uniform_(-1, 1, generator=generator)
             grid = count_blocks(self.H, self.H, self.block_size)
             kept = torch.rand(3, *grid, generator=generator) >= self.sparsity
             weight *= expand_block_mask(kept, self.block_size, self.H, self.H).flatten(0, 1)
             weight /= (self.H * (1 - self.sparsity)) ** 0.5
-        for bias in (layer.bias_ih_l0, layer.bias_hh_l0):
+        for bias in map(layer.get_parameter, ("bias_ih_l0", "bias_hh_l0")):
             bias.uniform_(-0.1, 0.1, generator=generator)
         return layer
 
@@ -75,12 +76,3 @@ def assert_within_budget(y: Tensor, layer: nn.GRU, x: Tensor) -> None:
     budget = 4 * (layer(x)[0] - exact).abs().max() + torch.finfo(torch.float32).eps
     error = (y - exact).abs().max()
     assert error <= budget, f"error {error:.2e} exceeds {budget:.2e}, so there is nothing to time"
-
-
-def processor_name() -> str:
-    """The model name that Linux gives, or what Python knows."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123 - not a regular file
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -1,4 +1,6 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from triton_sparse_rnn.checkpoint_files import CheckpointFileError, read_state_d
 from triton_sparse_rnn.conversion import to_sparse
 from triton_sparse_rnn.report import sparsity_report
 from triton_sparse_rnn.saving import save_sparse
+from triton_sparse_rnn.sparse.files import read_file, write_file
 
 
 @pytest.fixture
@@ -51,11 +54,48 @@ def test_safetensors_files_whatever_their_name(tmp_path: Path, model: nn.Module)
 
 def test_files_of_save_sparse(tmp_path: Path, model: nn.Module):
     path = tmp_path / "model.safetensors"
-    converted = to_sparse(model, block_size=(8, 1), weight_dtype=torch.int8)
+    converted = to_sparse(model, block_size=(8, 1), weight_dtype=torch.int8, backend="reference")
     save_sparse(converted, path)
     theirs, ours = sparsity_report(read_state_dict(path)), sparsity_report(converted)
     assert sorted(theirs.weights, key=str) == sorted(ours.weights, key=str)
     assert sorted(theirs.others, key=str) == sorted(ours.others, key=str)
+
+
+WEIGHT = "0.weight_hh_l0"
+
+
+@pytest.mark.parametrize(
+    ("forge", "message"),
+    [
+        (lambda tensors, matrix: tensors[f"{WEIGHT}_columns"].fill_(99), "columns must lie in"),
+        (lambda tensors, matrix: tensors[f"{WEIGHT}_starts"].fill_(2**30), "starts must rise"),
+        (lambda tensors, matrix: tensors.pop(f"{WEIGHT}_starts"), "NoneType"),
+        (lambda tensors, matrix: matrix.update(shape=[960, 32]), "do not fit together"),
+        (lambda tensors, matrix: matrix.update(shape=[96.0, 32]), "float"),
+        (lambda tensors, matrix: matrix.update(shape=[96]), "unpack"),
+        (lambda tensors, matrix: matrix.update(gates=0), "0 gates in 96 rows"),
+        (lambda tensors, matrix: matrix.update(gates=-3), "-3 gates in 96 rows"),
+        (lambda tensors, matrix: matrix.update(gates=7), "7 gates in 96 rows"),
+        (lambda tensors, matrix: matrix.clear(), "KeyError"),
+    ],
+)
+def test_forged_blocks_are_found(tmp_path: Path, model: nn.Module, forge: Callable[..., Any], message: str):
+    path = tmp_path / "model"
+    save_sparse(to_sparse(model), path)
+    tensors, description = read_file(path)
+    forge(tensors, description["modules"]["0"]["weights"]["weight_hh_l0"])
+    write_file(path, tensors, description)
+    with pytest.raises(CheckpointFileError, match=f"model: describes its weights wrongly .*{message}"):
+        read_state_dict(path)
+
+
+def test_forged_columns_take_no_memory(tmp_path: Path, model: nn.Module):
+    path = tmp_path / "model"
+    save_sparse(to_sparse(model, block_size=(16, 1)), path)
+    tensors, description = read_file(path)
+    description["modules"]["0"]["weights"]["weight_ih_l0"]["shape"] = [96, 2**30]
+    write_file(path, tensors, description)
+    assert sparsity_report(read_state_dict(path)).nonzero == sparsity_report(model).nonzero
 
 
 @pytest.mark.parametrize("kind", ["torch", "safetensors", "save_sparse"])

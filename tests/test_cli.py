@@ -55,6 +55,22 @@ def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str
     assert "usage: triton-sparse-rnn" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "word", "message"),
+    [
+        ("--seed", "abc", "must be a whole number, 0 or more, got 'abc'"),
+        ("--seed", "-1", "must be a whole number, 0 or more, got '-1'"),
+        ("--seed", str(2**63), f"must be below 2**63, got {2**63}"),
+        ("--threads", "1.5", "must be a whole number, 1 or more, got '1.5'"),
+        ("--threads", "0", "must be a whole number, 1 or more, got '0'"),
+    ],
+)
+def test_wrong_numbers(option: str, word: str, message: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", f"{option}={word}"])
+    assert capsys.readouterr().err.endswith(f"error: argument {option}: {message}\n")
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["doctor"]) == 0
     output = capsys.readouterr().out

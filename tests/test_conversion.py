@@ -1,4 +1,5 @@
 import copy
+import threading
 import warnings
 from typing import Any
 
@@ -82,6 +83,40 @@ def test_what_is_not_converted_is_shared_and_the_rest_is_not():
     converted = [m for m in fast.modules() if isinstance(m, (PersistentRNN, PersistentGRU, PersistentLSTM))]
     assert len(converted) == 4
     assert not any(buffer.data_ptr() in pointers for module in converted for buffer in module.buffers())
+
+
+class Stateful(nn.Module):
+    """Keeps its hidden state, with its history, in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.hidden = zero_columns(nn.GRU(3, 4)), []
+
+    def forward(self, x):
+        y, h = self.rnn(x, *self.hidden)
+        self.hidden[:] = [h]
+        return y
+
+
+def test_a_model_that_keeps_its_state_in_a_list():
+    model, x = Stateful(), torch.randn(5, 2, 3)
+    model(x)
+    fast = to_sparse(model)
+    assert fast.hidden[0] is model.hidden[0]  # type: ignore[index]
+    dense = to_dense(fast)
+    expected = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), expected.detach())
+    assert torch.equal(dense(x), expected)
+
+
+def test_a_model_that_cannot_be_copied():
+    model: Any = Stateful()
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"model.lock holds a lock .* as in model.rnn = to_sparse\(model.rnn\)"):
+        to_sparse(model)
+    model.rnn = to_sparse(model.rnn)
+    assert isinstance(model.rnn, PersistentGRU)
 
 
 def test_to_dense_bit_for_bit_and_shared():

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from triton_sparse_rnn import doctor
@@ -29,6 +31,20 @@ def test_versions_name_what_is_missing(monkeypatch: pytest.MonkeyPatch):
 def test_a_machine_that_tells_nothing_of_its_processor(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "_processor_info", dict)
     processor = doctor.describe_processor()
-    assert processor["processor"]
-    assert processor["usable_cores"] >= 1
+    assert processor["processor"] == doctor.processor_name() != ""
     assert len(processor["vector_instructions"]) == 1
+
+
+def test_the_processor_as_linux_names_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "_processor_info", lambda: {"model name": "Abacus 2000", "flags": "fpu fma avx2"})
+    processor = doctor.describe_processor()
+    assert processor["processor"] == doctor.processor_name() == "Abacus 2000"
+    assert processor["vector_instructions"] == ["avx2", "fma"]
+
+
+def test_usable_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
+    assert doctor.usable_cores() == doctor.describe_processor()["usable_cores"] == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert doctor.usable_cores() == 1

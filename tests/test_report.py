@@ -76,7 +76,7 @@ def test_state_dict_and_module_agree():
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.int8])
 def test_converted_model_is_reported_as_it_is_stored(weight_dtype: torch.dtype):
     model = pruned(nn.Sequential(nn.GRU(20, 32), nn.Linear(32, 3)))
-    converted = to_sparse(model.eval(), weight_dtype=weight_dtype, block_size=(8, 2))
+    converted = to_sparse(model.eval(), weight_dtype=weight_dtype, block_size=(8, 2), backend="reference")
     report = sparsity_report(converted)
     stored = converted[0].stored_weights()["weight_hh_l0"]  # type: ignore[index]
     (hh,) = (weight for weight in report.weights if weight.name == "0.weight_hh_l0")
@@ -86,6 +86,19 @@ def test_converted_model_is_reported_as_it_is_stored(weight_dtype: torch.dtype):
     assert {tensor.name for tensor in report.others} == {"0.bias_ih_l0", "0.bias_hh_l0", "1.weight", "1.bias"}
     if weight_dtype == torch.float32:
         assert report == sparsity_report(model, block_size=(8, 2))
+
+
+def test_a_converted_layer_that_is_shared():
+    layer = pruned(nn.GRU(20, 32))
+    shared = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)}).eval()
+    assert sparsity_report(to_sparse(shared, block_size=(16, 1))) == sparsity_report(shared)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.int8])
+def test_blocks_without_a_layer_are_other_tensors(weight_dtype: torch.dtype):
+    weight = pruned(nn.GRU(20, 32)).get_parameter("weight_ih_l0").detach()
+    blocks = BlockMatrix.from_dense(weight, (5, 3), gates=3, dtype=weight_dtype)
+    assert sparsity_report({"a": blocks}).others == sparsity_report({"a": blocks.to_dense()}).others
 
 
 def test_a_converted_layer_by_itself():

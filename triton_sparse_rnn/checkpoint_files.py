@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,11 +85,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor | BlockMatrix]:
         tensors, description = read_file(path)
     except (SafetensorError, SparseFileError) as error:
         raise CheckpointFileError(f"{path}: a damaged safetensors file ({error})") from error
-    return _join_blocks(tensors, description)
+    try:
+        return _join_blocks(tensors, description)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointFileError(f"{path}: describes its weights wrongly ({error!r})") from error
 
 
 def _join_blocks(tensors: dict[str, Tensor], description: dict[str, Any]) -> dict[str, Tensor | BlockMatrix]:
-    """Put a BlockMatrix in the place of its parts in a file of `save_sparse`."""
+    """Put a BlockMatrix in the place of its parts in a file of `save_sparse`; raise if they do not fit."""
     from triton_sparse_rnn.nn.persistent import MATRIX_PARTS
 
     joined: dict[str, Tensor | BlockMatrix] = {}
@@ -96,5 +100,9 @@ def _join_blocks(tensors: dict[str, Tensor], description: dict[str, Any]) -> dic
         for weight, matrix in described["weights"].items():
             name = f"{module}.{weight}".lstrip(".")
             parts: dict[str, Any] = {part: tensors.pop(f"{name}_{part}", None) for part in MATRIX_PARTS}
-            joined[name] = BlockMatrix(**parts, shape=tuple(matrix["shape"]), gates=matrix["gates"])
+            rows, columns, gates = map(operator.index, (*matrix["shape"], matrix["gates"]))
+            if gates < 1 or rows % gates:
+                raise ValueError(f"{name} cannot have {gates} gates in {rows} rows")
+            joined[name] = weight_blocks = BlockMatrix(**parts, shape=(rows, columns), gates=gates)
+            weight_blocks.check()
     return joined | tensors

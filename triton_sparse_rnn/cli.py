@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import io
 import os
@@ -78,8 +79,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     from triton_sparse_rnn.demo.run import run_demo
     from triton_sparse_rnn.demo.settings import QUICK, Settings
     from triton_sparse_rnn.demo.text import TextError
+    from triton_sparse_rnn.doctor import usable_cores
 
-    threads = arguments.threads or min(4, _usable_cores())
+    threads = arguments.threads or min(4, usable_cores())
     settings = dataclasses.replace(QUICK if arguments.quick else Settings(), seed=arguments.seed, threads=threads)
     try:
         run_demo(settings, folder=arguments.output, text_path=arguments.text, resume=arguments.resume)
@@ -134,22 +136,20 @@ def _resume_command(arguments: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _natural(word: str) -> int:
-    number = int(word)
-    if not 0 <= number < 2**63:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {word}")
+def _whole_number(word: str, least: int) -> int:
+    try:
+        number = int(word)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, got {word!r}")
+    if number >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be below 2**63, got {word}")
     return number
 
 
-def _positive(word: str) -> int:
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {word}")
-    return number
+_natural = functools.partial(_whole_number, least=0)
+_positive = functools.partial(_whole_number, least=1)
 
 
 class _ShowVersion(argparse.Action):

@@ -30,8 +30,9 @@ def to_sparse(
     """Return a model whose recurrent layers run from block-sparse weights, for inference.
 
     Every nn.RNN, nn.GRU and nn.LSTM is converted, sparse training modules and plain ones alike, by reading the zeros in
-    its weights. The original is untouched and shares every tensor that was not converted. A layer of a subclass that
-    adds methods or class attributes of its own would lose them; it is left as it is, with a warning that names it.
+    its weights. The original is untouched and shares every tensor that was not converted; what else its modules hold is
+    copied. A layer of a subclass that adds methods or class attributes of its own would lose them; it is left as it is,
+    with a warning that names it.
 
     Args:
         model: any module; a recurrent layer by itself is converted too. Call .eval() first, as for any inference.
@@ -39,7 +40,9 @@ def to_sparse(
     Returns:
         A new model of the same class; for a recurrent layer by itself the persistent module.
     Raises:
-        TypeError, ValueError: an argument is wrong, or `model` has no layer to convert.
+        TypeError, ValueError: an argument is wrong, `model` has no layer to convert, or one of its modules holds
+            something that cannot be copied, such as a lock; then convert the layer itself, as in
+            `model.rnn = to_sparse(model.rnn)`.
         BackendUnavailableError: `backend` is named and cannot run one of the layers.
 
     >>> from triton_sparse_rnn import SparseGRU
@@ -78,7 +81,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     converted.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or holds something that cannot be copied, as for `to_sparse`.
         ValueError: it has no persistent module.
     """
     if not isinstance(model, nn.Module):

@@ -25,17 +25,26 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def processor_name() -> str:
+    """Return the model name that Linux gives, or what Python knows."""
+    return _processor_info().get("model name") or platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe_processor() -> dict[str, Any]:
     """Return the processor's name, the cores this process may use, and the vector instructions it has."""
     import torch
 
     info = _processor_info()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     flags = set(info.get("flags", info.get("Features", "")).split())
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": info.get("model name") or platform.processor() or platform.machine(),
-        "usable_cores": usable,
+        "processor": processor_name(),
+        "usable_cores": usable_cores(),
         "vector_instructions": [name for name in FEATURES if name in flags]
         or [torch.backends.cpu.get_cpu_capability()],
     }

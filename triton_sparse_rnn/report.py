@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -224,12 +225,15 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor | BlockMatrix]:
     from triton_sparse_rnn.nn.persistent import PersistentLayer
 
     tensors: dict[str, Tensor | BlockMatrix] = {}
-    converted = {name: module for name, module in model.named_modules() if isinstance(module, PersistentLayer)}
+    converted = {
+        name: module.stored_weights()
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, PersistentLayer)
+    }
     for name, value in model.state_dict().items():
         owner = name.rpartition(".")[0]
         if owner in converted:
-            stored = converted[owner].stored_weights()
-            tensors |= {f"{owner}.{weight}".lstrip("."): matrix for weight, matrix in stored.items()}
+            tensors |= {f"{owner}.{weight}".lstrip("."): stored for weight, stored in converted[owner].items()}
         elif isinstance(value, Tensor):
             tensors[name] = value
     return tensors
@@ -254,27 +258,30 @@ def _find_gates(tensors: Mapping[str, Tensor | BlockMatrix]) -> Iterator[tuple[s
 
 def _report_weight(name: str, weight: Tensor | BlockMatrix, gates: int, block_size: tuple[int, int]) -> WeightReport:
     if isinstance(weight, BlockMatrix):
-        stored, dense = weight, weight.to_dense()
+        stored = weight
     else:
         dense = weight.detach().to_dense()
         dense = dense if dense.dtype in STORAGE_DTYPES and dense.is_floating_point() else dense.float()
         stored = BlockMatrix.from_dense(dense, block_size, gates=gates)
     rows, columns = stored.shape
     BR, BC = stored.block_size
+    blocks, block_gates = stored.scaled_blocks(), stored.block_rows % gates
     block_bytes = BR * BC * stored.values.element_size() + stored.columns.element_size()
-    counts = torch.bincount(stored.block_rows % gates, minlength=gates).tolist()
-    nonzero = dense.ne(0).unflatten(0, (gates, -1)).sum((1, 2)).tolist()
+    block_counts = torch.bincount(block_gates, minlength=gates)
+    nonzero = block_counts.new_zeros(gates).index_add_(0, block_gates, blocks.ne(0).sum((1, 2))).tolist()
+    counts = block_counts.tolist()
     parts = tuple(
         GateReport(gate, (rows // gates, columns), nonzero[g], counts[g], counts[g] * block_bytes, counts[g] * BR * BC)
         for g, gate in enumerate(GATE_NAMES[gates])
     )
-    dense_bytes = weight.nbytes if isinstance(weight, Tensor) else dense.nbytes
+    dense_bytes = weight.nbytes if isinstance(weight, Tensor) else rows * columns * blocks.element_size()
     return WeightReport(name, (rows, columns), (BR, BC), parts, stored.nbytes, dense_bytes)
 
 
 def _report_tensor(name: str, tensor: Tensor | BlockMatrix) -> TensorReport:
-    dense = tensor.detach().to_dense() if isinstance(tensor, Tensor) else tensor.to_dense()
-    return TensorReport(name, tuple(dense.shape), int(dense.ne(0).sum()), dense.numel(), dense.nbytes)
+    numbers = tensor.detach().to_dense() if isinstance(tensor, Tensor) else tensor.scaled_blocks()
+    shape, count = tuple(tensor.shape), math.prod(tensor.shape)
+    return TensorReport(name, shape, int(numbers.ne(0).sum()), count, count * numbers.element_size())
 
 
 def _cells(part: WeightReport | GateReport, blocks: str) -> Sequence[str]:

@@ -30,7 +30,7 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: `model` is not a module, or its state_dict holds something other than tensors.
-        ValueError: it has no persistent module.
+        ValueError: it has no persistent module, or a tensor whose layout or dtype safetensors cannot hold.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -86,11 +86,20 @@ def load_sparse(model: ModelT, path: str | os.PathLike[str]) -> ModelT:
         _check_same_tensors(path, tensors, wanted)
     except (AttributeError, KeyError, TypeError) as error:
         raise SparseFileError(f"{path} describes its tensors wrongly ({error!r}); nothing was loaded") from error
+    prefixes = tuple(map(_prefix, description["modules"]))
+    rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefixes)}
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items() if key in rest}
+    try:
+        model.load_state_dict(rest, strict=False)
+        loaded = replace_modules(model, dict(replacements.values()))
+    except Exception:
+        with torch.no_grad():
+            for key, tensor in model.state_dict().items():
+                if key in before:
+                    tensor.copy_(before[key])
+        raise
     for layer, (_, new) in replacements.items():
         take_hooks(new, layer)
-    loaded = replace_modules(model, dict(replacements.values()))
-    prefixes = tuple(map(_prefix, description["modules"]))
-    loaded.load_state_dict({key: t for key, t in tensors.items() if not key.startswith(prefixes)}, strict=False)
     return loaded  # type: ignore[return-value]
 
 
@@ -169,6 +178,11 @@ def _check_same_tensors(path: object, saved: Mapping[str, Tensor], wanted: Mappi
         f"with {name} of shape {tuple(tensor.shape)}, the model's has {tuple(wanted[name].shape)}"
         for name, tensor in saved.items()
         if name in wanted and tensor.shape != wanted[name].shape
+    ]
+    problems += [
+        f"with {name} in {tensor.dtype}, the model's is in {wanted[name].dtype}"
+        for name, tensor in saved.items()
+        if name in wanted and tensor.dtype != wanted[name].dtype
     ]
     if not problems:
         tied: dict[Any, str] = {}

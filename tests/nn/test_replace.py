@@ -1,3 +1,5 @@
+import collections
+import threading
 from typing import Any
 
 import pytest
@@ -119,6 +121,48 @@ def test_copy_shares_tensors_and_leaves_the_model():
     assert torch.equal(copied.chain(torch.ones(1, 1, 2))[0], model.chain(torch.ones(1, 1, 2))[0])
     with pytest.raises(AttributeError, match="has no attribute `gru`"):
         copy_with_replacements(model, {"gru": nn.Identity()})
+
+
+def test_copy_shares_tensors_in_containers():
+    model = make_model()
+    hidden = [torch.ones(2) * nn.Parameter(torch.ones(1)) for _ in range(7)]  # deepcopy alone would refuse each
+    model.cell.hidden = [hidden[0], (hidden[1], {"c": [hidden[2]]}), {hidden[3]}]
+    model.cell.hidden.append(model.cell.hidden)
+    model.recent = collections.deque([hidden[4]], maxlen=3)
+    model.by_hand = [nn.Identity()]
+    model.by_hand[0].last = hidden[5]
+    model.names = {hidden[6]: "last"}
+    copied: Any = copy_with_replacements(model, {"rnn": nn.Identity()})
+    ours, theirs = copied.cell.hidden, model.cell.hidden
+    assert ours is ours[3] is not theirs
+    assert ours[1][1] is not theirs[1][1]
+    found = [ours[0], ours[1][0], ours[1][1]["c"][0], *ours[2], *copied.recent, copied.by_hand[0].last, *copied.names]
+    assert all(a is b for a, b in zip(found, hidden, strict=True))
+    assert copied.recent is not model.recent
+    assert copied.by_hand[0] is not model.by_hand[0]
+
+
+def test_what_cannot_be_copied_is_named():
+    model = make_model()
+    model.rnn.lock = threading.Lock()  # goes with the layer that is replaced
+    assert copy_with_replacements(model, {"rnn": nn.Identity()}).rnn is not model.rnn
+    model.stack[1].state = {"guard": threading.Lock()}
+    message = r"model cannot be copied: model.stack.1.state holds a dict \(cannot pickle .*lock.* object\). Convert the"
+    with pytest.raises(TypeError, match=message):
+        copy_with_replacements(model, {"rnn": nn.Identity()})
+    del model.stack[1].state
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"model.lock holds a lock"):
+        copy_with_replacements(model, {"rnn": nn.Identity()})
+
+
+def test_a_module_that_refuses_to_be_copied_says_so_itself():
+    class Single(nn.Module):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("there is only one")
+
+    with pytest.raises(RuntimeError, match="there is only one"):
+        copy_with_replacements(nn.Sequential(nn.GRU(2, 3), Single()), {"0": nn.Identity()})
 
 
 def test_copied_hooks_act_on_the_copy():

@@ -131,3 +131,5 @@ def test_references_that_do_not_fit_are_named():
         forecast(nn.Sequential(layer), pruner)
     with pytest.raises(TypeError, match=r"reference must be an nn\.Module or a state_dict, got str"):
         forecast(layer, pruner, "dense.pt")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="pruner must be a Pruner, got int"):
+        forecast(layer, 3)  # type: ignore[arg-type]

@@ -67,5 +67,8 @@ def test_tied_weights_count_once_and_parametrized_ones_count(penalty):
 def test_nothing_to_penalise_is_an_error():
     with pytest.raises(ValueError, match=r"model has no nn\.RNN"):
         l1(nn.Linear(2, 2))
+    for penalty in (group_lasso, l1):
+        with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
+            penalty("x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="block_size"):
         group_lasso(gru(2, 2), (0, 1))

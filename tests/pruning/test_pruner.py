@@ -1,6 +1,7 @@
 """The pruner in training: what is masked and when. Optimizers, checkpoints and ranks have files of their own."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from pruner_training import NOW, attached, backward, gru, masked_everywhere, train
 from torch import nn
 
-from triton_sparse_rnn.pruning import ConstantMask, OneShot, PolynomialDecay, Pruner, ThresholdRamp
+from triton_sparse_rnn.pruning import ConstantMask, OneShot, PolynomialDecay, Pruner, Schedule, ThresholdRamp
 from triton_sparse_rnn.pruning.scores import block_scores
 from triton_sparse_rnn.sparse.blocks import count_blocks, to_blocks
 
@@ -20,6 +21,7 @@ LAYERS = {
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # true, and no matter here
+@pytest.mark.filterwarnings("ignore:.* will be pruned to nothing")  # where one block covers a gate
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("block_size", [(1, 1), (2, 3), (3, 2), (4, 1), (5, 4), (7, 5), (16, 1)])
 def test_each_gate_prunes_its_lowest_blocks_at_every_remainder(kind, block_size):
@@ -142,6 +144,33 @@ def test_included_matrices_are_pruned_flat():
     kept = to_blocks(pruner.masks["convolution.weight"].flatten(1), (4, 2))
     assert kept.any(-1).any(-1).sum() == 6
     assert not model.get_parameter("convolution.weight")[~pruner.masks["convolution.weight"]].any()
+
+
+def test_sparse_gradients_are_refused_as_soon_as_they_come():
+    model = nn.ModuleDict({"e": nn.Embedding(9, 5, sparse=True), "rnn": nn.GRU(5, 7)})
+    pruner = Pruner(model, OneShot(sparsity=0.5, step=1000), include=("e.weight",))
+    with pytest.raises(TypeError, match=r"e\.weight must have dense gradients .*sparse_coo: .* sparse=False, or leave"):
+        model["rnn"](model["e"](torch.tensor([[1, 2]])))[0].sum().backward()
+    assert pruner.step_count == 0
+
+
+def test_schedule_of_a_user():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Halve(Schedule):
+        last_step: int = 3  # pyright: ignore[reportIncompatibleMethodOverride]
+
+        def updates_at(self, step):
+            return 1 <= step <= self.last_step
+
+        def sparsity_at(self, step):
+            return 1 - 0.5 ** min(step, self.last_step)
+
+    layer = gru(8, 8)
+    pruner, optimizer = attached(layer, Halve(), block_size=(1, 1))
+    seen = []
+    train(layer, optimizer, 4, after=lambda: seen.append(pruner.sparsity))
+    assert seen == [0.5, 0.75, 0.875, 0.875]
+    assert pruner.finished
 
 
 def test_nothing_is_touched_before_the_first_update():

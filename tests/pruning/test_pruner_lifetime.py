@@ -131,6 +131,31 @@ def test_pruned_model_can_be_copied_and_pickled():
         assert (other.weight_hh_l0.grad[other.weight_hh_l0 == 0] != 0).any()  # copies are free of the pruner
 
 
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("attach", [False, True])
+def test_copies_of_a_pruner_are_refused(duplicate, attach):
+    layer = gru(5, 7)
+    pruner = Pruner(layer, NOW)
+    if attach:
+        pruner.attach(torch.optim.Adam(layer.parameters()))
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled, .* state_dict\(\) by load_state_dict\(\)"):
+        duplicate(pruner)
+
+
+def test_copied_model_goes_on_with_the_state_of_the_pruner():
+    layer = gru(5, 7)
+    schedule = PolynomialDecay(final_sparsity=0.8, begin_step=1, end_step=5, frequency=1)
+    pruner, optimizer = attached(layer, schedule, torch.optim.SGD(layer.parameters(), lr=0.1))
+    train(layer, optimizer, 3)
+    other = copy.deepcopy(layer)
+    heir, others = attached(other, schedule, torch.optim.SGD(other.parameters(), lr=0.1))
+    heir.load_state_dict(pruner.state_dict())
+    for model, each in ((layer, optimizer), (other, others)):
+        train(model, each, 3)
+    assert masked_everywhere(heir, others)
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), other.parameters(), strict=True))
+
+
 def test_pruner_that_is_dropped_has_no_effect_unless_attached():
     layer = gru(5, 7)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)

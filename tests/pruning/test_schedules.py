@@ -2,6 +2,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -141,6 +142,39 @@ def test_one_shot_and_constant_mask():
 def test_bad_arguments_are_named(kind, arguments, error, message):
     with pytest.raises(error, match=message):
         kind(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "plain"),
+    [
+        (
+            PolynomialDecay,
+            {"final_sparsity": np.float64(0.75), "begin_step": np.int64(1), "end_step": np.int32(9), "power": 2},
+            PolynomialDecay(final_sparsity=0.75, begin_step=1, end_step=9, power=2.0),
+        ),
+        (
+            ThresholdRamp,
+            {"q": np.float32(0.5), "begin_step": 1, "ramp_step": np.uint8(4), "end_step": 9, "slope_ratio": 2},
+            ThresholdRamp(q=0.5, begin_step=1, ramp_step=4, end_step=9, slope_ratio=2.0),
+        ),
+        (OneShot, {"sparsity": np.float16(0.5), "step": np.int64(5)}, OneShot(sparsity=0.5, step=5)),
+    ],
+)
+def test_numbers_of_numpy_become_plain(kind, arguments, plain):
+    assert repr(kind(**arguments)) == repr(plain)  # which a checkpoint compares
+    for refused in (np.True_, np.str_("1"), np.array([1])):
+        with pytest.raises(TypeError, match="must be"):
+            kind(**arguments | dict.fromkeys(arguments, refused))
+
+
+def test_from_weights_takes_numbers_of_numpy_and_names_wrong_types():
+    layer, size = nn.GRU(4, 8), (np.int64(2), 1)
+    ramp = ThresholdRamp.from_weights(layer, np.float64(0.5), block_size=size, **SPAN)  # type: ignore[arg-type]
+    assert ramp == ThresholdRamp.from_weights(layer, 0.5, block_size=(2, 1), **SPAN)
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
+        ThresholdRamp.from_weights("x", **SPAN)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"names must be a glob .* got 3"):
+        ThresholdRamp.from_weights(layer, names=3, **SPAN)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("schedule", [PolynomialDecay(**DECAY), ThresholdRamp(**RAMP), ConstantMask()], ids=repr)

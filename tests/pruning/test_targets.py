@@ -23,7 +23,7 @@ class Model(nn.Module):
         self.decoder = nn.Linear(6, 10)
 
 
-def found(model, schedule: Any = HALF, targets=None, include=()):
+def found(model, schedule: Any = HALF, targets: Any = None, include: Any = ()):
     return {weight.name: weight.schedules for weight in match_weights(model, schedule, targets, include)}
 
 
@@ -60,6 +60,7 @@ def test_include_adds_matrices_in_one_gate():
     schedules = found(Model(), HALF, {"decoder.*": MOST}, include=("decoder.*", "*conv*", "middle.weight_h*"))
     added = {name: schedules[name] for name in schedules.keys() - found(Model()).keys()}
     assert added == {"decoder.weight": (MOST,), "convolution.weight": (HALF,), "middle.weight_hr_l0": (HALF,)}
+    assert found(Model(), HALF, include=iter(["decoder.*"])).keys() - found(Model()).keys() == {"decoder.weight"}
     (weight,) = match_weights(nn.Conv1d(6, 4, 3), HALF, None, ("weight",))
     assert weight.stacked().shape == (1, 4, 18)
     assert weight.block_grid((3, 4)) == (1, 2, 5)
@@ -107,8 +108,11 @@ def test_wrong_types_are_named():
         found(model, HALF, {"*": {"r": 0.5}})
     with pytest.raises(TypeError, match="targets must map globs"):
         found(model, HALF, [("*", HALF)])
-    with pytest.raises(TypeError, match=r"include must be a sequence of globs, such as \('decoder\.weight',\)"):
-        found(model, include="decoder.weight")
+    with pytest.raises(TypeError, match="targets must map globs to schedules, got the key 3"):
+        found(model, HALF, {3: None})
+    for include in ("decoder.weight", (3,), None, 7):
+        with pytest.raises(TypeError, match=r"include must be a sequence of globs, such as \('decoder\.weight',\), "):
+            found(model, include=include)
     with pytest.raises(ValueError, match=r"gates r of decoder\.weight, but it has no gates"):
         found(model, HALF, {"decoder.*": {"r": HALF}}, include=("decoder.weight",))
 
@@ -204,6 +208,31 @@ def test_names_that_collide_without_prefixes_are_refused():
     model.add_module("_orig_mod", nn.RNN(4, 4))
     with pytest.raises(ValueError, match=r"both called weight_ih_l0"):
         Pruner(model, HALF)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (lambda: nn.GRU(1, 16), {}, r"weight_ih_l0 .* in gates r, z, n: .* all blocks, 1 of 16x1 in each gate; .*"),
+        (lambda: nn.GRU(1, 40), {"balanced": True}, r"weight_ih_l0 .* r, z, n: .* 1 of 16x1 in each block row; .*"),
+        (lambda: nn.LSTM(8, 8), {"targets": {"*ih*": {"f": OneShot(sparsity=0.99, step=1)}}}, r"weight_ih_l0 .* f: .*"),
+        (
+            lambda: nn.ModuleList([nn.RNN(9, 9), nn.Linear(4, 3)]),
+            {"include": ("1.weight",), "block_size": (3, 2)},
+            r"1\.weight will be pruned to nothing: the final sparsity rounds to all blocks, 2 of 3x2 in each gate; .*",
+        ),
+    ],
+    ids=["one input", "balanced", "one gate", "included"],
+)
+def test_weights_that_will_be_pruned_to_nothing_are_warned_of(build, options, message):
+    with pytest.warns(UserWarning, match=f"^{message}targets={{'[1a-z_.]*weight[a-z0_]*': None}}$") as caught:
+        Pruner(build(), MOST, **options)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("options", [{}, {"balanced": True}, {"targets": {"*ih*": None}}])
+def test_weights_of_which_a_block_is_left_are_not_warned_of(options):
+    Pruner(nn.GRU(1 if "targets" in options else 6, 16), MOST, **options)  # round(0.9 * 6) = 5
 
 
 def test_options_that_exclude_each_other():

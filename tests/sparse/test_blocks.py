@@ -1,5 +1,6 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,9 +36,12 @@ def test_mask_of_blocks(block_size):
 
 def test_block_size_is_returned_as_a_pair():
     assert check_block_size((3, 1)) == check_block_size([3, 1]) == check_block_size(torch.Size([3, 1])) == (3, 1)  # type: ignore[arg-type]
+    assert repr(check_block_size((np.int64(3), np.uint8(1)))) == "(3, 1)"  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bad", [16, None, "ab", (16,), (16, 1, 1), (16.0, 1), (True, 1), ("16", "1")])
+@pytest.mark.parametrize(
+    "bad", [16, None, "ab", (16,), (16, 1, 1), (16.0, 1), (True, 1), (np.True_, 1), (np.float32(16), 1), ("16", "1")]
+)
 def test_block_size_of_another_type(bad):
     with pytest.raises(TypeError, match="tile must be two integers"):
         check_block_size(bad, "tile")

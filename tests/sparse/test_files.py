@@ -74,6 +74,21 @@ def test_plain_safetensors_reads_the_file(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask()
 
 
+@pytest.mark.parametrize("mask", [0o027, 0o002])
+def test_the_umask_is_never_changed(tmp_path, monkeypatch, mask):
+    def refuse(mask):
+        raise AssertionError("other threads that create files would see it")
+
+    before = os.umask(mask)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", refuse)
+            write_file(tmp_path / "file", {"a": torch.zeros(1)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
 def current_umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -208,7 +223,7 @@ def test_a_refused_save_keeps_the_old_file(tmp_path, bad):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("step", ["save_file", "os.replace"])
+@pytest.mark.parametrize("step", ["save_file", "Path.replace"])
 def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch, step):
     path = tmp_path / "file"
     write_file(path, {"a": torch.zeros(1)}, {})
@@ -222,3 +237,10 @@ def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch, step):
         write_file(path, {"a": torch.ones(1)}, {})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_dtype_that_the_format_cannot_hold(tmp_path):
+    tensors = {"a": torch.zeros(3), "b": torch.zeros(3, dtype=torch.complex128)}
+    with pytest.raises(ValueError, match=r"^b must have a dtype that safetensors can hold, got torch.complex128"):
+        write_file(tmp_path / "file", tensors, {})
+    assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,7 @@ class Settings:
     hidden_size: int = 384
     batch_size: int = 32
     window: int = 32
-    steps: int = 2200
+    steps: int = 1400
     learning_rate: float = 4e-3
     warmup: float = 0.05
     clip_norm: float = 1.0

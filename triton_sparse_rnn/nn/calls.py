@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from triton_sparse_rnn.ops.validation import check_batch_sizes
+
 
 class CallLayout(NamedTuple):
     """What a layer expects of its calls."""
@@ -59,6 +61,8 @@ def read_call(input: Tensor | PackedSequence, hx: Tensor | Sequence[Tensor] | No
         # torch.export knows the length of an axis, but no number in a tensor.
         B = int(batch_sizes[0]) if input.sorted_indices is None else input.sorted_indices.shape[0]
         states = _check_states(states, x, B, layout)
+        if type(batch_sizes) is Tensor and not torch.compiler.is_compiling():
+            check_batch_sizes(batch_sizes, x.shape[0], B)
         return Call(x, states, batch_sizes, input, (), False, False)
     if input.dim() not in (2, 3):
         raise ValueError(f"{layout.name}: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")

@@ -10,18 +10,20 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_sparse_rnn.nn.calls import Call, CallLayout, read_call, read_step
-from triton_sparse_rnn.nn.weight_storage import choose_block_size, warn_if_dense, weight_names
-from triton_sparse_rnn.ops.dispatch import RUN_LAYER, check_backend, choose_backend
+from triton_sparse_rnn.nn.weight_storage import choose_block_size, warn_if_dense, warn_if_slow, weight_names
+from triton_sparse_rnn.ops.dispatch import RUN_LAYER, check_backend, choose_backend, unsupported_reason
 from triton_sparse_rnn.ops.layer_weights import GATES, LayerWeights, pack_layer_weights
 from triton_sparse_rnn.ops.operators import is_observed, recurrent_layer
+from triton_sparse_rnn.ops.validation import check_weights
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix, check_storage_dtype
 from triton_sparse_rnn.sparse.blocks import check_block_size
 
@@ -35,6 +37,7 @@ class _Plan(NamedTuple):
     """How layers run eagerly, until a buffer or the wanted backend is replaced."""
 
     asked: str | None
+    dtype: torch.dtype
     buffers: list[Tensor | None]
     layers: list[list[LayerWeights]]
     backends: list[str]
@@ -44,6 +47,7 @@ class PersistentLayer(nn.Module):
     """What the three persistent modules share; see `PersistentGRU`."""
 
     dense_class: ClassVar[type[nn.RNNBase]]
+    _said_train_changes_nothing: ClassVar[bool] = False
     _marker: Tensor
 
     def __init__(
@@ -90,8 +94,7 @@ class PersistentLayer(nn.Module):
         marker = torch.empty(0, dtype=dtype, device=self._buffers["weight_ih_l0_values"].device)  # type: ignore[union-attr]
         self.register_buffer("_marker", marker, persistent=False)
         if backend is not None:
-            for layer in range(self.num_layers):
-                choose_backend(backend, self.mode, dtype, marker.device, self._layer_weights(layer))
+            self.chosen_backends()
 
     @classmethod
     def from_dense(
@@ -126,6 +129,11 @@ class PersistentLayer(nn.Module):
         dtype: torch.dtype = dense.weight_ih_l0.dtype  # type: ignore[assignment]
         storage = check_storage_dtype(dtype if weight_dtype is None else weight_dtype, "weight_dtype")
         for name in weight_names(dense):
+            if name not in dense._parameters and not is_parametrized(dense, name):
+                raise ValueError(
+                    f"{name} is computed by a hook, as torch.nn.utils.prune and weight_norm do, and would not be up to "
+                    "date; make it a parameter first, with prune.remove(layer, name) or remove_weight_norm(layer, name)"
+                )
             weight = getattr(dense, name).detach()
             if weight.is_meta:
                 raise ValueError(f"{name} is on the meta device and holds no weights to convert")
@@ -135,8 +143,13 @@ class PersistentLayer(nn.Module):
                 weights[name] = stored = BlockMatrix.from_dense(weight, size, gates=gates, dtype=storage)
                 warn_if_dense(name, weight, stored)
             else:
-                weights[name] = weight.clone()
-        return cls(dense, weights, dtype=dtype, backend=backend)
+                weights[name] = weight.clone(memory_format=torch.contiguous_format)
+        persistent = cls(dense, weights, dtype=dtype, backend=backend)
+        if backend is None and "reference" in persistent.chosen_backends():
+            layer = persistent.chosen_backends().index("reference")
+            place = dtype, persistent.device
+            warn_if_slow(unsupported_reason("cpu", dense.mode, *place, persistent._layer_weights(layer)))
+        return persistent
 
     def to_dense(self) -> nn.RNNBase:
         """Return a layer of the dense class with these weights: bit for bit the original ones for an unchanged dtype.
@@ -218,14 +231,34 @@ class PersistentLayer(nn.Module):
         if (
             plan is None
             or plan.asked != self.backend
+            or plan.dtype != x.dtype
             or len(plan.buffers) != len(held)
             or not all(map(operator.is_, plan.buffers, held))
         ):
             layers = [self._layer_weights(layer) for layer in range(self.num_layers)]
-            place = self._marker.dtype, self._marker.device
+            place = x.dtype, x.device
+            for directions in layers:
+                check_weights(directions, self.mode, *place)
             backends = [choose_backend(self.backend, self.mode, *place, directions) for directions in layers]
-            self._plan = plan = _Plan(self.backend, list(held), layers, backends)
+            self._plan = plan = _Plan(self.backend, x.dtype, list(held), layers, backends)
         return RUN_LAYER[plan.backends[layer]](x, states, plan.layers[layer], batch_sizes, self.mode)
+
+    def chosen_backends(self) -> list[str]:
+        """The backend that runs each layer where it is now: the named one, or the fastest that fits."""
+        place = self._marker.dtype, self._marker.device
+        layers = (self._layer_weights(layer) for layer in range(self.num_layers))
+        return [choose_backend(self.backend, self.mode, *place, directions) for directions in layers]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move and cast as any module does, but leave weights that are stored in a dtype of their own in it."""
+        dtype = self._marker.dtype
+        own = {name: tensor for name, tensor in self._buffers.items() if tensor is not None and tensor.dtype != dtype}
+        super()._apply(fn, recurse)
+        for name, tensor in own.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made again at the next call."""
@@ -285,6 +318,11 @@ class PersistentLayer(nn.Module):
         return self._marker.dtype
 
     @property
+    def device(self) -> torch.device:
+        """Of all buffers, and so of inputs."""
+        return self._marker.device
+
+    @property
     def density(self) -> float:
         """Stored weights of weight_ih and weight_hh, zeros inside stored blocks too, as a fraction of all."""
         matrices = [weight for weight in self.stored_weights().values() if isinstance(weight, BlockMatrix)]
@@ -299,8 +337,9 @@ class PersistentLayer(nn.Module):
         """Do nothing: there is nothing to flatten. Here because code written for nn.RNN calls it."""
 
     def train(self, mode: bool = True) -> Self:
-        """Set the flag that nn.Module.train sets; it changes nothing here, and a warning says so."""
-        if mode:
+        """Set the flag that nn.Module.train sets; it changes nothing here, and a warning says so, once."""
+        if mode and not PersistentLayer._said_train_changes_nothing:
+            PersistentLayer._said_train_changes_nothing = True
             warnings.warn(
                 f"{type(self).__name__} is for inference: train() changes nothing, dropout stays off and there is no "
                 "backward",
@@ -326,7 +365,7 @@ class PersistentLayer(nn.Module):
             f"block_size={sizes[0] if len(sizes) == 1 else sizes}",
             f"weight_dtype={matrices[0].values.dtype}",
             f"nbytes={self.nbytes}",
-            f"backend={self.backend!r}",
+            f"backend={'/'.join(sorted(set(self.chosen_backends())))!r}",
         ]
         return ", ".join([str(self.input_size), str(self.hidden_size), *changed, *stored])
 

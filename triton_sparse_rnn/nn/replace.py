@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -86,8 +87,8 @@ def copy_with_replacements(model: nn.Module, replacements: Mapping[str, nn.Modul
     """Return a deep copy of `model` with replaced modules; `model` stays as it is.
 
     Every reference to an old module that the copy reaches is one to the new module: under each name, in plain lists, in
-    bound methods such as hooks. Parameters, buffers and tensors that a module holds as an attribute are shared with
-    `model`, not copied; so are the replacements themselves.
+    bound methods such as hooks. Parameters, buffers and tensors that a module holds as an attribute, or in lists,
+    tuples, sets, deques and dicts there, are shared with `model`, not copied; so are the replacements themselves.
 
     Args:
         model: any module.
@@ -95,12 +96,51 @@ def copy_with_replacements(model: nn.Module, replacements: Mapping[str, nn.Modul
 
     Raises:
         AttributeError: `model` has no module of that name.
+        TypeError: an attribute of a module cannot be copied, such as a lock.
     """
-    memo: dict[int, Any] = {id(model.get_submodule(name)): new for name, new in replacements.items()}
-    for module in model.modules():
-        held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
-        memo |= {id(tensor): tensor for tensor in held if isinstance(tensor, Tensor)}
-    return copy.deepcopy(model, memo)
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in _held_tensors(model)}
+    memo |= {id(model.get_submodule(name)): new for name, new in replacements.items()}
+    try:
+        return copy.deepcopy(model, dict(memo))
+    except Exception:
+        _raise_for_uncopyable_attribute(model, memo)
+        raise
+
+
+def _held_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield every tensor that the modules of `model` hold, in containers inside each other too."""
+    pending: list[Any] = [model]
+    seen: set[int] = set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, nn.Module):
+            pending.append(vars(value))
+        elif isinstance(value, dict):
+            pending += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+            pending += value
+
+
+def _raise_for_uncopyable_attribute(model: nn.Module, memo: Mapping[int, Any]) -> None:
+    """Name the attribute on which a deep copy of `model` failed, if it is one by itself."""
+    modules = {id(module): module for module in model.modules()}
+    for name, module in model.named_modules():
+        if id(module) in memo:  # is replaced
+            continue
+        for attribute, value in vars(module).items():
+            try:
+                copy.deepcopy(value, {**modules, **memo})
+            except Exception as error:
+                place = ".".join(filter(None, ("model", name, attribute)))
+                raise TypeError(
+                    f"model cannot be copied: {place} holds a {type(value).__name__} ({error}). Convert the layer "
+                    "itself and put the result in its place, as in model.rnn = to_sparse(model.rnn)"
+                ) from error
 
 
 def take_hooks(new: nn.Module, old: nn.Module) -> None:

@@ -31,7 +31,8 @@ def recurrent_layer(
     from triton_sparse_rnn.kernels.cpu.gru import gru_layer
 
     assert mode == "GRU", mode
-    x, h0 = x.contiguous(), states[0].contiguous()
+    x, h0 = x.resolve_neg().contiguous(), states[0].resolve_neg().contiguous()  # as they lie in memory
+    batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
     D, _, H = h0.shape
     y, h_n = x.new_empty(x.shape[0], D * H), torch.empty_like(h0)
     for direction, (weight_ih, weight_hh, bias_ih, bias_hh, _) in enumerate(directions):

@@ -8,10 +8,12 @@ from typing import Optional  # the schema is read from these annotations, which 
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from triton_sparse_rnn.ops.dispatch import RUN_LAYER, choose_backend
 from triton_sparse_rnn.ops.layer_weights import TENSORS_PER_DIRECTION, unpack_layer_weights
+from triton_sparse_rnn.ops.validation import check_call
 
 
 @torch.library.custom_op("triton_sparse_rnn::recurrent_layer", mutates_args=())
@@ -37,9 +39,11 @@ def recurrent_layer(
     Returns:
         y [N, D * (H or proj_size)], h_n and, for an LSTM, c_n.
     Raises:
+        ValueError, RuntimeError: tensors do not fit together. What the indices in `weights` hold is trusted.
         BackendUnavailableError: `backend` is named and cannot run this layer.
     """
-    directions = unpack_layer_weights(weights, mode, x.shape[1], (hidden_size, states[0].shape[2]))
+    directions = unpack_layer_weights(weights, mode, x.shape[-1], (hidden_size, states[0].shape[-1]))
+    check_call(x, list(states), directions, batch_sizes, mode)
     chosen = choose_backend(backend, mode, x.dtype, x.device, directions)
     return RUN_LAYER[chosen](x, list(states), directions, batch_sizes, mode)
 
@@ -88,6 +92,8 @@ def is_observed(x: Tensor, states: list[Tensor]) -> bool:
         or type(x) is not Tensor
         or x.is_meta
         or any(type(state) is not Tensor for state in states)
+        or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, jvp, torch.func.grad
+        or forward_ad._current_level >= 0
         or (torch.is_grad_enabled() and (x.requires_grad or any(state.requires_grad for state in states)))
         or _get_current_dispatch_mode() is not None
     )

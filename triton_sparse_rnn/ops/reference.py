@@ -21,6 +21,7 @@ from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 Linear = Callable[[Tensor], Tensor]  # [n, columns] -> [n, rows]
+CHUNK_BYTES = 2**26  # of inputs and products that block_linear holds for every stored block at a time
 
 
 def recurrent_layer(
@@ -123,13 +124,17 @@ def dense_linear(weight: BlockMatrix, bias: Tensor | None, dtype: torch.dtype) -
 
 
 def block_linear(weight: BlockMatrix, bias: Tensor | None, dtype: torch.dtype) -> Linear:
-    """Multiply block by block: a pruned block does not read its input, so NaN and infinity stop there."""
+    """Multiply block by block: a pruned block does not read its input, so NaN and infinity stop there.
+
+    Rows of the input are taken in chunks, as each one needs NB * (BC + BR) numbers.
+    """
     (gates, groups, block_columns), (BR, BC) = weight.block_grid, weight.block_size
     blocks = weight.scaled_blocks().to(dtype)  # [NB, BR, BC]
     places = weight.columns.long()[:, None] * BC + torch.arange(BC, device=blocks.device)  # [NB, BC]
     block_rows = weight.block_rows
+    chunk_rows = max(1, CHUNK_BYTES // max(1, len(blocks) * (BC + BR) * dtype.itemsize))
 
-    def linear(x: Tensor) -> Tensor:
+    def multiply(x: Tensor) -> Tensor:
         inputs = F.pad(x, (0, block_columns * BC - x.shape[1]))[:, places]  # [n, NB, BC]
         products = torch.einsum("nbc,brc->bnr", inputs, blocks)
         sums = x.new_zeros(groups * gates, len(x), BR).index_add_(0, block_rows, products)
@@ -137,4 +142,4 @@ def block_linear(weight: BlockMatrix, bias: Tensor | None, dtype: torch.dtype) -
         y = rows[..., : weight.shape[0] // gates].flatten(1)
         return y if bias is None else y + bias.to(dtype)
 
-    return linear
+    return lambda x: torch.cat([multiply(rows) for rows in x.split(chunk_rows)])

@@ -3,6 +3,16 @@
 from triton_sparse_rnn.pruning.forecast import forecast
 from triton_sparse_rnn.pruning.penalties import group_lasso, l1
 from triton_sparse_rnn.pruning.pruner import Pruner
-from triton_sparse_rnn.pruning.schedules import ConstantMask, OneShot, PolynomialDecay, ThresholdRamp
+from triton_sparse_rnn.pruning.schedules import ConstantMask, OneShot, PolynomialDecay, Schedule, ThresholdRamp
 
-__all__ = ["ConstantMask", "OneShot", "PolynomialDecay", "Pruner", "ThresholdRamp", "forecast", "group_lasso", "l1"]
+__all__ = [
+    "ConstantMask",
+    "OneShot",
+    "PolynomialDecay",
+    "Pruner",
+    "Schedule",
+    "ThresholdRamp",
+    "forecast",
+    "group_lasso",
+    "l1",
+]

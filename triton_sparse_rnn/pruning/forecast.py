@@ -12,6 +12,7 @@ from triton_sparse_rnn.pruning.pruner import Pruner
 from triton_sparse_rnn.pruning.scores import block_weight_counts
 from triton_sparse_rnn.pruning.targets import Weight
 from triton_sparse_rnn.pruning.weights import clean_name
+from triton_sparse_rnn.tables import align
 
 _MOST_UPDATES = 100  # walked through on the way to the reference; more would not change the result by a point
 _SAME_ORIGIN = 0.1  # cosine between the weights of model and reference; far above that of two seeds, about 1 / sqrt(n)
@@ -82,10 +83,7 @@ class Forecast:
         for name, row in [*((row.name, row) for row in self.rows), ("total", self)]:
             counts = (row.stored_blocks, row.nbytes, row.dense_nbytes, row.macs_per_step)
             table.append((name, f"{row.sparsity:.1%}", *(f"{count:,}" for count in counts)))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(
-            "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in table
-        )
+        return "\n".join(align(table, right=range(1, 6)))
 
 
 @torch.no_grad()
@@ -111,6 +109,7 @@ def forecast(model: nn.Module, pruner: Pruner, reference: nn.Module | Mapping[st
         reference: a dense model trained as this one will be, or its state_dict; None takes `model` itself.
 
     Raises:
+        TypeError: an argument is not of its type.
         ValueError: model or reference lacks a weight of the pruner, or has it in another shape.
 
     >>> from triton_sparse_rnn.pruning import PolynomialDecay
@@ -122,6 +121,8 @@ def forecast(model: nn.Module, pruner: Pruner, reference: nn.Module | Mapping[st
     weight_hh_l0     90.0%     306  20,908      196,608      4,896
     total            90.0%     459  31,412      294,912      7,344
     """
+    if not isinstance(pruner, Pruner):
+        raise TypeError(f"pruner must be a Pruner, got {type(pruner).__name__}")
     starts = _weights_by_name("model", model, pruner)
     ends = starts if reference is None else _weights_by_name("reference", reference, pruner)
     return Forecast(tuple(_row(pruner, weight, starts[weight.name], ends[weight.name]) for weight in pruner.weights))

@@ -27,7 +27,7 @@ def group_lasso(model: nn.Module, block_size: tuple[int, int] = (16, 1)) -> Tens
     >>> group_lasso(layer, block_size=(2, 1)).item()
     6.0
     """
-    check_block_size(block_size)
+    block_size = check_block_size(block_size)
     blocks = (to_blocks(weight, block_size) for weight in _stacked_weights(model))
     return _total(torch.linalg.vector_norm(each, dim=(-2, -1)).sum() for each in blocks)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from triton_sparse_rnn.pruning.masks import kept_bits, prune_to_sparsity, prune_
 from triton_sparse_rnn.pruning.schedules import ConstantMask, Schedule
 from triton_sparse_rnn.pruning.scores import block_scores, block_weight_counts, check_score, combine_gates
 from triton_sparse_rnn.pruning.state import pack_state, unpack_state
-from triton_sparse_rnn.pruning.targets import Target, Weight, match_weights
+from triton_sparse_rnn.pruning.targets import Target, Weight, match_weights, warn_of_emptied_gates
 from triton_sparse_rnn.sparse.blocks import check_block_size
 
 
@@ -28,7 +28,7 @@ class Pruner:
 
     Masks depend on weights alone, so every rank of DistributedDataParallel finds the same ones without communication.
     A weight that is NaN is pruned last, and NaN or infinity in a pruned place becomes zero. The pruner holds about as
-    much memory as the weights that it prunes.
+    much memory as the weights that it prunes. It cannot be copied or pickled: its `state_dict` can.
 
     >>> from triton_sparse_rnn import pruning
     >>> model = nn.GRU(8, 32)
@@ -72,11 +72,15 @@ class Pruner:
                 follows `schedule`.
             tie_gates: one mask for all gates of a unit group; their scores are combined.
             balanced: prune the same number of blocks in each unit group of each gate. Needs schedules by rank.
-            include: globs of further parameters to prune, as `weight.flatten(1)`, such as ("decoder.weight",).
+            include: globs of further parameters to prune, as `weight.flatten(1)`, such as ("decoder.weight",); not of
+                an nn.Embedding(sparse=True), whose backward raises a TypeError.
 
         Raises:
             TypeError, ValueError: a bad argument, nothing to prune, a glob that matches nothing, or a weight that
                 cannot be pruned: frozen, tied, parametrized, or sharded (DTensor).
+
+        Warns:
+            UserWarning: a gate, or with `balanced` a block row, has so few blocks that all of them will be pruned.
         """
         self.block_size = check_block_size(block_size)
         self.score = check_score(score)
@@ -85,6 +89,7 @@ class Pruner:
         self._model = model
         self._weights = match_weights(model, schedule, targets, include)
         self._check_options()
+        warn_of_emptied_gates(self._weights, self.block_size, balanced=self.balanced)
         self._step_count = 0
         self._started = False
         self._attachment: Attachment | None = None
@@ -296,6 +301,11 @@ class Pruner:
             self._bits[weight.name] = kept_bits(every_gate, self.block_size, parameter.shape, parameter.dtype)
 
     def _apply(self, weight: Weight, tensor: Tensor) -> None:
+        if tensor.layout != torch.strided:
+            raise TypeError(
+                f"{weight.name} must have dense gradients and optimizer state, got {tensor.layout}: "
+                "give its nn.Embedding sparse=False, or leave it out of include"
+            )
         bits = self._bits.get(weight.name)
         if bits is None:
             return
@@ -312,10 +322,15 @@ class Pruner:
         }
 
     def __repr__(self) -> str:
-        state = f"step {self._step_count}, {self.sparsity:.1%} sparse".replace("%", " %")
         return (
-            f"Pruner({len(self._weights)} weights, block_size={self.block_size}, score={self.score!r}, {state}"
-            f"{', finished' if self.finished else ''})"
+            f"Pruner({len(self._weights)} weights, block_size={self.block_size}, score={self.score!r}, "
+            f"step {self._step_count}, {100 * self.sparsity:.1f} % sparse{', finished' if self.finished else ''})"
+        )
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "a Pruner cannot be copied or pickled, since its hooks stay in the model that it was made for: "
+            "make one for the other model, and pass it this one's state_dict() by load_state_dict()"
         )
 
 

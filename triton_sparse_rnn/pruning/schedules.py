@@ -9,6 +9,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+import numbers
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,15 +76,16 @@ class PolynomialDecay(Schedule):
     power: float = 3.0
 
     def __post_init__(self) -> None:
-        _check_fraction("final_sparsity", self.final_sparsity)
-        _check_fraction("initial_sparsity", self.initial_sparsity)
+        _check_fields(self, _checked_fraction, "final_sparsity", "initial_sparsity")
+        _check_fields(self, _checked_step, "begin_step", "end_step")
+        _check_fields(self, _checked_positive_integer, "frequency")
+        _check_fields(self, _checked_positive, "power")
         if self.initial_sparsity > self.final_sparsity:
             raise ValueError(
                 f"initial_sparsity must not exceed final_sparsity={self.final_sparsity}, got {self.initial_sparsity}: "
                 "pruned weights do not come back"
             )
-        _check_span(self.begin_step, self.end_step, self.frequency)
-        _check_positive("power", self.power)
+        _check_order(self.begin_step, self.end_step)
 
     @property
     def last_step(self) -> int:
@@ -131,15 +134,15 @@ class ThresholdRamp(Schedule):
     slope_ratio: float = 1.5
 
     def __post_init__(self) -> None:
-        _check_positive("q", self.q)
-        _check_span(self.begin_step, self.end_step, self.frequency)
-        _check_integer("ramp_step", self.ramp_step)
+        _check_fields(self, _checked_step, "begin_step", "ramp_step", "end_step")
+        _check_fields(self, _checked_positive_integer, "frequency")
+        _check_fields(self, _checked_positive, "q", "slope_ratio")
+        _check_order(self.begin_step, self.end_step)
         if not self.begin_step <= self.ramp_step <= self.end_step:
             raise ValueError(
                 f"ramp_step must lie between begin_step={self.begin_step} and end_step={self.end_step}, "
                 f"got {self.ramp_step}"
             )
-        _check_positive("slope_ratio", self.slope_ratio)
 
     @classmethod
     def from_weights(
@@ -174,8 +177,10 @@ class ThresholdRamp(Schedule):
         ... ).q
         12.0
         """
-        _check_fraction("sparsity", sparsity)
-        check_block_size(block_size)
+        sparsity = _checked_fraction("sparsity", sparsity)
+        block_size = check_block_size(block_size)
+        if not isinstance(names, str):
+            raise TypeError(f"names must be a glob such as '*weight_hh*', got {names!r}")
         pooled = []
         for path, module, attribute in recurrent_weights(model):
             if name_matches(clean_name(path), names):
@@ -233,8 +238,8 @@ class OneShot(Schedule):
     step: int
 
     def __post_init__(self) -> None:
-        _check_fraction("sparsity", self.sparsity)
-        _check_integer("step", self.step)
+        _check_fields(self, _checked_fraction, "sparsity")
+        _check_fields(self, _checked_step, "step")
 
     @property
     def last_step(self) -> int:
@@ -269,30 +274,44 @@ class ConstantMask(Schedule):
         return 0.0
 
 
-def _check_fraction(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _check_fields(schedule: Schedule, checked: Callable[[str, object], float], *names: str) -> None:
+    """Check each field, and keep it as a plain number: a checkpoint holds and compares the repr of a schedule."""
+    for name in names:
+        object.__setattr__(schedule, name, checked(name, getattr(schedule, name)))
+
+
+def _checked_fraction(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number in [0, 1), got {value!r}")
-    if not 0 <= value < 1:
+    if not 0 <= float(value) < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    return float(value)
 
 
-def _check_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _checked_positive(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number above 0, got {value!r}")
-    if not 0 < value < math.inf:
+    if not 0 < float(value) < math.inf:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    return float(value)
 
 
-def _check_integer(name: str, value: int, *, least: int = 0) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _checked_step(name: str, value: object) -> int:
+    return _checked_integer(name, value, least=0)
+
+
+def _checked_positive_integer(name: str, value: object) -> int:
+    return _checked_integer(name, value, least=1)
+
+
+def _checked_integer(name: str, value: object, *, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
+    if int(value) < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
 
 
-def _check_span(begin_step: int, end_step: int, frequency: int) -> None:
-    _check_integer("begin_step", begin_step)
-    _check_integer("end_step", end_step)
-    _check_integer("frequency", frequency, least=1)
+def _check_order(begin_step: int, end_step: int) -> None:
     if begin_step >= end_step:
         raise ValueError(f"end_step must come after begin_step={begin_step}, got {end_step}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
@@ -30,12 +31,14 @@ class Weight:
         name: what users see and checkpoints hold: the path without the prefixes of wrappers.
         path: where the model has it.
         parameter: [G * H, C]; or [O, ...] of a parameter on request, taken as [O, C] with one gate.
+        gate_names: one letter each; ("",) of a parameter on request.
         schedules: of each gate; None leaves it dense.
     """
 
     name: str
     path: str
     parameter: nn.Parameter
+    gate_names: tuple[str, ...]
     schedules: tuple[Schedule | None, ...]
 
     @property
@@ -73,16 +76,18 @@ def match_weights(
         TypeError, ValueError: naming the argument, or the parameter that cannot be pruned.
     """
     targets = {} if targets is None else targets
-    _check_arguments(model, schedule, targets, include)
+    _check_schedules(schedule, targets)
+    globs = _checked_globs(include)
     unused, found = set(targets), []
-    for candidate in (*_recurrent(model), *_included(model, include)):
+    for candidate in (*_recurrent(model), *_included(model, globs)):
         name = clean_name(candidate.path)
         pattern = next((pattern for pattern in targets if name_matches(name, pattern)), None)
         unused.discard(pattern)
         target = schedule if pattern is None else targets[pattern]
         schedules = _schedule_each_gate(name, candidate.gates, target, schedule)
         if any(one is not None for one in schedules):
-            found.append(Weight(name, candidate.path, _checked_parameter(model, candidate), schedules))
+            parameter = _checked_parameter(model, candidate)
+            found.append(Weight(name, candidate.path, parameter, candidate.gates, schedules))
     if unused:
         raise ValueError(f"targets has globs that no weight is left for: {', '.join(map(repr, sorted(unused)))}")
     if not found:
@@ -94,17 +99,40 @@ def match_weights(
     return tuple(found)
 
 
-def _check_arguments(
-    model: nn.Module, schedule: Schedule | None, targets: Mapping[str, Target], include: Iterable[str]
-) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+def warn_of_emptied_gates(weights: Iterable[Weight], block_size: tuple[int, int], *, balanced: bool) -> None:
+    """Warn the caller's caller of gates of which the final sparsity, rounded to whole blocks, leaves nothing."""
+    for weight in weights:
+        _, block_rows, block_columns = weight.block_grid(block_size)
+        blocks = block_columns if balanced else block_rows * block_columns
+        emptied = []
+        for gate, schedule in zip(weight.gate_names, weight.schedules, strict=True):
+            sparsity = None if schedule is None else schedule.sparsity_at(schedule.last_step)
+            if sparsity is not None and round(sparsity * blocks) == blocks:
+                emptied.append(gate)
+        if emptied:
+            gates = f" in gates {', '.join(emptied)}" if emptied != [""] else ""
+            warnings.warn(
+                f"{weight.name} will be pruned to nothing{gates}: the final sparsity rounds to all blocks, {blocks} of "
+                f"{block_size[0]}x{block_size[1]} in each {'block row' if balanced else 'gate'}; use smaller blocks, "
+                f"or leave it dense by targets={{{weight.name!r}: None}}",
+                stacklevel=3,
+            )
+
+
+def _checked_globs(include: Iterable[str]) -> tuple[str, ...]:
+    globs = tuple(include) if isinstance(include, Iterable) else (include,)
+    if isinstance(include, str) or not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(f"include must be a sequence of globs, such as ('decoder.weight',), got {include!r}")
+    return globs
+
+
+def _check_schedules(schedule: Schedule | None, targets: Mapping[str, Target]) -> None:
     if not isinstance(targets, Mapping):
         raise TypeError(f"targets must map globs to schedules, got {type(targets).__name__}")
-    if isinstance(include, str):
-        raise TypeError(f"include must be a sequence of globs, such as ({include!r},), got a single string")
     _check_schedule("schedule", schedule)
     for pattern, target in targets.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"targets must map globs to schedules, got the key {pattern!r}")
         for value in target.values() if isinstance(target, Mapping) else (target,):
             _check_schedule(f"targets[{pattern!r}]", value)
 
@@ -126,7 +154,7 @@ def _recurrent(model: nn.Module) -> Iterator[_Candidate]:
         yield _Candidate(path, gates, len(gates) * module.hidden_size)
 
 
-def _included(model: nn.Module, include: Iterable[str]) -> list[_Candidate]:
+def _included(model: nn.Module, include: tuple[str, ...]) -> list[_Candidate]:
     """The matrices, other than recurrent and input weights, that `include` names; they have one gate, ""."""
     recurrent = {path for path, _, _ in recurrent_weights(model)}
     matrices = [path for path, parameter in model.named_parameters(remove_duplicate=False) if parameter.dim() >= 2]

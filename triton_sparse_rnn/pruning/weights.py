@@ -17,6 +17,8 @@ def recurrent_weights(model: nn.Module) -> Iterator[tuple[str, nn.RNNBase, str]]
     >>> [path for path, _, _ in recurrent_weights(nn.Sequential(nn.GRU(3, 4)))]
     ['0.weight_ih_l0', '0.weight_hh_l0']
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     for prefix, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
             for layer in range(module.num_layers):

@@ -178,9 +178,14 @@ class BlockMatrix:
         whole = blocks.view(groups, gates, block_columns, BR, BC).transpose(0, 1)
         return from_blocks(whole, self.shape[0] // gates, self.shape[1]).flatten(0, 1)
 
-    def check(self) -> None:
-        """Raise ValueError unless the tensors fit together: kernels read as far as `starts` and `columns` say."""
+    def check(self, *, indices: bool = True) -> None:
+        """Raise ValueError unless the tensors fit together: kernels read as far as `starts` and `columns` say.
+
+        Args:
+            indices: also read what `starts` and `columns` hold; False reads no tensor.
+        """
         check_storage_dtype(self.values.dtype, "values")
+        _check_gates(self.gates, self.shape[0])
         for name in ("columns", "starts"):
             if getattr(self, name).dtype != torch.int32:
                 raise ValueError(f"{name} must be int32, got {getattr(self, name).dtype}")
@@ -193,6 +198,14 @@ class BlockMatrix:
         tensors = [self.values, self.columns, self.starts, *([] if self.scales is None else [self.scales])]
         if not all(tensor.is_contiguous() and tensor.device == self.values.device for tensor in tensors):
             raise ValueError("values, columns, starts and scales must be contiguous and on one device")
+        if (self.values.dtype == torch.int8) != (self.scales is not None):
+            raise ValueError("scales belong to int8 values and to no others")
+        if self.scales is not None and (self.scales.shape != (self.shape[0],) or not self.scales.is_floating_point()):
+            raise ValueError(f"scales must be one floating-point number for each of {self.shape[0]} rows")
+        if indices:
+            self._check_indices(block_columns)
+
+    def _check_indices(self, block_columns: int) -> None:
         NB = len(self.values)
         if self.starts[0] != 0 or self.starts[-1] != NB or (self.starts.diff() < 0).any():
             raise ValueError(f"starts must rise from 0 to the {NB} stored blocks")
@@ -200,10 +213,6 @@ class BlockMatrix:
             raise ValueError(f"columns must lie in 0..{block_columns - 1}")
         if ((self.block_rows * block_columns + self.columns).diff() <= 0).any():
             raise ValueError("columns must ascend within each row of blocks")
-        if (self.values.dtype == torch.int8) != (self.scales is not None):
-            raise ValueError("scales belong to int8 values and to no others")
-        if self.scales is not None and (self.scales.shape != (self.shape[0],) or not self.scales.is_floating_point()):
-            raise ValueError(f"scales must be one floating-point number for each of {self.shape[0]} rows")
 
     def scaled_blocks(self) -> Tensor:
         """The stored blocks [NB, BR, BC], upright and with scales applied."""
@@ -217,8 +226,9 @@ class BlockMatrix:
     @property
     def block_rows(self) -> Tensor:
         """[NB], int64, the row of blocks in which each stored block stands (group * G + gate)."""
-        counts = self.starts.diff().long()
-        return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        # Not repeat_interleave: however small, it starts threads, on which a process hangs that was forked later.
+        blocks = torch.arange(len(self.columns), device=self.starts.device, dtype=torch.int32)
+        return torch.searchsorted(self.starts, blocks, right=True) - 1
 
     @property
     def block_size(self) -> tuple[int, int]:

@@ -5,24 +5,27 @@ zeros, so every function here takes every size. Leading axes are kept: a stacked
 [G, H, I], and no block then reaches over the border between two gates.
 """
 
+import numbers
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
 def check_block_size(block_size: tuple[int, int], name: str = "block_size") -> tuple[int, int]:
-    """Return block_size as a pair of ints, or raise naming the argument.
+    """Return block_size as a pair of plain ints, or raise naming the argument.
 
     Raises:
-        TypeError: not a pair of integers.
+        TypeError: not a pair of integers, Python's or numpy's.
         ValueError: one of them is below 1.
     """
     pair = tuple(block_size) if isinstance(block_size, (tuple, list, torch.Size)) else ()
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) for n in pair):
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, numbers.Integral) for n in pair):
         raise TypeError(f"{name} must be two integers (rows, columns), got {block_size!r}")
-    if min(pair) < 1:
+    rows, columns = map(int, pair)
+    if min(rows, columns) < 1:
         raise ValueError(f"{name} must be at least (1, 1), got {block_size!r}")
-    return pair
+    return rows, columns
 
 
 def count_blocks(rows: int, columns: int, block_size: tuple[int, int]) -> tuple[int, int]:

@@ -6,11 +6,10 @@ SHA-256 of description and tensors. The digest finds damage; it is no signature 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +29,27 @@ def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], descrip
     Tensors that are one and the same are stored once, and come back as one; views of one storage come back apart.
 
     Raises:
-        ValueError: a tensor has no numbers to store, or its layout is not torch.strided.
+        ValueError: a tensor has no numbers to store, or a layout or dtype that safetensors cannot hold.
     """
     stored, aliases = _separate(tensors)
     text = json.dumps({"aliases": aliases, "content": description}, sort_keys=True)
     metadata = {"format": FORMAT, "version": VERSION, "description": text, "sha256": _digest(stored, text)}
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}"
+    temporary.touch(exist_ok=False)
+    usual_mode = temporary.stat().st_mode
     try:
         save_file(stored, temporary, metadata=metadata)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # noqa: PTH101 - mkstemp made it private; give it the usual permissions
-        os.replace(temporary, path)  # noqa: PTH105
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)  # noqa: PTH108
-        raise
+        temporary.chmod(usual_mode)  # safetensors may have replaced it by a private file
+        temporary.replace(path)
+    except KeyError as error:  # safetensors looks dtypes up in a table
+        names = [name for name, tensor in stored.items() if tensor.dtype in error.args]
+        raise ValueError(
+            f"{', '.join(names)} must have a dtype that safetensors can hold, got {error}; convert it, or keep it out "
+            "of the state_dict with register_buffer(..., persistent=False)"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,0 +1,86 @@
+"""What must hold before a kernel is handed the addresses of tensors. Whoever calls a layer has checked it by then."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triton_sparse_rnn.ops.layer_weights import GATES, LayerWeights
+
+
+def check_batch_sizes(batch_sizes: Tensor, rows: int, batch_size: int) -> None:
+    """Raise RuntimeError unless these can be the batch sizes of a PackedSequence of `rows` rows.
+
+    `nn.utils.rnn` makes no others, but anybody can write a PackedSequence by hand.
+    """
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or not batch_sizes.is_cpu:
+        raise RuntimeError(
+            f"batch_sizes must be a vector of int64 on the CPU, got {batch_sizes.dtype} of shape "
+            f"{tuple(batch_sizes.shape)} on {batch_sizes.device}"
+        )
+    sizes = batch_sizes.tolist()
+    if not sizes:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if sizes[0] != batch_size or min(sizes) < 1 or sum(sizes) != rows or sorted(sizes, reverse=True) != sizes:
+        shown = f"{sizes[:8]}{' and so on' if len(sizes) > 8 else ''}"
+        raise RuntimeError(
+            f"batch_sizes must begin with the batch size {batch_size}, never increase, stay positive and add up to the "
+            f"{rows} rows of data, got {shown}"
+        )
+
+
+def check_weights(
+    directions: list[LayerWeights], mode: str, dtype: torch.dtype, device: torch.device, *, indices: bool = True
+) -> None:
+    """Raise ValueError unless the weights of a layer fit together.
+
+    Args:
+        directions: of the layer.
+        mode: nn.RNNBase.mode.
+        dtype, device: of its inputs, and so of all that is not in blocks.
+        indices: also look at what the blocks' indices hold, which takes as long as a small layer.
+    """
+    for weights in directions:
+        rows = GATES[mode] * weights.weight_hh.shape[0] // weights.weight_hh.gates
+        for name, matrix in (("weight_ih", weights.weight_ih), ("weight_hh", weights.weight_hh)):
+            matrix.check(indices=indices)
+            if matrix.values.device != device:
+                raise ValueError(f"{name} must be on {device}, got {matrix.values.device}")
+        for name, bias in (("bias_ih", weights.bias_ih), ("bias_hh", weights.bias_hh)):
+            if bias is not None:
+                _check_tensor(name, bias, (rows,), dtype, device)
+        if weights.weight_hr is not None:
+            shape = weights.weight_hh.shape[1], weights.weight_hh.shape[0] // weights.weight_hh.gates
+            _check_tensor("weight_hr", weights.weight_hr, shape, dtype, device)
+
+
+def check_call(
+    x: Tensor, states: list[Tensor], directions: list[LayerWeights], batch_sizes: Tensor | None, mode: str
+) -> None:
+    """Raise ValueError or RuntimeError unless the arguments of the operator fit together; indices are trusted."""
+    H, hidden = directions[0].weight_hh.shape[0] // GATES[mode], directions[0].weight_hh.shape[1]
+    B = states[0].shape[1] if states[0].dim() == 3 else -1
+    sizes = (hidden, H) if mode == "LSTM" else (hidden,)
+    if len(states) != len(sizes):
+        raise ValueError(f"states must be {len(sizes)} tensors for {mode}, got {len(states)}")
+    for state, size in zip(states, sizes, strict=True):
+        _check_tensor("states", state, (len(directions), B, size), x.dtype, x.device, contiguous=False)
+    if x.dim() != 2 or x.shape[1] != directions[0].weight_ih.shape[1]:
+        raise ValueError(f"x must be [N, {directions[0].weight_ih.shape[1]}], got {tuple(x.shape)}")
+    if batch_sizes is not None:
+        check_batch_sizes(batch_sizes, x.shape[0], B)
+    elif x.shape[0] % B if B else x.shape[0]:
+        raise ValueError(f"x must hold whole steps of {B} rows, got {x.shape[0]} rows")
+    check_weights(directions, mode, x.dtype, x.device, indices=False)
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, contiguous: bool = True
+) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
+        raise ValueError(
+            f"{name} must be {dtype} of shape {shape} on {device}, got {tensor.dtype} of shape {tuple(tensor.shape)} "
+            f"on {tensor.device}"
+        )
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
