@@ -82,11 +82,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         facts = row.facts
         if facts.get("B") != 1 or facts.get("T", 0) < 2 or row.contender == "nn.GRU" or not row.ratios:
             continue
-        name = "0 % zeros" if row.contender.endswith("0 % zeros") else f"{facts['sparsity']:.0%} zeros"
+        sparsity = 0 if row.contender.endswith("0 % zeros") else facts["sparsity"]
+        name = f"{100 * sparsity:g} % zeros"
         lines.setdefault(name, {}).setdefault(facts["H"], []).append(statistics.median(row.ratios))
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.add_subplot()
-    for name in sorted(lines, key=lambda name: float(name.split()[0].rstrip("%")), reverse=True):
+    for name in sorted(lines, key=lambda name: float(name.split()[0]), reverse=True):
         points = sorted((H, statistics.median(values)) for H, values in lines[name].items())
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.axhline(1, color="black", linewidth=0.8)
@@ -96,7 +97,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylim(0)
     axes.set(xlabel="hidden size = input size", ylabel="times as fast as nn.GRU")
     axes.set_title("PersistentGRU, batch 1, float32, one CPU thread")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -170,6 +170,8 @@ def test_another_nonlinearity_is_refused(tmp_path):
     [
         (lambda model: model.register_buffer("extra", torch.zeros(3)), "holds another model: without extra. Nothing"),
         (lambda model: model.__delattr__("flags"), "with flags, which the model does not have"),
+        (lambda model: model.embedding.double(), r"with embedding.weight in torch.float32, the model's is in .*float64"),
+        (lambda model: model.register_buffer("flags", torch.ones(2)), "with flags in torch.bool, .* in torch.float32"),
         (lambda model: model.flags.resize_(3), r"with flags of shape \(2,\), the model's has \(3,\)"),
         (lambda model: model.__delattr__("rnn"), "holds a PersistentGRU 'rnn', which the model does not have"),
         (lambda model: model.__delattr__("stack"), "holds a PersistentLSTM 'stack.0', which the model does not have"),
@@ -225,6 +227,32 @@ def test_a_named_backend_of_a_converted_model_is_kept_or_refused(tmp_path):
     model = to_sparse(gru, block_size=(2, 1), backend="cpu")
     assert load_sparse(model, tmp_path / "float").backend == "cpu"
     assert_refused(tmp_path / "int8", "backend 'cpu' cannot run this layer", model, BackendUnavailableError)
+
+
+def test_a_model_that_raises_while_it_takes_tensors_is_restored(tmp_path):
+    prepare(tmp_path / "file")
+    model = make_model(1)
+
+    def refuse(module, keys):
+        raise OverflowError("no room")
+
+    model.register_load_state_dict_post_hook(refuse)
+    assert_refused(tmp_path / "file", "no room", model, OverflowError)
+
+
+def test_a_model_that_raises_while_layers_are_replaced_is_restored(tmp_path):
+    prepare(tmp_path / "file")
+    model, seen = make_model(1), []
+    model.rnn.register_forward_hook(lambda module, args, result: seen.append(type(module).__name__))
+    model.stack[0] = torch.compile(model.stack[0], backend="eager")
+    for name in list(model.stack[0]._modules):
+        assert name == "_orig_mod"
+    path = tmp_path / "compiled"
+    rewrite = {"stack.0": "stack.0._orig_mod"}
+    forge_names(tmp_path / "file", path, rewrite)
+    assert_refused(path, r"model holds torch.compile\(\.\.\.\) right around", model, ValueError)
+    model.rnn(torch.zeros(2, 1, 4))
+    assert seen == ["GRU"]
 
 
 @pytest.mark.parametrize(

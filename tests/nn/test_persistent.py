@@ -16,9 +16,10 @@ from persistent_cases import (
     make_pruned,
 )
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 from triton_sparse_rnn import BackendUnavailableError, BlockMatrix, PersistentGRU, PersistentLSTM, PersistentRNN
-from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES
+from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES, PersistentLayer
 
 SIZES = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size"]
 
@@ -91,7 +92,18 @@ def test_repr():
     assert "proj_size=3" in repr(convert(make_pruned(nn.LSTM, proj_size=3)))
 
 
-def test_train_changes_nothing_and_says_so():
+@pytest.mark.parametrize(("cell", "chosen"), [(nn.GRU, "cpu"), (nn.LSTM, "reference")])
+def test_repr_shows_the_backend_that_runs(cell, chosen):
+    ours = convert(make_pruned(cell, num_layers=2), None)
+    assert repr(ours).endswith(f"backend='{chosen}')")
+    assert repr(ours.double()).endswith("backend='reference')")
+    mixed = convert(make_pruned(nn.GRU, num_layers=2), None)
+    mixed.weight_hh_l1_values = torch.empty(0, 3, 1)
+    assert repr(mixed).endswith("backend='cpu/reference')")
+
+
+def test_train_changes_nothing_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(PersistentLayer, "_said_train_changes_nothing", False)
     ours = convert(make_pruned(nn.GRU, num_layers=2, dropout=0.5))
     x = torch.randn(5, 2, 5)
     expected = ours(x)
@@ -100,6 +112,8 @@ def test_train_changes_nothing_and_says_so():
     assert ours.training
     assert_same_bits(ours(x), expected)
     assert not ours.eval().training  # and says nothing
+    assert ours.train().training
+    assert convert(make_pruned(nn.LSTM)).train().training
     assert ours.flatten_parameters() is None
 
 
@@ -230,3 +244,117 @@ def test_wrong_layers(cls):
                 cls.from_dense(layer)
     with pytest.raises(ValueError, match="weight_ih_l0 is on the meta device"):
         cls.from_dense(cls.dense_class(2, 3, device="meta"))
+
+
+FLOATING = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def replace_data(module: nn.Module, dtype: torch.dtype) -> None:
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_data_of_buffers_in_another_dtype(cell):
+    """As torch.nn.Module.half() once did, and some tools do: the buffers stay the same objects."""
+    ours, other = (convert(make_pruned(cell, num_layers=2)) for _ in range(2))
+    x = torch.randn(4, 2, 5)
+    before = ours(x)
+    replace_data(ours, torch.float16)
+    result = ours(x.half())
+    assert_same_bits(result, other.half()(x.half()))
+    assert result[0].dtype == torch.float16
+    replace_data(ours, torch.float64)
+    torch.testing.assert_close(ours(x.double())[0].float(), before[0], rtol=0, atol=0.01)
+
+
+def test_data_of_buffers_in_a_dtype_that_the_backend_does_not_run():
+    named, free = (convert(make_pruned(nn.GRU), backend) for backend in ("cpu", None))
+    x = torch.randn(4, 2, 5)
+    for ours in (named, free):
+        ours(x)
+        replace_data(ours, torch.float64)
+    with pytest.raises(BackendUnavailableError, match="it computes in float32 only"):
+        named(x.double())
+    assert_same_bits(free(x.double()), convert(make_pruned(nn.GRU)).double()(x.double()))
+
+
+@every_cell_and_backend
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("weight_hh_l0_values", lambda t: torch.stack([t, t], -1)[..., 0], "must be contiguous"),
+        ("weight_ih_l0_columns", lambda t: torch.stack([t, t], -1)[..., 0], "must be contiguous"),
+        ("weight_hh_l0_columns", lambda t: t.long(), "columns must be int32"),
+        ("weight_hh_l0_columns", lambda t: t + 7, r"columns must lie in 0..6"),
+        ("weight_hh_l0_starts", lambda t: t + 1, "starts must rise from 0"),
+        ("bias_ih_l0", lambda t: t.double(), "bias_ih must be torch.float32 of shape .* got torch.float64"),
+        ("bias_hh_l0", lambda t: t.repeat_interleave(2)[::2], "bias_hh must be contiguous"),
+    ],
+)
+@pytest.mark.parametrize("called_before", [True, False])
+def test_assigned_tensors_are_checked(cell, backend, name, change, message, called_before):
+    ours = convert(make_pruned(cell), backend)
+    x = torch.randn(4, 2, 5)
+    if called_before:
+        ours(x)
+    state = ours.state_dict()
+    ours.load_state_dict(state | {name: change(state[name])}, assign=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            ours(x)
+    ours.load_state_dict(state, assign=True)
+    assert_same_bits(ours(x), convert(make_pruned(cell), backend)(x))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_weights_that_hooks_compute_are_refused(cell):
+    pruned: Any = cell(5, 7)
+    prune.random_unstructured(pruned, "weight_hh_l0", 0.9)
+    normed: Any = cell(5, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the old one is what is tested
+        weight_norm(normed, "weight_ih_l0")
+    for layer, name in ((pruned, "weight_hh_l0"), (normed, "weight_ih_l0")):
+        with pytest.raises(ValueError, match=rf"{name} is computed by a hook, .* prune.remove\(layer, name\)"):
+            convert(layer)
+    prune.remove(pruned, "weight_hh_l0")
+    assert torch.equal(convert(pruned, block_size=(1, 1)).to_dense().weight_hh_l0, pruned.weight_hh_l0)
+
+
+@pytest.mark.filterwarnings("ignore:weight_hh_l0 is")  # dense
+@pytest.mark.parametrize("cell", CELLS)
+def test_parametrized_weights_are_converted(cell):
+    layer: Any = make_pruned(cell)
+    parametrizations.weight_norm(layer, "weight_hh_l0")
+    with torch.no_grad():
+        layer.parametrizations.weight_hh_l0.original0.mul_(2)
+    assert parametrize.is_parametrized(layer, "weight_hh_l0")
+    dense = convert(layer).to_dense()
+    assert torch.equal(dense.weight_hh_l0, layer.weight_hh_l0)
+    assert not torch.equal(dense.weight_hh_l0, make_pruned(cell).weight_hh_l0)
+
+
+@pytest.mark.parametrize("cast", FLOATING)
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.bfloat16, torch.int8])
+def test_casts_leave_weights_in_a_dtype_of_their_own(weight_dtype, cast):
+    ours = convert(make_pruned(nn.GRU), weight_dtype=weight_dtype)
+    before = {name: tensor.clone() for name, tensor in ours.named_buffers() if name.startswith("weight")}
+    assert ours.to(cast) is ours
+    after = dict(ours.named_buffers())
+    assert_same_bits([after[name] for name in before], list(before.values()))
+    assert ours.bias_ih_l0.dtype == ours.dtype == cast
+    assert ours(torch.zeros(2, 3, 5, dtype=cast))[0].dtype == cast
+
+
+def test_methods_that_cast_and_move():
+    ours = convert(make_pruned(nn.GRU), weight_dtype=torch.bfloat16)
+    for cast in (ours.float, ours.half, ours.double):
+        cast()
+        assert ours.weight_hh_l0_values.dtype == torch.bfloat16
+    meta = ours.to("meta", torch.float32)
+    assert {buffer.device.type for buffer in meta.buffers()} == {"meta"}
+    assert meta.weight_hh_l0_values.dtype == torch.bfloat16
+    follows = convert(make_pruned(nn.GRU)).double()
+    assert follows.weight_hh_l0_values.dtype == torch.float64

@@ -16,7 +16,8 @@ from persistent_cases import (
     tensors_of,
 )
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 OPTIONS: list[dict[str, Any]] = [
     {"num_layers": layers, "bidirectional": bidirectional, "batch_first": batch_first, "bias": bias}
@@ -188,6 +189,25 @@ def test_packed_input_of_an_lstm_is_checked(case):
     assert any(words in message for words in ("RNN input dtype", "input.size(-1)", "Expected hidden[0]", "dimensions"))
 
 
+@every_cell_and_backend
+@pytest.mark.parametrize("sizes", [[2, 3], [3, 1, 2], [3, 3], [3, 1], [3, 2, 0], [3, 3, -1], []])
+def test_packed_sequences_written_by_hand_are_checked(cell, backend, sizes):
+    ours = convert(make_pruned(cell), backend)
+    order = torch.arange(3)
+    packed = PackedSequence(torch.zeros(5, 5), torch.tensor(sizes, dtype=torch.int64), order, order)
+    with pytest.raises(RuntimeError, match=r"batch_sizes must begin with the batch size 3|sequence length"):
+        ours(packed)
+
+
+@every_cell_and_backend
+def test_batch_sizes_of_any_strides(cell, backend):
+    layer = make_pruned(cell)
+    x = torch.randn(5, 5)
+    spread = torch.tensor([3, 9, 2, 9])[::2]
+    packed = PackedSequence(x, spread)
+    assert_as_exact_as_nn(convert(layer, backend)(packed), layer, PackedSequence(x, spread.contiguous()))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bfloat16])
 def test_dtype_of_hidden(cell, dtype):
@@ -258,6 +278,60 @@ def test_step_by_step_is_the_whole_call(cell, backend, B):
     for a, b in zip([torch.stack(steps), *tensors_of(h)], [y, *tensors_of(hx)], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=4e-7)
     assert_same_bits(ours.step(x[0])[0], ours.step(x[0], [torch.zeros_like(t) for t in tensors_of(start)])[0])
+
+
+@every_cell_and_backend
+def test_negative_views_are_resolved(cell, backend):
+    """x.conj().imag is -x.imag without a copy: the numbers in memory have the other sign."""
+    ours = convert(make_pruned(cell, num_layers=2), backend)
+    x = torch.randn(4, 2, 5)
+    hx = make_states(ours, 2)
+    flipped = tuple(torch._neg_view(h) for h in tensors_of(hx)) if cell is nn.LSTM else torch._neg_view(hx)
+    negated = tuple(-h for h in tensors_of(hx)) if cell is nn.LSTM else -hx
+    assert_same_bits(ours(torch._neg_view(x), flipped), ours(-x, negated))
+    assert_same_bits(ours.step(torch._neg_view(x)[0], flipped), ours.step(-x[0], negated))
+    imaginary = torch.complex(x, x).conj().imag
+    assert imaginary.is_neg()
+    assert_same_bits(ours(imaginary), ours(-x))
+
+
+TRANSFORMS: dict[str, Any] = {
+    "jvp": lambda call, x: torch.func.jvp(call, (x,), (torch.ones_like(x),)),
+    "jacfwd": lambda call, x: torch.func.jacfwd(call)(x),
+    "grad": lambda call, x: torch.func.grad(lambda x: call(x).sum())(x),
+    "vjp": lambda call, x: torch.func.vjp(call, x),
+    "vmap": lambda call, x: torch.func.vmap(call)(torch.stack([x, x])),
+    "jvp of vmap": lambda call, x: torch.func.jvp(torch.func.vmap(call), (x[None],), (x[None],)),
+}
+
+
+@every_cell_and_backend
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_functions_raise(cell, backend, transform):
+    ours = convert(make_pruned(cell), backend)
+    x = torch.randn(4, 2, 5)
+    ours(x)
+    for call in (lambda x: ours(x)[0], lambda x: ours.step(x[0])[0]):
+        with pytest.raises(RuntimeError, match=r"no derivatives|setup_context|Batching rule not implemented"):
+            TRANSFORMS[transform](call, x)
+
+
+@every_cell_and_backend
+def test_forward_mode_tangents_raise(cell, backend):
+    ours = convert(make_pruned(cell), backend)
+    x, hx = torch.randn(4, 2, 5), make_states(ours, 2)
+    expected = ours(x, hx)
+    with forward_ad.dual_level():
+        assert_same_bits(ours(x, hx), expected)
+        dual_x = forward_ad.make_dual(x, torch.ones_like(x))
+        *others, last = tensors_of(hx)
+        dual_states = [*others, forward_ad.make_dual(last, torch.ones_like(last))]
+        dual_hx = tuple(dual_states) if cell is nn.LSTM else dual_states[0]
+        for arguments in ((dual_x,), (x, dual_hx)):
+            with pytest.raises(RuntimeError, match=r"converted by to_sparse\(\) and has no derivatives, forward-mode"):
+                ours(*arguments)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="has no derivatives, forward-mode"):
+            ours.step(dual_x[0])
 
 
 AUTOCAST_CASES = [

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from triton_sparse_rnn.nn.weight_storage import BLOCK_SIZES, choose_block_size, warn_if_dense, weight_names
+from triton_sparse_rnn import to_sparse
+from triton_sparse_rnn.nn.weight_storage import (
+    BLOCK_SIZES,
+    choose_block_size,
+    warn_if_dense,
+    warn_if_slow,
+    weight_names,
+)
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 
@@ -55,3 +62,33 @@ def test_little_to_skip_is_said(kept, message):
     if message:
         with pytest.warns(UserWarning, match=message):
             warn_if_dense("weight_x", weight, stored)
+
+
+def test_a_layer_without_a_kernel_is_named_with_the_reason():
+    with pytest.warns(UserWarning, match=r"backend 'reference', .* because of x\. backend='reference' asks for this"):
+        warn_if_slow("of x")
+
+
+@pytest.mark.parametrize(
+    ("cell", "options", "reason"),
+    [
+        (nn.LSTM, {}, "it runs GRU only in this version, this is LSTM"),
+        (nn.GRU, {"weight_dtype": torch.int8}, "torch.int8"),
+        (nn.GRU, {"block_size": (3, 1)}, "3 rows"),
+        (nn.GRU, {}, None),
+        (nn.LSTM, {"backend": "reference"}, None),
+        (nn.GRU, {"backend": "cpu"}, None),
+    ],
+)
+def test_a_fall_back_to_the_reference_is_said_unless_asked_for(cell, options, reason):
+    layer = cell(4, 12).requires_grad_(False)
+    for weight in (layer.weight_ih_l0, layer.weight_hh_l0):
+        weight[:, 1:] = 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        to_sparse(layer, **{"block_size": (4, 1), **options})
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == (reason is not None), said
+    if reason:
+        assert said[0].startswith("the layer will run on backend 'reference', plain torch")
+        assert reason in said[0]

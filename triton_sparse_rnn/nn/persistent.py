@@ -22,7 +22,7 @@ from triton_sparse_rnn.nn.calls import Call, CallLayout, read_call, read_step
 from triton_sparse_rnn.nn.weight_storage import choose_block_size, warn_if_dense, warn_if_slow, weight_names
 from triton_sparse_rnn.ops.dispatch import RUN_LAYER, check_backend, choose_backend, unsupported_reason
 from triton_sparse_rnn.ops.layer_weights import GATES, LayerWeights, pack_layer_weights
-from triton_sparse_rnn.ops.operators import is_observed, recurrent_layer
+from triton_sparse_rnn.ops.operators import is_observed, recurrent_layer, refuse_tangents
 from triton_sparse_rnn.ops.validation import check_weights
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix, check_storage_dtype
 from triton_sparse_rnn.sparse.blocks import check_block_size
@@ -221,6 +221,7 @@ class PersistentLayer(nn.Module):
 
     def _traced_layer(self, layer: int, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
         """Run a layer as one operator, which whoever traces or differentiates this call sees."""
+        refuse_tangents([x, *states])
         tensors = [tensor for weights in self._layer_weights(layer) for tensor in pack_layer_weights(weights)]
         return recurrent_layer(x, states, tensors, batch_sizes, self.mode, self.hidden_size, self.backend)
 
@@ -252,7 +253,11 @@ class PersistentLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and cast as any module does, but leave weights that are stored in a dtype of their own in it."""
         dtype = self._marker.dtype
-        own = {name: tensor for name, tensor in self._buffers.items() if tensor is not None and tensor.dtype != dtype}
+        own = {
+            name: tensor
+            for name, tensor in self._buffers.items()
+            if tensor is not None and (tensor.dtype != dtype or name.endswith("_scales"))
+        }
         super()._apply(fn, recurse)
         for name, tensor in own.items():
             moved = self._buffers[name]

@@ -84,6 +84,15 @@ def _backward(ctx, grads):
 recurrent_layer.register_autograd(_backward, setup_context=_keep_inputs)
 
 
+def refuse_tangents(tensors: list[Tensor]) -> None:
+    """Raise in forward-mode AD, before the operator: there torch.func.jvp takes a missing rule for a zero tangent."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            "this layer was converted by to_sparse() and has no derivatives, forward-mode ones neither: it is for "
+            "inference. Differentiate the SparseRNN, SparseGRU or SparseLSTM that it was made from."
+        )
+
+
 def is_observed(x: Tensor, states: list[Tensor]) -> bool:
     """Whether something traces this call, wants its gradient or only shapes: then it goes through the operator."""
     return (

@@ -61,6 +61,8 @@ def check_call(
     H, hidden = directions[0].weight_hh.shape[0] // GATES[mode], directions[0].weight_hh.shape[1]
     B = states[0].shape[1] if states[0].dim() == 3 else -1
     sizes = (hidden, H) if mode == "LSTM" else (hidden,)
+    if hidden != H and directions[0].weight_hr is None:
+        raise ValueError(f"states must end in hidden_size {H}, got {hidden}; other sizes need weight_hr")
     if len(states) != len(sizes):
         raise ValueError(f"states must be {len(sizes)} tensors for {mode}, got {len(states)}")
     for state, size in zip(states, sizes, strict=True):
