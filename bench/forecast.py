@@ -13,6 +13,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -62,11 +63,12 @@ def run(case: Case, settings: Settings, text: Text, reference: torch.nn.Module) 
 
 def _schedule(case: Case, settings: Settings, reference: torch.nn.Module) -> Schedule:
     begin, end = (round(share * settings.steps) for share in (settings.prune_begin, settings.prune_end))
-    steps = {"begin_step": begin, "end_step": end, "frequency": settings.prune_every}
+    steps: dict[str, Any] = {"begin_step": begin, "end_step": end, "frequency": settings.prune_every}
     if case.schedule == "PolynomialDecay":
         return PolynomialDecay(final_sparsity=case.sparsity, **steps)
-    ramp = {"ramp_step": begin + (end - begin) // 3} | steps
-    return ThresholdRamp.from_weights(reference, case.sparsity, block_size=case.block_size, **ramp)
+    return ThresholdRamp.from_weights(
+        reference, case.sparsity, block_size=case.block_size, ramp_step=begin + (end - begin) // 3, **steps
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

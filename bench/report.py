@@ -103,7 +103,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; write the plot if asked for."""
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON of pytest --benchmark-json")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the ratios of whole sequences at batch 1")
     options = parser.parse_args(arguments)

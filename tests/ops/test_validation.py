@@ -12,13 +12,13 @@ B, I, H, P = 3, 4, 5, 2
 CPU = torch.device("cpu")
 
 
-def make_weights(mode="GRU", proj_size=0, dtype=torch.float32, **changes: Any) -> LayerWeights:
+def make_weights(mode="GRU", proj_size=0, **changes: Any) -> LayerWeights:
     rows = GATES[mode] * H
     ih, hh = (
         BlockMatrix.from_dense(torch.eye(rows, columns), (2, 1), gates=GATES[mode]) for columns in (I, proj_size or H)
     )
-    biases = [torch.zeros(rows, dtype=dtype) for _ in range(2)]
-    return LayerWeights(ih, hh, *biases, torch.zeros(proj_size, H) if proj_size else None)._replace(**changes)
+    weight_hr = torch.zeros(proj_size, H) if proj_size else None
+    return LayerWeights(ih, hh, torch.zeros(rows), torch.zeros(rows), weight_hr)._replace(**changes)
 
 
 def make_call(mode="GRU", directions=1, proj_size=0) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Optional  # the schema is read from these annotations, which 
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -101,7 +102,7 @@ def is_observed(x: Tensor, states: list[Tensor]) -> bool:
         or type(x) is not Tensor
         or x.is_meta
         or any(type(state) is not Tensor for state in states)
-        or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, jvp, torch.func.grad
+        or peek_interpreter_stack() is not None  # vmap, jvp, torch.func.grad
         or forward_ad._current_level >= 0
         or (torch.is_grad_enabled() and (x.requires_grad or any(state.requires_grad for state in states)))
         or _get_current_dispatch_mode() is not None

@@ -43,9 +43,9 @@ def check_weights(
     for weights in directions:
         rows = GATES[mode] * weights.weight_hh.shape[0] // weights.weight_hh.gates
         for name, matrix in (("weight_ih", weights.weight_ih), ("weight_hh", weights.weight_hh)):
-            matrix.check(indices=indices)
             if matrix.values.device != device:
                 raise ValueError(f"{name} must be on {device}, got {matrix.values.device}")
+            matrix.check(indices=indices)
         for name, bias in (("bias_ih", weights.bias_ih), ("bias_hh", weights.bias_hh)):
             if bias is not None:
                 _check_tensor(name, bias, (rows,), dtype, device)

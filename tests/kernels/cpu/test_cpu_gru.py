@@ -45,8 +45,7 @@ class Layer:
         )
         both = torch.stack([h0, h0])
         both[other] = NAN
-        weights = (self.weight_ih, self.weight_hh, *self.biases)
-        gru_layer(x, both, *weights, sizes, direction=direction, y=y, h_n=h_n)
+        gru_layer(x, both, self.weight_ih, self.weight_hh, *self.biases, sizes, direction=direction, y=y, h_n=h_n)
         ours, others = (y.unflatten(1, (2, self.H))[:, d] for d in (direction, other))
         assert others.isnan().all()
         assert h_n[other].isnan().all()
