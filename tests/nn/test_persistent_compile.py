@@ -112,6 +112,8 @@ def test_export_with_a_packed_sequence_inside(cell):
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # inductor uses it
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated")  # its packages use that
 def test_aot_inductor(tmp_path):
     ours = convert(make_pruned(nn.GRU), "cpu")
     axes = {0: Dim("T", max=64), 1: Dim("B", max=64)}

@@ -47,4 +47,4 @@ class Settings:
         return 40 * (self.window + 1) + 2 * self.batch_size * (self.window + 1)
 
 
-QUICK = Settings(hidden_size=256, steps=260, prune_every=5, held_out=50_000, generated=1_000)
+QUICK = Settings(hidden_size=256, steps=200, prune_every=4, held_out=50_000, generated=1_000)
