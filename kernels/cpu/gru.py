@@ -26,12 +26,11 @@ import functools
 import threading
 from typing import Any
 
-from numba import cfunc, types
 from torch import Tensor
 
 from triton_sparse_rnn.kernels.cpu.block_products import BlockAddresses, block_row_products
 from triton_sparse_rnn.kernels.cpu.gates import gru_cell
-from triton_sparse_rnn.kernels.cpu.intrinsics import FLOAT_BYTES, intrinsic
+from triton_sparse_rnn.kernels.cpu.intrinsics import FLOAT_BYTES, compile_kernel
 from triton_sparse_rnn.kernels.cpu.layer import run_layer
 from triton_sparse_rnn.kernels.cpu.projection import compile_projection
 from triton_sparse_rnn.kernels.cpu.vector_code import VectorCode
@@ -45,34 +44,25 @@ _compiling = threading.Lock()
 def _compile_step(BR: int, BC: int) -> Any:
     """Return the kernel that advances rows by one step, as a numba cfunc, for blocks of BR x BC in weight_hh."""
 
-    @intrinsic
-    def emitted(typing_context, rows, groups, starts, columns, values, bias, projected, h, h_bytes, h_next):
-        def generate(context, builder, signature, arguments):
-            code = VectorCode(builder, BR)
-            rows, groups, starts, columns, values, bias, projected, h, h_bytes, h_next = map(code.index, arguments)
-            matrix = BlockAddresses(starts, columns, values)
-            for row, tile in code.row_tiles(rows):
-                states = [h + h_bytes * (row + i) for i in range(tile)]
-                next_states = [h_next + h_bytes * (row + i) for i in range(tile)]
-                inputs = [projected + groups * (_GATES * BR * FLOAT_BYTES) * (row + i) for i in range(tile)]
-                with code.loop(code.index(0), groups) as group:
-                    recurrent = []
-                    for gate in range(_GATES):
-                        start = code.load(bias, groups * gate + group)
-                        recurrent.append(block_row_products(code, matrix, BC, group * _GATES + gate, states, start))
-                    # The sums of all gates are still in registers: the cell needs no buffer and no second pass.
-                    for i, sums in enumerate(zip(*recurrent, strict=True)):
-                        gates = [code.load(inputs[i], group * _GATES + gate) for gate in range(_GATES)]
-                        code.store(gru_cell(gates, sums, code.load(states[i], group)), next_states[i], group)
-            return context.get_dummy_value()
+    def emit(builder: Any, *arguments: Any) -> None:
+        code = VectorCode(builder, BR)
+        rows, groups, starts, columns, values, bias, projected, h, h_bytes, h_next = map(code.index, arguments)
+        matrix = BlockAddresses(starts, columns, values)
+        for row, tile in code.row_tiles(rows):
+            states = [h + h_bytes * (row + i) for i in range(tile)]
+            next_states = [h_next + h_bytes * (row + i) for i in range(tile)]
+            inputs = [projected + groups * (_GATES * BR * FLOAT_BYTES) * (row + i) for i in range(tile)]
+            with code.loop(code.index(0), groups) as group:
+                recurrent = []
+                for gate in range(_GATES):
+                    start = code.load(bias, groups * gate + group)
+                    recurrent.append(block_row_products(code, matrix, BC, group * _GATES + gate, states, start))
+                # The sums of all gates are still in registers: the cell needs no buffer and no second pass.
+                for i, sums in enumerate(zip(*recurrent, strict=True)):
+                    gates = [code.load(inputs[i], group * _GATES + gate) for gate in range(_GATES)]
+                    code.store(gru_cell(gates, sums, code.load(states[i], group)), next_states[i], group)
 
-        return types.void(*[types.int64] * 10), generate
-
-    @cfunc(types.void(*[types.int64] * 10))
-    def step(rows, groups, starts, columns, values, bias, projected, h, h_bytes, h_next):
-        emitted(rows, groups, starts, columns, values, bias, projected, h, h_bytes, h_next)
-
-    return step
+    return compile_kernel(emit)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import extending, njit, types
+from numba import cfunc, extending, njit, types
 from numba.core import cgutils
 
 FLOAT_BYTES = 4
@@ -19,6 +19,27 @@ _INT64 = ir.IntType(64)
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
     """As numba's, whose own type still asks for the typing context where the result is called."""
     return extending.intrinsic(function)
+
+
+def compile_kernel(emit: Callable[..., None]) -> Any:
+    """Return a numba cfunc, void of ten int64s, whose body is what emit(builder, *ten values) emits.
+
+    Ten, as every kernel of this folder takes them (layer.py): numba compiles no cfunc of *arguments.
+    """
+
+    @intrinsic
+    def emitted(typing_context, arguments) -> Any:
+        def generate(context, builder, signature, values):
+            emit(builder, *cgutils.unpack_tuple(builder, values[0]))
+            return context.get_dummy_value()
+
+        return types.void(types.UniTuple(types.int64, 10)), generate
+
+    @cfunc(types.void(*[types.int64] * 10))
+    def kernel(a, b, c, d, e, f, g, h, i, j):
+        emitted((a, b, c, d, e, f, g, h, i, j))
+
+    return kernel
 
 
 @intrinsic

@@ -15,10 +15,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from numba import cfunc, types
-
 from triton_sparse_rnn.kernels.cpu.block_products import BlockAddresses, block_row_products
-from triton_sparse_rnn.kernels.cpu.intrinsics import FLOAT_BYTES, intrinsic
+from triton_sparse_rnn.kernels.cpu.intrinsics import FLOAT_BYTES, compile_kernel
 from triton_sparse_rnn.kernels.cpu.vector_code import VectorCode
 
 
@@ -26,27 +24,18 @@ from triton_sparse_rnn.kernels.cpu.vector_code import VectorCode
 def compile_projection(BR: int, BC: int) -> Any:
     """Return the kernel, as a numba cfunc, for blocks of BR x BC."""
 
-    @intrinsic
-    def emitted(typing_context, rows, groups, G, starts, columns, values, bias, x, x_bytes, projected):
-        def generate(context, builder, signature, arguments):
-            code = VectorCode(builder, BR)
-            rows, groups, G, starts, columns, values, bias, x, x_bytes, projected = map(code.index, arguments)
-            matrix = BlockAddresses(starts, columns, values)
-            for row, tile in code.row_tiles(rows):
-                inputs = [x + x_bytes * (row + i) for i in range(tile)]
-                outputs = [projected + groups * G * (BR * FLOAT_BYTES) * (row + i) for i in range(tile)]
-                with code.loop(code.index(0), groups) as group, code.loop(code.index(0), G) as gate:
-                    block_row = group * G + gate
-                    start = code.load(bias, gate * groups + group)
-                    products = block_row_products(code, matrix, BC, block_row, inputs, start)
-                    for product, output in zip(products, outputs, strict=True):
-                        code.store(product, output, block_row)
-            return context.get_dummy_value()
+    def emit(builder: Any, *arguments: Any) -> None:
+        code = VectorCode(builder, BR)
+        rows, groups, G, starts, columns, values, bias, x, x_bytes, projected = map(code.index, arguments)
+        matrix = BlockAddresses(starts, columns, values)
+        for row, tile in code.row_tiles(rows):
+            inputs = [x + x_bytes * (row + i) for i in range(tile)]
+            outputs = [projected + groups * G * (BR * FLOAT_BYTES) * (row + i) for i in range(tile)]
+            with code.loop(code.index(0), groups) as group, code.loop(code.index(0), G) as gate:
+                block_row = group * G + gate
+                start = code.load(bias, gate * groups + group)
+                products = block_row_products(code, matrix, BC, block_row, inputs, start)
+                for product, output in zip(products, outputs, strict=True):
+                    code.store(product, output, block_row)
 
-        return types.void(*[types.int64] * 10), generate
-
-    @cfunc(types.void(*[types.int64] * 10))
-    def project(rows, groups, G, starts, columns, values, bias, x, x_bytes, projected):
-        emitted(rows, groups, G, starts, columns, values, bias, x, x_bytes, projected)
-
-    return project
+    return compile_kernel(emit)

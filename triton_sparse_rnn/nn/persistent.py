@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_sparse_rnn.nn.calls import Call, CallLayout, read_call, read_step
-from triton_sparse_rnn.nn.weight_storage import choose_block_size, warn_if_dense, warn_if_slow, weight_names
+from triton_sparse_rnn.nn.weight_storage import store_weights, warn_if_slow, weight_names
 from triton_sparse_rnn.ops.dispatch import RUN_LAYER, check_backend, choose_backend, unsupported_reason
 from triton_sparse_rnn.ops.layer_weights import GATES, LayerWeights, pack_layer_weights
 from triton_sparse_rnn.ops.operators import is_observed, recurrent_layer, refuse_tangents
@@ -125,30 +124,12 @@ class PersistentLayer(nn.Module):
             )
         check_backend(backend)
         sizes = None if block_size is None else check_block_size(block_size)
-        weights: dict[str, BlockMatrix | Tensor] = {}
         dtype: torch.dtype = dense.weight_ih_l0.dtype  # type: ignore[assignment]
         storage = check_storage_dtype(dtype if weight_dtype is None else weight_dtype, "weight_dtype")
-        for name in weight_names(dense):
-            if name not in dense._parameters and not is_parametrized(dense, name):
-                raise ValueError(
-                    f"{name} is computed by a hook, as torch.nn.utils.prune and weight_norm do, and would not be up to "
-                    "date; make it a parameter first, with prune.remove(layer, name) or remove_weight_norm(layer, name)"
-                )
-            weight = getattr(dense, name).detach()
-            if weight.is_meta:
-                raise ValueError(f"{name} is on the meta device and holds no weights to convert")
-            if name.startswith(("weight_ih", "weight_hh")):
-                gates = GATES[dense.mode]
-                size = choose_block_size(weight, gates, storage) if sizes is None else sizes
-                weights[name] = stored = BlockMatrix.from_dense(weight, size, gates=gates, dtype=storage)
-                warn_if_dense(name, weight, stored)
-            else:
-                weights[name] = weight.clone(memory_format=torch.contiguous_format)
-        persistent = cls(dense, weights, dtype=dtype, backend=backend)
-        if backend is None and "reference" in persistent.chosen_backends():
-            layer = persistent.chosen_backends().index("reference")
-            place = dtype, persistent.device
-            warn_if_slow(unsupported_reason("cpu", dense.mode, *place, persistent._layer_weights(layer)))
+        persistent = cls(dense, store_weights(dense, storage, sizes), dtype=dtype, backend=backend)
+        if backend is None and "reference" in (backends := persistent.chosen_backends()):
+            directions = persistent._layer_weights(backends.index("reference"))
+            warn_if_slow(unsupported_reason("cpu", dense.mode, dtype, persistent.device, directions))
         return persistent
 
     def to_dense(self) -> nn.RNNBase:

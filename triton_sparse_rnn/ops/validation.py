@@ -41,7 +41,7 @@ def check_weights(
         indices: also look at what the blocks' indices hold, which takes as long as a small layer.
     """
     for weights in directions:
-        rows = GATES[mode] * weights.weight_hh.shape[0] // weights.weight_hh.gates
+        rows, hidden = weights.weight_hh.shape
         for name, matrix in (("weight_ih", weights.weight_ih), ("weight_hh", weights.weight_hh)):
             if matrix.values.device != device:
                 raise ValueError(f"{name} must be on {device}, got {matrix.values.device}")
@@ -50,8 +50,7 @@ def check_weights(
             if bias is not None:
                 _check_tensor(name, bias, (rows,), dtype, device)
         if weights.weight_hr is not None:
-            shape = weights.weight_hh.shape[1], weights.weight_hh.shape[0] // weights.weight_hh.gates
-            _check_tensor("weight_hr", weights.weight_hr, shape, dtype, device)
+            _check_tensor("weight_hr", weights.weight_hr, (hidden, rows // GATES[mode]), dtype, device)
 
 
 def check_call(
