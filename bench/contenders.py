@@ -1,62 +1,112 @@
-"""Who is timed. `prepare` does all that a user does once; what it returns runs the layer and returns y [T, B, H]."""
+"""Who is timed: PyTorch's own layer and ours. What users would pick instead is in peers.py."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
 
+from bench.budgets import assert_within_budget
 from bench.workloads import Workload
-from triton_sparse_rnn import PersistentGRU
+from triton_sparse_rnn import PersistentGRU, PersistentLSTM, PersistentRNN
+
+PERSISTENT = {"GRU": PersistentGRU, "LSTM": PersistentLSTM, "RNN": PersistentRNN}
 
 
 class Contender(Protocol):
-    """A name for the table, and how to get ready."""
+    """A way to run a layer; `str` of it names the benchmark."""
 
-    name: str
-
-    def prepare(self, workload: Workload) -> tuple[nn.GRU, Callable[[], Tensor]]:
-        """Return the layer whose result is expected and the call to be timed."""
+    @property
+    def precision(self) -> str:
+        """The arithmetic that its result is held to: float32 or a key of budgets.ROUNDINGS."""
         ...
+
+    def name(self, work: Workload) -> str:
+        """Its name in the table."""
+        ...
+
+    def prepare(self, work: Workload) -> tuple[Workload, Callable[[], Any]]:
+        """Do all that a user does once. Returns the workload whose result is expected and the call that is timed.
+
+        The call returns y [T, B, H] as a tensor or a numpy array.
+        """
+        ...
+
+
+def measure(benchmark, work: Workload, contender: Contender) -> None:
+    """Check the result, then time it."""
+    expected, run = contender.prepare(work)
+    with torch.inference_mode():
+        error = assert_within_budget(torch.as_tensor(run()), expected, contender.precision)
+        benchmark.group = str(work)
+        facts = {"contender": contender.name(work), "precision": contender.precision, "max_error": error.largest}
+        benchmark.extra_info.update(work.facts(), **facts)
+        benchmark(run)
 
 
 class Dense:
     """PyTorch's own layer, which multiplies by the zeros too."""
 
-    name = "nn.GRU"
+    precision = "float32"
 
-    def prepare(self, workload: Workload) -> tuple[nn.GRU, Callable[[], Tensor]]:
-        layer, x = workload.layer, workload.x
-        return layer, lambda: layer(x)[0]
+    def __str__(self) -> str:
+        return "nn"
+
+    def name(self, work: Workload) -> str:
+        return f"nn.{work.layer_name}"
+
+    def prepare(self, work: Workload) -> tuple[Workload, Callable[[], Any]]:
+        layer, x = work.layer, work.x
+        return work, lambda: layer(x)[0]
 
 
+@dataclasses.dataclass(frozen=True)
 class Ours:
-    """The converted layer on the numba kernels."""
+    """The converted layer on the numba kernels; with zeros=False it is the layer before pruning that is converted."""
 
-    name = "PersistentGRU"
+    weight_dtype: torch.dtype | None = None
+    activation_dtype: torch.dtype | None = None
+    zeros: bool = True
 
-    def prepare(self, workload: Workload) -> tuple[nn.GRU, Callable[[], Tensor]]:
-        return workload.layer, _converted(workload.layer, workload)
+    @property
+    def precision(self) -> str:
+        if self.activation_dtype is not None:
+            return _name(self.activation_dtype)
+        if self.weight_dtype in (None, torch.float32):
+            return "float32"
+        return f"{_name(self.weight_dtype)} weights"
+
+    def __str__(self) -> str:
+        return "ours" + self._differences()
+
+    def name(self, work: Workload) -> str:
+        return f"Persistent{work.layer_name}" + self._differences()
+
+    def _differences(self) -> str:
+        precision = "" if self.precision == "float32" else f", {self.precision}"
+        return precision + ("" if self.zeros else ", 0 % zeros")
+
+    def prepare(self, work: Workload) -> tuple[Workload, Callable[[], Any]]:
+        converted = work if self.zeros else work.without_zeros
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*little to skip")  # some layers are dense on purpose
+            fast = PERSISTENT[work.layer_name].from_dense(
+                converted.layer,
+                weight_dtype=self.weight_dtype,
+                activation_dtype=self.activation_dtype,
+                block_size=work.block_size,
+                backend="cpu",
+            )
+        x = work.x
+        if work.T > 1:
+            return converted, lambda: fast(x)[0]
+        x_t, hx = x[0], torch.zeros(1, work.B, work.H)
+        state = (hx, hx) if work.cell == "LSTM" else hx
+        return converted, lambda: fast.step(x_t, state)[0].unsqueeze(0)
 
 
-class OursWithoutZeros:
-    """The same kernels on the layer before pruning: the part of a ratio that is not sparsity."""
-
-    name = "PersistentGRU, 0 % zeros"
-
-    def prepare(self, workload: Workload) -> tuple[nn.GRU, Callable[[], Tensor]]:
-        return workload.dense_layer, _converted(workload.dense_layer, workload)
-
-
-def _converted(layer: nn.GRU, workload: Workload) -> Callable[[], Tensor]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*little to skip")  # the layer without zeros is dense on purpose
-        fast = PersistentGRU.from_dense(layer, block_size=workload.block_size, backend="cpu")
-    x = workload.x
-    if workload.T > 1:
-        return lambda: fast(x)[0]
-    x_t, h = x[0], torch.zeros(1, workload.B, workload.H)
-    return lambda: fast.step(x_t, h)[0].unsqueeze(0)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

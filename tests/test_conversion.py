@@ -149,11 +149,12 @@ def test_a_layer_by_itself(cell, converted):
 
 
 def test_options_reach_every_layer():
-    fast: Any = to_sparse(make_places(), weight_dtype=torch.int8, block_size=(2, 1), backend="reference")
+    options = {"backend": "reference", "activation_dtype": torch.int8, "num_threads": 2}
+    fast: Any = to_sparse(make_places(), weight_dtype=torch.int8, block_size=(2, 1), **options)
     for module in (fast.rnn, fast.stack[0], fast.named["lstm"]):
         assert module.weight_hh_l0_values.dtype == torch.int8
         assert module.weight_hh_l0_values.shape[1:] == (1, 2)
-        assert module.backend == "reference"
+        assert {name: getattr(module, name) for name in options} == options
 
 
 class Extended(nn.GRU):
@@ -176,7 +177,9 @@ def test_a_subclass_with_members_of_its_own_is_left():
 def test_dense_weights_are_converted_with_a_warning():
     layer: Any = nn.GRU(3, 16).eval()
     nn.init.zeros_(layer.weight_hh_l0)
-    with pytest.warns(UserWarning, match="weight_ih_l0 is 0% zeros and 100% of its .* runs as a dense product"):
+    with pytest.warns(
+        UserWarning, match="weight_ih_l0 is 0% zeros and 100% of its .* stays dense and runs as a dense matrix product"
+    ):
         fast = to_sparse(layer)
     x = torch.randn(5, 2, 3)
     torch.testing.assert_close(fast(x)[0], layer(x)[0])
@@ -193,10 +196,15 @@ def test_dense_weights_are_converted_with_a_warning():
         (nn.GRU(2, 2), {"block_size": (0, 4)}, ValueError, "block_size must be at least"),
         (nn.GRU(2, 2), {"weight_dtype": "half"}, ValueError, "weight_dtype must be one of"),
         (nn.GRU(2, 2), {"backend": "triton"}, BackendUnavailableError, "backend 'triton' cannot run this layer"),
-        (nn.LSTM(2, 2), {"backend": "cpu"}, BackendUnavailableError, "this is LSTM.*backend=None takes the fastest"),
-        (nn.RNN(2, 2), {"backend": "cpu"}, BackendUnavailableError, "this is RNN_TANH"),
-        (nn.GRU(2, 2).double(), {"backend": "cpu"}, BackendUnavailableError, "float32 only"),
-        (nn.GRU(2, 2), {"backend": "cpu", "block_size": (3, 1)}, BackendUnavailableError, "3 rows"),
+        (
+            nn.LSTM(2, 2).double(),
+            {"backend": "cpu"},
+            BackendUnavailableError,
+            "in float32.*backend=None takes the fastest",
+        ),
+        (nn.GRU(2, 2), {"backend": "cpu", "weight_dtype": torch.float64}, BackendUnavailableError, "as torch.float64"),
+        (nn.GRU(2, 2), {"activation_dtype": torch.int8}, ValueError, "activation_dtype=torch.int8 needs weights in"),
+        (nn.GRU(2, 2), {"num_threads": 1.5}, TypeError, "num_threads must be an integer, got 1.5"),
         (nn.GRU(2, 2, device="meta"), {}, ValueError, "weight_ih_l0 is on the meta device"),
     ],
 )

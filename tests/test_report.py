@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from triton_sparse_rnn.conversion import to_sparse
-from triton_sparse_rnn.report import sparsity_report
+from triton_sparse_rnn.report import _count_blocks, sparsity_report
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 
@@ -53,11 +53,11 @@ def test_names_tell_layers_whatever_surrounds_them():
     assert {weight.name: len(weight.gates) for weight in report.weights} == {
         "a.weight_ih_l0": 4,
         "a.weight_hh_l0": 4,
+        "a.weight_hr_l0": 1,
         "b.weight_ih": 3,
         "b.weight_hh": 3,
     }
     assert {tensor.name for tensor in report.others} == {
-        "a.weight_hr_l0",
         "b.bias_ih",
         "b.bias_hh",
         "c.weight",
@@ -112,6 +112,70 @@ def test_dtypes(dtype: torch.dtype):
     report = sparsity_report(state)
     assert report.dense_bytes == 3 * 32 * 52 * dtype.itemsize
     assert report.nonzero < 3 * 32 * 52 * 0.3
+
+
+@pytest.mark.filterwarnings("ignore:.*little to skip")
+def test_a_weight_that_a_converted_layer_keeps_dense():
+    layer = pruned(nn.LSTM(20, 32, proj_size=7))
+    nn.init.ones_(layer.get_parameter("weight_ih_l0"))
+    layer.get_parameter("weight_ih_l0").data[0, 0] = 0
+    converted = to_sparse(layer.eval(), block_size=(16, 1))
+    ih, hh, hr = sparsity_report(converted).weights
+    assert (ih.block_size, ih.stored_blocks, ih.low_blocks) == (None, 0, None)
+    assert ih.stored_bytes == ih.dense_bytes == 4 * 128 * 20
+    assert ih.multiply_accumulates == 128 * 20
+    assert ih.nonzero == 128 * 20 - 1
+    assert [gate.stored_bytes for gate in ih.gates] == [4 * 32 * 20] * 4
+    stored = converted.stored_weights()  # type: ignore[operator]
+    assert [hh.stored_bytes, hr.stored_bytes] == [stored[name].nbytes for name in ("weight_hh_l0", "weight_hr_l0")]
+    assert sum(weight.stored_bytes for weight in (ih, hh, hr)) == converted.nbytes - 2 * 4 * 128  # type: ignore[operator]
+    text = str(sparsity_report(converted)).splitlines()
+    assert [line.split()[-3:] for line in text if line.startswith("weight_ih_l0")] == [["dense", "10,240", "2,560"]]
+    assert sparsity_report({**stored}) == sparsity_report(converted)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("block_size", [(1, 1), (4, 2), (5, 3), (15, 1)])
+@pytest.mark.parametrize("H", [16, 37])
+def test_what_16_rows_would_give(weight_dtype: torch.dtype, block_size: tuple[int, int], H: int):
+    torch.manual_seed(0)
+    layer = pruned(nn.GRU(20, H))
+    for weight in (layer.get_parameter("weight_ih_l0"), layer.get_parameter("weight_hh_l0")):
+        weight.data *= torch.rand(3, H)[:, :, None].gt(0.7).flatten(0, 1)  # whole rows, few of them in a block of 16
+    converted = to_sparse(layer.eval(), block_size=block_size, weight_dtype=weight_dtype, backend="reference")
+    as_it_would_be = to_sparse(layer, block_size=(16, block_size[1]), weight_dtype=weight_dtype, backend="reference")
+    for weight in sparsity_report(converted).weights:
+        assert weight.low_blocks is not None
+        for count, module in zip(weight.low_blocks, (converted, as_it_would_be), strict=True):
+            stored = module.stored_weights()[weight.name]  # type: ignore[operator]
+            assert count.block_size == stored.block_size
+            assert count.stored_blocks == len(stored.values)
+            assert count.density == stored.density
+            assert count.stored_bytes == stored.nbytes
+            assert count.vector_multiply_adds == len(stored.values) * block_size[1]
+    assert all(weight.low_blocks is None for weight in sparsity_report(as_it_would_be).weights)
+    assert "would be" not in str(sparsity_report(as_it_would_be))
+
+
+def test_blocks_of_more_than_16_rows_take_several_vectors():
+    blocks = BlockMatrix.from_dense(torch.ones(40, 3), (17, 1))
+    assert _count_blocks(blocks).vector_multiply_adds == 3 * 3 * 2
+
+
+def test_lines_about_low_blocks():
+    layer = nn.GRU(4, 32, bias=False)
+    nn.init.zeros_(layer.get_parameter("weight_ih_l0"))
+    layer.get_parameter("weight_hh_l0").data[1:] = 0  # one row
+    text = str(sparsity_report(layer, block_size=(4, 1)))
+    assert text.endswith(
+        """
+A block of fewer than 16 rows takes as many vector multiply-adds as one of 16:
+weight            blocks  of all  bytes  vector MAC/step
+weight_ih_l0    0 of 4x1    0.0%    100                0
+  would be     0 of 16x1    0.0%     28                0
+weight_hh_l0   32 of 4x1    4.2%    740               32
+  would be    32 of 16x1   16.7%  2,204               32"""
+    )
 
 
 def test_nothing_recurrent():

@@ -225,11 +225,55 @@ def test_a_named_backend_of_a_converted_model_is_kept_or_refused(tmp_path):
     gru: Any = nn.GRU(4, 6).requires_grad_(False)
     for weight in (gru.weight_ih_l0, gru.weight_hh_l0):
         weight[:, 1:] = 0
-    for name, weight_dtype in (("float", None), ("int8", torch.int8)):
+    for name, weight_dtype in (("float", None), ("double", torch.float64)):
         save_sparse(to_sparse(gru, block_size=(2, 1), weight_dtype=weight_dtype), tmp_path / name)
     model = to_sparse(gru, block_size=(2, 1), backend="cpu")
     assert load_sparse(model, tmp_path / "float").backend == "cpu"
-    assert_refused(tmp_path / "int8", "backend 'cpu' cannot run this layer", model, BackendUnavailableError)
+    assert_refused(tmp_path / "double", "backend 'cpu' cannot run this layer", model, BackendUnavailableError)
+
+
+def make_gru(seed=0, zeroed=("weight_ih_l0", "weight_hh_l0")) -> Any:
+    torch.manual_seed(seed)
+    gru = nn.GRU(4, 6).requires_grad_(False)
+    for name in zeroed:
+        getattr(gru, name)[:, 1:] = 0
+    return gru
+
+
+def test_quantized_activations_are_saved_and_what_runs_them_is_not(tmp_path):
+    narrow = {"block_size": (2, 1), "weight_dtype": torch.int8, "activation_dtype": torch.int8}
+    sparse: Any = to_sparse(make_gru(), **narrow, num_threads=3, backend="reference")
+    save_sparse(sparse, tmp_path / "file")
+    x = torch.randn(5, 2, 4)
+    loaded: Any = load_sparse(make_gru(1), tmp_path / "file")
+    assert (loaded.activation_dtype, loaded.num_threads, loaded.backend) == (torch.int8, 1, None)
+    torch.testing.assert_close(loaded(x)[0], sparse(x)[0], rtol=0, atol=0.01)  # integers may round the other way
+    converted: Any = load_sparse(to_sparse(make_gru(1), block_size=(2, 1), num_threads=2), tmp_path / "file")
+    assert (converted.activation_dtype, converted.num_threads) == (torch.int8, 2)
+    save_sparse(to_sparse(make_gru(), block_size=(2, 1), weight_dtype=torch.int8), tmp_path / "plain")
+    plain: Any = load_sparse(to_sparse(make_gru(1), **narrow), tmp_path / "plain")
+    assert plain.activation_dtype is None
+
+
+@pytest.mark.filterwarnings("ignore:weight_ih_l0 is .* stays dense")
+@pytest.mark.parametrize("dense_in_the_model", [True, False])
+def test_a_dense_input_weight_is_saved(tmp_path, dense_in_the_model):
+    sparse: Any = to_sparse(make_gru(zeroed=["weight_hh_l0"]), block_size=(2, 1))
+    save_sparse(sparse, tmp_path / "file")
+    assert "weight_ih_l0" in load_file(tmp_path / "file")
+    x = torch.randn(5, 2, 4)
+    zeroed = ["weight_hh_l0"] if dense_in_the_model else ["weight_ih_l0", "weight_hh_l0"]
+    fresh: Any
+    for fresh in (make_gru(1, zeroed), to_sparse(make_gru(1, zeroed), block_size=(2, 1))):
+        loaded: Any = load_sparse(fresh, tmp_path / "file")
+        assert torch.equal(loaded.weight_ih_l0, sparse.weight_ih_l0)
+        assert torch.equal(loaded(x)[0], sparse(x)[0])
+    for change, message in (
+        (lambda t: t.update(weight_ih_l0=torch.zeros(18, 5)), r"weight_ih_l0 is torch.float32 of shape \(18, 5\)"),
+        (lambda t: t.update(weight_ih_l0=torch.zeros(18, 4).half()), "weight_ih_l0 is torch.float16"),
+    ):
+        forge(tmp_path / "file", change)
+        assert_refused(tmp_path / "file", message, make_gru(1))
 
 
 def test_a_model_that_raises_while_it_takes_tensors_is_restored(tmp_path):
@@ -356,7 +400,7 @@ NAME = "rnn.weight_hh_l1"
         (lambda t: t.pop("rnn.bias_ih_l0"), "describes its tensors wrongly .*bias_ih_l0"),
         (lambda t: t.update({"rnn.bias_ih_l0": torch.zeros(17)}), r"bias_ih_l0 is torch.float32 of shape \(17,\)"),
         (lambda t: t.update({"rnn.bias_ih_l0": torch.zeros(18).double()}), "bias_ih_l0 is torch.float64"),
-        (lambda t: t.update({"stack.0.weight_hr_l0": torch.zeros(3, 5)}), r"weight_hr_l0 is .* \(3, 5\)"),
+        (lambda t: t.update({"stack.0.weight_hr_l0": torch.zeros(3, 4)}), "with stack.0.weight_hr_l0, which the model"),
         (lambda t: t.update({"rnn.more": torch.zeros(1)}), "with rnn.more, which the model does not have"),
     ],
 )
@@ -364,6 +408,16 @@ def test_forged_tensors_are_refused(tmp_path, change, message):
     prepare(tmp_path / "file")
     forge(tmp_path / "file", change)
     assert_refused(tmp_path / "file", message)
+
+
+def test_a_recurrent_weight_that_is_not_in_blocks_is_refused(tmp_path):
+    prepare(tmp_path / "file")
+    forge(
+        tmp_path / "file",
+        lambda tensors: tensors.update({NAME: torch.zeros(18, 6)}),
+        lambda modules: modules["rnn"]["weights"].pop("weight_hh_l1"),
+    )
+    assert_refused(tmp_path / "file", "weight_hh_l1 must be a BlockMatrix")
 
 
 @pytest.mark.parametrize(
@@ -378,6 +432,10 @@ def test_forged_tensors_are_refused(tmp_path, change, message):
         lambda modules: modules["rnn"]["weights"].pop("weight_hh_l1"),
         lambda modules: modules["rnn"]["weights"]["weight_hh_l1"].pop("shape"),
         lambda modules: modules["rnn"]["weights"]["weight_hh_l1"].update(shape=3),
+        lambda modules: modules["rnn"].pop("activation_dtype"),
+        lambda modules: modules["rnn"].update(activation_dtype="int8"),  # its weights are not
+        lambda modules: modules["rnn"].update(activation_dtype="float16"),
+        lambda modules: modules["rnn"].update(activation_dtype=[]),
         lambda modules: modules.update(rnn=None),
         lambda modules: modules.pop("rnn"),
     ],

@@ -93,7 +93,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor | BlockMatrix]:
 
 def _join_blocks(tensors: dict[str, Tensor], description: dict[str, Any]) -> dict[str, Tensor | BlockMatrix]:
     """Put a BlockMatrix in the place of its parts in a file of `save_sparse`; raise if they do not fit."""
-    from triton_sparse_rnn.nn.persistent import MATRIX_PARTS
+    from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS
 
     joined: dict[str, Tensor | BlockMatrix] = {}
     for module, described in description["modules"].items():

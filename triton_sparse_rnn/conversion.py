@@ -26,6 +26,8 @@ def to_sparse(
     weight_dtype: torch.dtype | None = None,
     block_size: tuple[int, int] | None = None,
     backend: str | None = None,
+    activation_dtype: torch.dtype | None = None,
+    num_threads: int = 1,
 ) -> nn.Module:
     """Return a model whose recurrent layers run from block-sparse weights, for inference.
 
@@ -36,7 +38,7 @@ def to_sparse(
 
     Args:
         model: any module; a recurrent layer by itself is converted too. Call .eval() first, as for any inference.
-        weight_dtype, block_size, backend: as for `PersistentGRU.from_dense`.
+        weight_dtype, block_size, backend, activation_dtype, num_threads: as for `PersistentGRU.from_dense`.
     Returns:
         A new model of the same class; for a recurrent layer by itself the persistent module.
     Raises:
@@ -63,8 +65,14 @@ def to_sparse(
         if lost := added_members(layer, base):
             left.append(f"'{name}' is a {type(layer).__name__}, which would lose {', '.join(lost)}")
             continue
-        options = {"weight_dtype": weight_dtype, "block_size": block_size, "backend": backend}
-        converted[name] = PERSISTENT_CLASSES[dense].from_dense(layer, **options)
+        converted[name] = PERSISTENT_CLASSES[dense].from_dense(
+            layer,
+            weight_dtype=weight_dtype,
+            block_size=block_size,
+            backend=backend,
+            activation_dtype=activation_dtype,
+            num_threads=num_threads,
+        )
     if not converted:
         found = "; ".join(left) or "none"
         raise ValueError(f"model must hold an nn.RNN, nn.GRU or nn.LSTM, got a {type(model).__name__} with {found}")

@@ -16,8 +16,9 @@ from triton_sparse_rnn.sparse.blocks import check_block_size
 from triton_sparse_rnn.tables import align
 
 GATE_NAMES = {1: "h", 3: "rzn", 4: "ifgo"}  # by G: RNN, GRU, LSTM
-_MATRIX = re.compile(r"(?P<prefix>.*)weight_(?P<kind>ih|hh)(?P<suffix>(_l\d+(_reverse)?)?)")
-_BLOCKS = re.compile(r".*weight_(ih|hh)_l\d+(_reverse)?_(values|columns|starts|scales)")  # see PersistentLayer
+VECTOR_ROWS = 16  # of float32 in a vector of 512 bits
+_MATRIX = re.compile(r"(?P<prefix>.*)weight_(?P<kind>ih|hh|hr)(?P<suffix>(_l\d+(_reverse)?)?)")
+_BLOCKS = re.compile(r".*weight_(ih|hh|hr)_l\d+(_reverse)?_(values|columns|starts|scales)")  # see PersistentLayer
 _HEADINGS = ["weight", "gate", "shape", "density", "non-zero", "blocks", "bytes", "MAC/step"]
 
 
@@ -44,20 +45,42 @@ class GateReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightReport:
-    """A weight_ih or weight_hh [G * H, columns] in blocks of `block_size`.
+class BlockCount:
+    """A weight in blocks of some size.
 
     Attributes:
+        stored_blocks: blocks that are kept.
+        density: these as a fraction of all blocks.
+        stored_bytes: of the whole block storage.
+        vector_multiply_adds: of VECTOR_ROWS numbers, per time step and sequence: a column of a block takes one for each
+            VECTOR_ROWS rows begun.
+    """
+
+    block_size: tuple[int, int]
+    stored_blocks: int
+    density: float
+    stored_bytes: int
+    vector_multiply_adds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightReport:
+    """A weight_ih, weight_hh or weight_hr [G * H, columns].
+
+    Attributes:
+        block_size: (BR, BC); None of a weight that a converted layer keeps dense.
         stored_bytes: of the whole block storage, row starts and scales included.
         dense_bytes: of the weight without block storage.
+        low_blocks: where BR is less than VECTOR_ROWS, the weight in these blocks and in VECTOR_ROWS x BC; else None.
     """
 
     name: str
     shape: tuple[int, int]
-    block_size: tuple[int, int]
+    block_size: tuple[int, int] | None
     gates: tuple[GateReport, ...]
     stored_bytes: int
     dense_bytes: int
+    low_blocks: tuple[BlockCount, BlockCount] | None = None
 
     @property
     def nonzero(self) -> int:
@@ -100,7 +123,7 @@ class SparsityReport:
     """What `sparsity_report` found; str() of it is a table.
 
     Attributes:
-        weights: recurrent and input weights of every recurrent layer.
+        weights: input, recurrent and projection weights of every recurrent layer.
         others: all other tensors.
     """
 
@@ -109,7 +132,7 @@ class SparsityReport:
 
     @property
     def density(self) -> float:
-        """Of all recurrent and input weights together; nan where there are none."""
+        """Of all `weights` together; nan where there are none."""
         count = sum(weight.dense_multiply_accumulates for weight in self.weights)
         return self.nonzero / count if count else float("nan")
 
@@ -141,10 +164,12 @@ class SparsityReport:
             return ["No recurrent layer: no weight_hh of an nn.RNN, nn.GRU or nn.LSTM."]
         rows = [_HEADINGS]
         for weight in self.weights:
-            blocks = f"{weight.stored_blocks:,} of {'x'.join(map(str, weight.block_size))}"
+            blocks = "dense" if weight.block_size is None else _blocks(weight.stored_blocks, weight.block_size)
             rows.append([weight.name, "all", *_cells(weight, blocks)])
             if len(weight.gates) > 1:
-                rows += [["", gate.name, *_cells(gate, f"{gate.stored_blocks:,}")] for gate in weight.gates]
+                for gate in weight.gates:
+                    blocks = "dense" if weight.block_size is None else f"{gate.stored_blocks:,}"
+                    rows.append(["", gate.name, *_cells(gate, blocks)])
         lines = align(rows, right=range(2, len(_HEADINGS)))
         return [
             *lines,
@@ -154,7 +179,21 @@ class SparsityReport:
             f" ({self.dense_bytes / max(1, self.stored_bytes):.2f}x)",
             f"  MAC/step  {self.multiply_accumulates:,} in blocks, {self.dense_multiply_accumulates:,} dense"
             f" ({self.dense_multiply_accumulates / max(1, self.multiply_accumulates):.2f}x)",
+            *self._low_block_lines(),
         ]
+
+    def _low_block_lines(self) -> list[str]:
+        rows = [["weight", "blocks", "of all", "bytes", "vector MAC/step"]]
+        for weight in self.weights:
+            for name, count in zip((weight.name, "  would be"), weight.low_blocks or (), strict=False):
+                numbers = f"{count.density:.1%}", f"{count.stored_bytes:,}", f"{count.vector_multiply_adds:,}"
+                rows.append([name, _blocks(count.stored_blocks, count.block_size), *numbers])
+        if len(rows) == 1:
+            return []
+        heading = (
+            f"A block of fewer than {VECTOR_ROWS} rows takes as many vector multiply-adds as one of {VECTOR_ROWS}:"
+        )
+        return ["", heading, *align(rows, right=range(1, 5))]
 
     def _other_lines(self) -> list[str]:
         if not self.others:
@@ -174,7 +213,7 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, block_size: tuple[i
             values of a mapping may be BlockMatrix. Anything but tensors in a mapping is left out.
         block_size: (BR, BC) in which weights that are not stored in blocks are counted.
     Returns:
-        A report for every weight_ih and weight_hh (of nn.RNN, nn.GRU, nn.LSTM and their cells) and gate.
+        A report for every weight_ih, weight_hh and weight_hr (of nn.RNN, nn.GRU, nn.LSTM and their cells) and gate.
     Raises:
         TypeError: `model` is neither.
         ValueError: it has no tensors, or some without data (meta device), or is the bare state_dict of a converted
@@ -215,7 +254,7 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, block_size: tuple[i
         )
     gates = dict(_find_gates(tensors))
     return SparsityReport(
-        tuple(_report_weight(name, tensors[name], count, block_size) for name, count in gates.items()),
+        tuple(_report_weight(name, tensors, count, block_size) for name, count in gates.items()),
         tuple(_report_tensor(name, value) for name, value in tensors.items() if name not in gates),
     )
 
@@ -252,18 +291,28 @@ def _find_gates(tensors: Mapping[str, Tensor | BlockMatrix]) -> Iterator[tuple[s
         rows, columns = recurrent.shape
         hidden = projection.shape[-1] if projection is not None else columns
         gates, rest = divmod(rows, max(1, hidden))
-        if rest == 0 and gates in GATE_NAMES and tensor.shape[0] == rows:
-            yield name, gates
+        if rest == 0 and gates in GATE_NAMES:
+            if match["kind"] == "hr" and tensor.shape == (columns, hidden):
+                yield name, 1
+            elif match["kind"] != "hr" and tensor.shape[0] == rows:
+                yield name, gates
 
 
-def _report_weight(name: str, weight: Tensor | BlockMatrix, gates: int, block_size: tuple[int, int]) -> WeightReport:
+def _report_weight(
+    name: str, tensors: Mapping[str, Tensor | BlockMatrix], gates: int, block_size: tuple[int, int]
+) -> WeightReport:
+    weight = tensors[name]
     if isinstance(weight, BlockMatrix):
-        stored = weight
-    else:
-        dense = weight.detach().to_dense()
-        dense = dense if dense.dtype in STORAGE_DTYPES and dense.is_floating_point() else dense.float()
-        stored = BlockMatrix.from_dense(dense, block_size, gates=gates)
-    rows, columns = stored.shape
+        return _report_blocks(name, weight, math.prod(weight.shape) * weight.scaled_blocks().element_size())
+    if isinstance(tensors.get(name.replace("weight_ih", "weight_hh")), BlockMatrix):
+        return _report_kept_dense(name, weight, gates)
+    dense = weight.detach().to_dense()
+    dense = dense if dense.dtype in STORAGE_DTYPES and dense.is_floating_point() else dense.float()
+    return _report_blocks(name, BlockMatrix.from_dense(dense, block_size, gates=gates), weight.nbytes)
+
+
+def _report_blocks(name: str, stored: BlockMatrix, dense_bytes: int) -> WeightReport:
+    (rows, columns), gates = stored.shape, stored.gates
     BR, BC = stored.block_size
     blocks, block_gates = stored.scaled_blocks(), stored.block_rows % gates
     block_bytes = BR * BC * stored.values.element_size() + stored.columns.element_size()
@@ -274,14 +323,41 @@ def _report_weight(name: str, weight: Tensor | BlockMatrix, gates: int, block_si
         GateReport(gate, (rows // gates, columns), nonzero[g], counts[g], counts[g] * block_bytes, counts[g] * BR * BC)
         for g, gate in enumerate(GATE_NAMES[gates])
     )
-    dense_bytes = weight.nbytes if isinstance(weight, Tensor) else rows * columns * blocks.element_size()
-    return WeightReport(name, (rows, columns), (BR, BC), parts, stored.nbytes, dense_bytes)
+    low_blocks = (_count_blocks(stored), _count_blocks(_taller(stored))) if BR < VECTOR_ROWS else None
+    return WeightReport(name, (rows, columns), (BR, BC), parts, stored.nbytes, dense_bytes, low_blocks)
+
+
+def _report_kept_dense(name: str, weight: Tensor, gates: int) -> WeightReport:
+    nonzero = weight.ne(0).unflatten(0, (gates, -1)).sum((1, 2)).tolist()
+    H, columns = len(weight) // gates, weight.shape[1]
+    parts = tuple(
+        GateReport(gate, (H, columns), nonzero[g], 0, weight.nbytes // gates, H * columns)
+        for g, gate in enumerate(GATE_NAMES[gates])
+    )
+    return WeightReport(name, (len(weight), columns), None, parts, weight.nbytes, weight.nbytes)
+
+
+def _taller(stored: BlockMatrix) -> BlockMatrix:
+    """The same weights in blocks of VECTOR_ROWS rows, in the same dtype."""
+    dense = dataclasses.replace(stored, scales=None).to_dense()  # for int8 its integers
+    wide = dense if dense.is_floating_point() else dense.float()
+    taller = BlockMatrix.from_dense(wide, (VECTOR_ROWS, stored.block_size[1]), gates=stored.gates)
+    return dataclasses.replace(taller, values=taller.values.to(dense.dtype), scales=stored.scales)
+
+
+def _count_blocks(matrix: BlockMatrix) -> BlockCount:
+    (BR, BC), NB = matrix.block_size, len(matrix.values)
+    return BlockCount((BR, BC), NB, matrix.density, matrix.nbytes, NB * BC * -(-BR // VECTOR_ROWS))
 
 
 def _report_tensor(name: str, tensor: Tensor | BlockMatrix) -> TensorReport:
     numbers = tensor.detach().to_dense() if isinstance(tensor, Tensor) else tensor.scaled_blocks()
     shape, count = tuple(tensor.shape), math.prod(tensor.shape)
     return TensorReport(name, shape, int(numbers.ne(0).sum()), count, count * numbers.element_size())
+
+
+def _blocks(count: int, block_size: tuple[int, int]) -> str:
+    return f"{count:,} of {block_size[0]}x{block_size[1]}"
 
 
 def _cells(part: WeightReport | GateReport, blocks: str) -> Sequence[str]:

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn.errors import SparseFileError
-from triton_sparse_rnn.nn.persistent import MATRIX_PARTS, PERSISTENT_CLASSES, PersistentLayer
+from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES, PersistentLayer
 from triton_sparse_rnn.nn.replace import replace_modules, take_hooks
-from triton_sparse_rnn.nn.weight_storage import weight_names
+from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS, weight_names, weight_shape
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.files import read_file, write_file
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _CLASSES = {cls.__name__: (dense, cls) for dense, cls in PERSISTENT_CLASSES.items()}
+_ACTIVATION_DTYPES = {None: None, "int8": torch.int8}
 _SIZES = ("mode", "input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
 
 
@@ -116,7 +117,8 @@ def _describe(module: PersistentLayer) -> dict[str, Any]:
     }
     return {
         "class": type(module).__name__,
-        "dtype": str(module.dtype).removeprefix("torch."),
+        "dtype": _dtype_name(module.dtype),
+        "activation_dtype": None if module.activation_dtype is None else _dtype_name(module.activation_dtype),
         "sizes": {name: getattr(module, name) for name in _SIZES},
         "weights": weights,
     }
@@ -132,12 +134,16 @@ def _check_same_sizes(path: object, name: str, layer: nn.Module, described: dict
     for size, saved in described["sizes"].items():
         if getattr(layer, size) != saved:
             raise SparseFileError(f"{path} holds '{name}' with {size}={saved}, the model's has {getattr(layer, size)}")
-    dtype = str(_dtype(layer)).removeprefix("torch.")
+    dtype = _dtype_name(_dtype(layer))
     if dtype != described["dtype"]:
         raise SparseFileError(
             f"{path} holds '{name}' in {described['dtype']}, the model's is in {dtype}; convert the model first, with "
             f".to(torch.{described['dtype']})"
         )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _dtype(layer: Any) -> torch.dtype:
@@ -158,12 +164,17 @@ def _build(
         if (scales := tensors.get(f"{prefix}{weight_name}_scales")) is not None:
             parts["scales"] = scales.to(device)
         weights[weight_name] = BlockMatrix(**parts, shape=tuple(matrix["shape"]), gates=matrix["gates"])
-    built = _CLASSES[described["class"]][1](layer, weights, dtype=dtype, backend=getattr(layer, "backend", None))
+    # What computes is the machine's affair and stays as the layer has it; what is computed comes from the file.
+    kept = ("backend", "num_threads") if isinstance(layer, PersistentLayer) else ()
+    options: dict[str, Any] = {option: getattr(layer, option) for option in kept}
+    options["activation_dtype"] = _ACTIVATION_DTYPES[described["activation_dtype"]]
     try:
+        config: Any = layer
+        built = _CLASSES[described["class"]][1](config, weights, dtype=dtype, **options)
         for weight_name, weight in built.stored_weights().items():
             if isinstance(weight, BlockMatrix):
                 weight.check()
-            elif (weight.shape, weight.dtype) != (getattr(layer, weight_name).shape, dtype):
+            elif (weight.shape, weight.dtype) != (weight_shape(layer, weight_name), dtype):
                 raise ValueError(f"{weight_name} is {weight.dtype} of shape {tuple(weight.shape)}")
     except ValueError as error:
         raise SparseFileError(f"{path} holds '{name}' with weights that do not fit together: {error}") from error

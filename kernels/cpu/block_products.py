@@ -1,66 +1,191 @@
 """Rows of blocks times inputs: the inner loop of every kernel, emitted where it is needed.
 
-A row of blocks is the blocks of one gate of one unit group (sparse/block_matrix.py). Column c of block k is the vector
-values[k, c] of BR weights, so with the input v the product of the row of blocks is the vector
+Column c of block k is a vector of weights, so with the input v the product of the row of blocks is the vector
 
     start + sum over k, c of values[k, c] * v[columns[k] * BC + c]
 
-and a pruned block is not read at all. Several inputs share each load of a weight.
+and a pruned block is not read at all. A tile of inputs shares each load of a weight. It lies in memory as pack.py
+leaves it, number i of all its inputs together: v0[0] v1[0] ... v0[1] v1[1] ...
+
+Quantised inputs are bytes, their sums are int32, and the result is start + sum * scale of the weights * scale of the
+input. Where there is an instruction for it, vpdpbusd, a sum takes four columns, a quad, at once.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from triton_sparse_rnn.kernels.cpu.vector_code import Accumulator, Index, Vector, VectorCode
+from triton_sparse_rnn.kernels.cpu.stored_weights import (
+    QUAD,
+    BlockAddresses,
+    BlockFormat,
+    load_integers,
+    load_weights,
+)
+from triton_sparse_rnn.kernels.cpu.vector_code import INT8, INT16, Accumulator, Index, Integers, Vector, VectorCode
 
 _CHAINS = 4  # sums in flight at least, because a multiply-add waits for the one before it in the same sum
-_COLUMNS_UNROLLED = 16  # of a wide block; the rest of it is a loop, so that code does not grow with BC
+_COLUMNS_UNROLLED = 8  # of a wide block; the rest of it is a loop, so that code does not grow with BC
+INPUT_OFFSET = 128  # what the bytes of inputs hold more than their value for vpdpbusd, which takes them as unsigned
 
 
-class BlockAddresses(NamedTuple):
-    """Where the tensors of a BlockMatrix begin."""
+class Tile(NamedTuple):
+    """Inputs that share each load of a weight."""
 
-    starts: Index
-    columns: Index
-    values: Index
+    rows: int
+    inputs: Index  # address
+    input_bytes: Index  # of one of them
+    scales: Index  # address of a float32 for each input that is quantised
+
+
+class _Column(NamedTuple):
+    """A column of a stored block, and the number of the input that it is multiplied by."""
+
+    stored: Index
+    input: Index
 
 
 def block_row_products(
-    code: VectorCode, matrix: BlockAddresses, BC: int, row: Index, inputs: Sequence[Index], start: Vector
+    code: VectorCode,
+    layout: BlockFormat,
+    matrix: BlockAddresses,
+    tile: Tile,
+    row: Index,
+    part: Index,
+    start: Vector,
+    scale: Vector | None,
 ) -> list[Vector]:
-    """Return start + row of blocks number `row` times each of the inputs, which are addresses of float32."""
-    chains = max(1, _CHAINS // len(inputs))
-    starts = [start] + [code.constant(0.0)] * (chains - 1)
-    sums = [[Accumulator(vector) for vector in starts] for _ in inputs]
+    """Return start + row of blocks times each input of the tile.
 
-    def add_columns(block: Index, first: Index, count: int, chain: int = 0) -> None:
-        """Add columns first, ..., first + count - 1 of a block, each to the next chain."""
-        first_vector = block * BC + first
-        first_column = code.load_int32(matrix.columns, block) * BC + first
-        for c in range(count):
-            weights = code.load(matrix.values, first_vector + c)
-            for address, accumulators in zip(inputs, sums, strict=True):
-                number = code.load_broadcast(address, first_column + c)
-                accumulators[(chain + c) % chains].add(weights * number)
+    Args:
+        row: number of the row of blocks.
+        part: number of the part of its columns (stored_weights.py).
+        start: the bias of this part.
+        scale: that of its weights; None where they have none.
+    """
+    kind = _QuadSums if layout.multiplies_quads else _ColumnSums
+    sums = kind(code, layout, matrix, tile, part)
+    _visit_columns(code, layout, matrix, row, sums.add, sums.columns_in_flight)
+    results = []
+    for i, total in enumerate(sums.totals()):
+        product = total.to_floats() if isinstance(total, Integers) else total
+        if scale is not None:
+            product = product * (scale * code.load_broadcast(tile.scales, code.index(i)) if layout.quantized else scale)
+        results.append(product + start)
+    return results
 
-    def add_blocks(block: Index, count: int) -> None:
-        whole = BC - BC % _COLUMNS_UNROLLED if BC > _COLUMNS_UNROLLED else 0
-        for k in range(count):
-            if whole:
-                with code.loop(code.index(0), code.index(whole), _COLUMNS_UNROLLED) as first:
-                    add_columns(block + k, first, _COLUMNS_UNROLLED)
-            add_columns(block + k, code.index(whole), BC - whole, chain=k * BC)
 
-    first, end = code.load_int32(matrix.starts, row), code.load_int32(matrix.starts, row + 1)
-    blocks_unrolled = -(-chains // BC)
-    rest = end - (end - first) % blocks_unrolled
-    with code.loop(first, rest, blocks_unrolled) as block:
-        add_blocks(block, blocks_unrolled)
-    if blocks_unrolled > 1:
-        with code.loop(rest, end) as block:
-            add_blocks(block, 1)
-    return [functools.reduce(operator.add, (chain.read() for chain in accumulators)) for accumulators in sums]
+def _visit_columns(
+    code: VectorCode,
+    layout: BlockFormat,
+    matrix: BlockAddresses,
+    row: Index,
+    visit: Callable[[Sequence[_Column]], None],
+    at_once: int,
+) -> None:
+    """Emit loops over the stored blocks of a row that hand their columns to `visit`, about `at_once` at a time."""
+    BC = layout.BC
+
+    def visit_blocks(block: Index, count: int) -> None:
+        inputs = [code.load_index(matrix.columns, block + k) * BC for k in range(count)]
+        if BC <= _COLUMNS_UNROLLED:
+            visit([_Column((block + k) * BC + c, inputs[k] + c) for k in range(count) for c in range(BC)])
+            return
+        whole = BC - BC % _COLUMNS_UNROLLED
+        with code.loop(code.index(0), code.index(whole), _COLUMNS_UNROLLED) as first:
+            visit([_Column(block * BC + first + c, inputs[0] + first + c) for c in range(_COLUMNS_UNROLLED)])
+        if whole < BC:
+            visit([_Column(block * BC + c, inputs[0] + c) for c in range(whole, BC)])
+
+    done, end = code.load_index(matrix.starts, row), code.load_index(matrix.starts, row + 1)
+    for count in sorted({max(1, at_once // BC), min(4, max(1, at_once // BC)), 1}, reverse=True):
+        stop = end - (end - done) % count
+        with code.loop(done, stop, count) as block:
+            visit_blocks(block, count)
+        done = stop
+
+
+class _ColumnSums:
+    """One multiplication and one addition for each column and input: of floats, or of integers."""
+
+    def __init__(self, code: VectorCode, layout: BlockFormat, matrix: BlockAddresses, tile: Tile, part: Index):
+        self.code, self.layout, self.matrix, self.tile, self.part = code, layout, matrix, tile, part
+        self.columns_in_flight = max(1, _CHAINS // tile.rows)
+        zero: Any = code.integers(0) if layout.quantized else code.constant(0.0)
+        self.sums = [[Accumulator(zero) for _ in range(self.columns_in_flight)] for _ in range(tile.rows)]
+
+    def add(self, columns: Sequence[_Column]) -> None:
+        for n, column in enumerate(columns):
+            weights = self._weights(column.stored * self.layout.parts + self.part)
+            for i, chains in enumerate(self.sums):
+                chains[n % self.columns_in_flight].add(weights * self._input(column.input * self.tile.rows + i))
+
+    def totals(self) -> list[Any]:
+        return [functools.reduce(operator.add, (chain.read() for chain in chains)) for chains in self.sums]
+
+    def _weights(self, index: Index) -> Any:
+        if self.layout.quantized:
+            return load_integers(self.code, self.matrix.values, index)
+        return load_weights(self.code, self.layout.dtype, self.matrix.values, index)
+
+    def _input(self, index: Index) -> Any:
+        load = self.code.load_broadcast_byte if self.layout.quantized else self.code.load_broadcast
+        return load(self.tile.inputs, index)
+
+
+class _QuadSums:
+    """One vpdpbusd for a quad and an input, and one for what the offset of inputs adds: the last of the sums."""
+
+    def __init__(self, code: VectorCode, layout: BlockFormat, matrix: BlockAddresses, tile: Tile, part: Index):
+        self.code, self.layout, self.matrix, self.tile, self.part = code, layout, matrix, tile, part
+        self.chains = max(1, _CHAINS // (tile.rows + 1))
+        self.columns_in_flight = self.chains * QUAD
+        self.sums = [[Accumulator(code.integers(0)) for _ in range(self.chains)] for _ in range(tile.rows + 1)]
+
+    def add(self, columns: Sequence[_Column]) -> None:
+        offsets = self.code.integers(int.from_bytes([INPUT_OFFSET] * QUAD, "little"))
+        for n in range(0, len(columns), QUAD):
+            quad = columns[n : n + QUAD]
+            weights = self._weights(quad)
+            for chains, inputs in zip(self.sums, [*self._inputs(quad), offsets], strict=True):
+                chain = chains[n // QUAD % self.chains]
+                chain.write(self.code.add_byte_products(chain.read(), inputs, weights))
+
+    def totals(self) -> list[Integers]:
+        *totals, offset = (functools.reduce(operator.add, (chain.read() for chain in chains)) for chains in self.sums)
+        return [total - offset for total in totals]
+
+    def _weights(self, quad: Sequence[_Column]) -> Any:
+        """Row after row, each with its bytes of the four columns; 0 for a column that there is not."""
+        code, width, parts = self.code, self.layout.width, self.layout.parts
+        if parts == 1:  # columns follow one another in memory, from block to block as well
+            stored = code.load_elements(self.matrix.values, quad[0].stored, INT8, len(quad))
+            zeros = stored.type(None)
+            lanes = [c * width + r if c < len(quad) else len(quad) * width for r in range(width) for c in range(QUAD)]
+            return code.shuffle(stored, zeros, lanes)
+        columns = [code.load_elements(self.matrix.values, column.stored * parts + self.part, INT8) for column in quad]
+        return code.interleave(columns + [columns[0].type(None)] * (QUAD - len(quad)))
+
+    def _inputs(self, quad: Sequence[_Column]) -> list[Integers]:
+        """The four bytes of each input, in every lane."""
+        code, tile = self.code, self.tile
+        if self.layout.quad == QUAD:
+            first = quad[0].input // QUAD * tile.rows
+            return [code.load_broadcast_int32(tile.inputs, first + i) for i in range(tile.rows)]
+        if tile.rows == 1:
+            return [self._spread_inputs(quad)]
+        bytes_of = [code.load_bytes(tile.inputs, column.input * tile.rows, tile.rows) for column in quad]
+        return code.broadcast_int32s(code.interleave(bytes_of + [bytes_of[0].type(None)] * (QUAD - len(quad))))
+
+    def _spread_inputs(self, quad: Sequence[_Column]) -> Integers:
+        """The four bytes of a single input, taken from its two tables of int16."""
+        code, tile = self.code, self.tile
+        words = []
+        for n, column in enumerate(quad):
+            table = tile.inputs + tile.input_bytes * (2 * (n % 2))
+            words.append(code.load_index(table, column.input, INT16))
+        low, high = (functools.reduce(Index.__or__, words[n : n + 2], code.index(0)) for n in (0, 2))
+        return code.broadcast_index(low | high << 16)

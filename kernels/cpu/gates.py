@@ -30,6 +30,10 @@ def tanh(x: Vector) -> Vector:
     return x.where("<", -_TANH_ONE, -1.0, x.where(">", _TANH_ONE, 1.0, value))
 
 
+def relu(x: Vector) -> Vector:
+    return x.where("<", 0.0, 0.0, x)
+
+
 def sigmoid(x: Vector) -> Vector:
     return tanh(x * 0.5) * 0.5 + 0.5
 
@@ -46,6 +50,19 @@ def gru_cell(projected: Sequence[Vector], recurrent: Sequence[Vector], h: Vector
     z = sigmoid(projected[1] + recurrent[1])
     n = tanh(projected[2] + r * recurrent[2])
     return n + z * (h - n)
+
+
+def lstm_cell(projected: Sequence[Vector], recurrent: Sequence[Vector], c: Vector) -> tuple[Vector, Vector]:
+    """Advance hidden units by one time step; returns h and c.
+
+    Args:
+        projected: W_i x + b_i of the gates i, f, g, o.
+        recurrent: W_h h + b_h of the gates i, f, g, o.
+        c: the cell states before the step.
+    """
+    i, f, g, o = (a + b for a, b in zip(projected, recurrent, strict=True))
+    c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+    return sigmoid(o) * tanh(c), c
 
 
 def _polynomial(x: Vector, coefficients: Sequence[float]) -> Vector:

@@ -1,99 +1,207 @@
-"""One direction of one layer, whatever its cell and its blocks: input projection, time loop and batch.
+"""One direction of one layer, whatever its cell, its blocks and their dtype: input projection, time loop and batch.
 
-| tensor    | shape                 | dtype   |                                                           |
-|-----------|-----------------------|---------|-----------------------------------------------------------|
-| projected | [rows, groups, G, BR] | float32 | scratch: W_ih x + b_ih of the rows that come next         |
-| h, h_next | [B, padded H]         | float32 | scratch: the state before and after a step, in turn       |
-| biases    | [2, G, groups * BR]   | float32 | scratch: b_ih and b_hh where theirs do not fit the blocks |
-| padded_x  | [rows, padded I]      | float32 | scratch: rows of x where BC does not divide I             |
+| tensor    | shape                | dtype   |                                                                |
+|-----------|----------------------|---------|----------------------------------------------------------------|
+| x         | [N, I]               | float32 | read; the rows of a step are consecutive                       |
+| dense     | [N, G, H]            | float32 | read: W_ih x + b_ih, where W_ih is an ordinary matrix          |
+| sizes     | [T]                  | int64   | read: rows of each step, never more than before it             |
+| h0, c0    | [D, B, P], [D, B, H] | float32 | read; c0 by an LSTM; P is H or proj_size                       |
+| y         | [N, D P]             | float32 | written                                                        |
+| h_n, c_n  | [D, B, P], [D, B, H] | float32 | written                                                        |
+| projected | [rows, G, padded H]  | float32 | scratch: W_ih x + b_ih of the rows that come next, the window  |
+| h, h_next | [B, padded]          | float32 | scratch: the state before and after a step, in turn            |
+| c         | [B, padded]          | float32 | scratch: the cell state of an LSTM                             |
+| hidden    | [B, padded]          | float32 | scratch: o tanh(c), where W_hr is still to be multiplied by it |
 
-All are filled up to whole blocks, so no vector of a kernel needs a mask. What lies beyond I and H is 0 whenever it is
-read: a zero weight times NaN would otherwise carry NaN to units that do not depend on it. The other tensors are those
-of a launcher (gru.py), which also gives the addresses of two kernels, called as
-
-    project(rows, groups, G, starts, columns, values, bias, x, x_bytes, projected)
-    step(rows, groups, starts, columns, values, bias, projected, h, h_bytes, h_next)
-
-Since these alone depend on the cell and the blocks, the function below is compiled once for all.
+All but scratch are contiguous. Scratch is filled up to whole blocks, so that no vector of a kernel needs a mask, and it
+is 0 there whenever it meets a weight: a zero weight times NaN would carry NaN to units that do not depend on it. Only
+the kernels know the cell and the blocks, so the function below is compiled once for all; it is kept small, since numba
+takes its time.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+from typing import NamedTuple
+
 from numba import njit
 
-from triton_sparse_rnn.kernels.cpu.intrinsics import FLOAT_BYTES, call, copy_rows, load_int64, zero_rows
+from triton_sparse_rnn.kernels.cpu.intrinsics import (
+    allocate,
+    close_over,
+    copy_rows,
+    load_int64,
+    load_tuple,
+    release,
+    run_kernel,
+    store_tuple,
+    zero_rows,
+)
+from triton_sparse_rnn.kernels.cpu.pack import PackFields
+from triton_sparse_rnn.kernels.cpu.products import ProductFields
+from triton_sparse_rnn.kernels.cpu.step import StepFields
 
-_PROJECTED_BYTES = 1 << 18  # held at a time: read again while in the second-level cache; 64 KB to 1 MB are as fast
-_ALIGNMENT_BYTES = 64  # a cache line, so that vectors of scratch do not lie across two
+
+class LayerFields(NamedTuple):
+    """What holds for every call of a direction with as many rows. Scratch is given as offsets in bytes."""
+
+    reverse: int
+    has_cell_state: int
+    has_projection: int
+    x_bytes: int  # of a row, as all that follow
+    y_bytes: int
+    state_bytes: int  # of h, c and hidden
+    projected_bytes: int
+    projected_gate_bytes: int
+    window: int  # rows that are projected at a time
+    projected: int
+    h: int
+    h_next: int
+    c: int
+    hidden: int
+    kernel: int
+    scratch_bytes: int
 
 
-@njit(nogil=True, error_model="numpy")
-def run_layer(
-    N, T, B, I, H, G, BR, BC_ih, BC_hh, reverse, project, step,
-    starts_ih, columns_ih, values_ih, bias_ih, starts_hh, columns_hh, values_hh, bias_hh,
-    x, h0, batch_sizes, y, y_bytes, h_n,
-):  # fmt: skip
-    """From `project` on these are addresses, 0 for None; y_bytes is the distance between rows of y."""
-    groups = -(-H // BR)
-    I_bytes, H_bytes = I * FLOAT_BYTES, H * FLOAT_BYTES
-    gate_bytes = groups * BR * FLOAT_BYTES
-    projected_bytes = G * gate_bytes
-    x_bytes = -(-I // BC_ih) * BC_ih * FLOAT_BYTES
-    h_bytes = max(gate_bytes, -(-H // BC_hh) * BC_hh * FLOAT_BYTES)
-    tiles = max(1, _PROJECTED_BYTES // (projected_bytes * 8 * B))
-    window = min(N, tiles * 8 * B)
+class MatrixFields(NamedTuple):
+    """A BlockMatrix, the kernels that read it, and how its inputs and outputs lie; all 0 for a matrix there is not."""
 
-    padded_x_bytes = window * x_bytes if x_bytes > I_bytes else 0
-    scratch_bytes = (window + 2) * projected_bytes + 2 * B * h_bytes + padded_x_bytes
-    scratch = np.empty(scratch_bytes + _ALIGNMENT_BYTES, np.uint8)
-    projected = -(-scratch.ctypes.data // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    h = projected + window * projected_bytes
-    h_next = h + B * h_bytes
-    biases = h_next + B * h_bytes
-    padded_x = biases + 2 * projected_bytes
-    zero_rows(2 * B, H_bytes, h_bytes, h, h_bytes)
-    bias_ih = _pad_bias(bias_ih, G, H_bytes, gate_bytes, biases)
-    bias_hh = _pad_bias(bias_hh, G, H_bytes, gate_bytes, biases + projected_bytes)
-    zero_rows(window, I_bytes, x_bytes, padded_x, x_bytes)
+    pack: int
+    product: int  # of W_hh, a step
+    starts: int
+    columns: int
+    values: int
+    scales: int  # [G H] or [G, padded H], 0 for none
+    bias: int  # [G H] or [G, padded H]
+    gates: int
+    vectors: int  # in the units of a gate
+    row_bytes: int  # of the H units of a gate
+    gate_bytes: int  # of padded H
+    inputs: int  # columns
+    padded_inputs: int
+    input_bytes: int  # of a packed row
+    quantized: int
+    packed: int  # offset in scratch of packed inputs, as all that follow
+    packed_scales: int
+    padded_bias: int  # -1 where the tensor itself is long enough
+    padded_scales: int
 
-    running = 0  # rows of the batch that have begun and not ended
-    row = N if reverse else 0  # where the rows of the next step begin or, in reverse, end
-    first, end = row, row  # the rows whose projection is held
-    for t in range(T):
-        rows = B if batch_sizes == 0 else load_int64(batch_sizes, T - 1 - t if reverse else t)
-        row -= rows if reverse else 0
-        if row < first or row + rows > end:
-            first = max(0, row + rows - window) if reverse else row
-            end = min(N, first + window)
-            inputs = x + first * I_bytes
-            if x_bytes > I_bytes:
-                copy_rows(end - first, I_bytes, inputs, I_bytes, padded_x, x_bytes)
-                inputs = padded_x
-            matrix = starts_ih, columns_ih, values_ih
-            call(project, (end - first, groups, G, *matrix, bias_ih, inputs, x_bytes, projected))
-        if rows > running:
-            copy_rows(rows - running, H_bytes, h0 + running * H_bytes, H_bytes, h + running * h_bytes, h_bytes)
-        if rows < running:
-            copy_rows(running - rows, H_bytes, h + rows * h_bytes, h_bytes, h_n + rows * H_bytes, H_bytes)
-        running = rows
-        matrix = starts_hh, columns_hh, values_hh
-        inputs = projected + (row - first) * projected_bytes
-        call(step, (rows, groups, *matrix, bias_hh, inputs, h, h_bytes, h_next))
-        zero_rows(rows, H_bytes, gate_bytes, h_next, h_bytes)
-        copy_rows(rows, H_bytes, h_next, h_bytes, y + row * y_bytes, y_bytes)
-        h, h_next = h_next, h
-        row += 0 if reverse else rows
-    copy_rows(running, H_bytes, h, h_bytes, h_n, H_bytes)
-    return scratch.size  # numba frees an array after its last use, and it does not see that of an address
+
+_LAYER_WORDS, _MATRIX_WORDS = len(LayerFields._fields), len(MatrixFields._fields)
+KERNEL_BYTES = 8 * max(len(fields._fields) for fields in (PackFields, ProductFields, StepFields))
+
+
+def make_run_layer(fingerprint: str) -> Callable[..., bool]:
+    """Return the function, for numba to compile.
+
+    Its cache tells functions apart by the constants that they close over: a fingerprint of everything they consist of.
+    """
+
+    def run_layer(layer, team, T, N, B, x, dense, sizes, h0, c0, y, h_n, c_n):
+        """Run all steps; returns whether there was memory for it.
+
+        `layer` is the address of LayerFields and of MatrixFields of W_ih, W_hh and W_hr; `team` as for `run_kernel`.
+        From x on, all are addresses, 0 for what there is not; h0, c0, y, h_n and c_n are this direction's.
+        """
+        close_over(fingerprint)
+        fields = LayerFields(*load_tuple(layer, _LAYER_WORDS))
+        ih = MatrixFields(*load_tuple(layer + 8 * _LAYER_WORDS, _MATRIX_WORDS))
+        hh = MatrixFields(*load_tuple(layer + 8 * (_LAYER_WORDS + _MATRIX_WORDS), _MATRIX_WORDS))
+        hr = MatrixFields(*load_tuple(layer + 8 * (_LAYER_WORDS + 2 * _MATRIX_WORDS), _MATRIX_WORDS))
+        H_bytes, P_bytes, state_bytes = hh.row_bytes, 4 * hh.inputs, fields.state_bytes
+        memory = allocate(fields.scratch_bytes + 64)
+        if memory == 0:
+            return False
+        scratch = memory + 64 - memory % 64  # from the beginning of a cache line
+        h, h_next, c, hidden = scratch + fields.h, scratch + fields.h_next, scratch + fields.c, scratch + fields.hidden
+        kernel = scratch + fields.kernel
+        zero_rows(2 * B, P_bytes, state_bytes, h, state_bytes)  # h_next lies behind h
+        zero_rows(B if fields.has_projection else 0, H_bytes, state_bytes, hidden, state_bytes)
+        for matrix in (ih, hh, hr):
+            gates, row_bytes, gate_bytes = matrix.gates, matrix.row_bytes, matrix.gate_bytes
+            if matrix.padded_bias >= 0:
+                copy_rows(gates, row_bytes, matrix.bias, row_bytes, scratch + matrix.padded_bias, gate_bytes)
+            if matrix.padded_scales >= 0:
+                copy_rows(gates, row_bytes, matrix.scales, row_bytes, scratch + matrix.padded_scales, gate_bytes)
+
+        running = 0  # rows of the batch that have begun and not ended
+        row = N if fields.reverse else 0  # where the rows of the next step begin or, in reverse, end
+        first, end, projected = row, row, scratch + fields.projected  # the rows whose projection is held
+        if dense:
+            first, end, projected = 0, N, dense
+        for t in range(T + 1):
+            rows = 0 if t == T else load_int64(sizes, T - 1 - t if fields.reverse else t) if sizes else B
+            first_row, moved = min(rows, running), abs(rows - running)  # rows that enter or have ended
+            h_row, c_row = h + first_row * state_bytes, c + first_row * state_bytes
+            h_place, c_place = first_row * P_bytes, first_row * H_bytes
+            if rows > running:
+                copy_rows(moved, P_bytes, h0 + h_place, P_bytes, h_row, state_bytes)
+                copy_rows(moved if fields.has_cell_state else 0, H_bytes, c0 + c_place, H_bytes, c_row, state_bytes)
+            else:
+                copy_rows(moved, P_bytes, h_row, state_bytes, h_n + h_place, P_bytes)
+                copy_rows(moved if fields.has_cell_state else 0, H_bytes, c_row, state_bytes, c_n + c_place, H_bytes)
+            running = rows
+            if t == T:
+                break
+            row -= rows if fields.reverse else 0
+            if row < first or row + rows > end:
+                first = max(0, row + rows - fields.window) if fields.reverse else row
+                end = min(N, first + fields.window)
+                source = x + first * fields.x_bytes
+                _multiply(
+                    team, kernel, ih, scratch, end - first, source, fields.x_bytes, projected, fields.projected_bytes
+                )
+
+            output = hidden if fields.has_projection else h_next
+            inputs = _pack(kernel, hh, scratch, rows, h, state_bytes)
+            store_tuple(kernel, StepFields(
+                hh.starts, hh.columns, hh.values,
+                _padded(scratch, hh.padded_scales, hh.scales), _padded(scratch, hh.padded_bias, hh.bias),
+                hh.gates, hh.gate_bytes,
+                inputs, hh.input_bytes, scratch + hh.packed_scales,
+                projected + (row - first) * fields.projected_bytes, fields.projected_bytes, fields.projected_gate_bytes,
+                rows, h, c, state_bytes, output,
+            ))  # fmt: skip
+            run_kernel(team, hh.product, kernel, hh.vectors)
+            zero_rows(rows, H_bytes, hh.gate_bytes, output, state_bytes)
+            if fields.has_projection:
+                _multiply(team, kernel, hr, scratch, rows, hidden, state_bytes, h_next, state_bytes)
+                zero_rows(rows, P_bytes, hr.gate_bytes, h_next, state_bytes)
+            copy_rows(rows, P_bytes, h_next, state_bytes, y + row * fields.y_bytes, fields.y_bytes)
+            h, h_next = h_next, h
+            row += 0 if fields.reverse else rows
+        release(memory)
+        return True
+
+    return run_layer
 
 
 @njit
-def _pad_bias(bias, G, H_bytes, gate_bytes, scratch):
-    """Return the address of the bias with gate_bytes between gates; None is 0."""
-    if bias != 0 and gate_bytes == H_bytes:
-        return bias
-    zero_rows(1, 0, G * gate_bytes, scratch, 0)
-    if bias != 0:
-        copy_rows(G, H_bytes, bias, H_bytes, scratch, gate_bytes)
-    return scratch
+def _multiply(team, kernel, matrix, scratch, rows, source, source_bytes, output, output_bytes):
+    """W v + b for each row v."""
+    inputs = _pack(kernel, matrix, scratch, rows, source, source_bytes)
+    store_tuple(kernel, ProductFields(
+        matrix.starts, matrix.columns, matrix.values,
+        _padded(scratch, matrix.padded_scales, matrix.scales), _padded(scratch, matrix.padded_bias, matrix.bias),
+        matrix.gates, matrix.gate_bytes, inputs, matrix.input_bytes, scratch + matrix.packed_scales,
+        rows, output, output_bytes,
+    ))  # fmt: skip
+    run_kernel(team, matrix.product, kernel, matrix.vectors)
+
+
+@njit
+def _pack(kernel, matrix, scratch, rows, source, source_bytes):
+    """Return the address of rows as a product with the matrix reads them."""
+    if rows == 1 and not matrix.quantized and source_bytes >= matrix.input_bytes:
+        return source  # one row lies as it should, and is long enough
+    packed = scratch + matrix.packed
+    store_tuple(kernel, PackFields(
+        matrix.inputs, matrix.padded_inputs, source, source_bytes, packed, scratch + matrix.packed_scales
+    ))  # fmt: skip
+    run_kernel(0, matrix.pack, kernel, rows)
+    return packed
+
+
+@njit
+def _padded(scratch, offset, address):
+    return address if offset < 0 else scratch + offset

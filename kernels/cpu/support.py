@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
-ROWS_PER_BLOCK = (1, 2, 4, 8, 16, 32)
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+MOST_COLUMNS = 1 << 16  # of quantised inputs: 255 * 127 * columns must stay below 2^31
 
 
 @functools.cache
@@ -23,22 +25,23 @@ def availability() -> str | None:
     return None
 
 
-def unsupported_reason(weight_ih: BlockMatrix, weight_hh: BlockMatrix) -> str | None:
-    """Return why the weights of a layer cannot run on these kernels, or None where they can.
+def unsupported_reason(name: str, weight: BlockMatrix | Tensor, *, quantized: bool) -> str | None:
+    """Return why a weight cannot run on these kernels, or None where it can.
 
     Args:
-        weight_ih: [G * H, I].
-        weight_hh: [G * H, H].
+        name: of the weight, for the answer.
+        weight: [rows, columns], whole in an ordinary tensor only if it multiplies x.
+        quantized: whether its inputs are.
     """
-    for name, weight in (("weight_ih", weight_ih), ("weight_hh", weight_hh)):
-        values = weight.values
-        if values.dtype != torch.float32:
-            return f"{name} is stored as {values.dtype}, and only torch.float32 runs here"
-        if not values.is_cpu:
-            return f"{name} is on {values.device}, not on the CPU"
-    BR, BR_hh = weight_ih.values.shape[2], weight_hh.values.shape[2]
-    if BR_hh != BR:
-        return f"weight_ih has blocks of {BR} rows and weight_hh of {BR_hh}; they must be the same"
-    if BR not in ROWS_PER_BLOCK:
-        return f"the blocks have {BR} rows, and only {ROWS_PER_BLOCK} run here"
+    values = weight.values if isinstance(weight, BlockMatrix) else weight
+    if not values.is_cpu:
+        return f"{name} is on {values.device}, not on the CPU"
+    if isinstance(weight, Tensor):
+        return None if values.dtype == torch.float32 else f"{name} is dense and {values.dtype}, not torch.float32"
+    if values.dtype not in WEIGHT_DTYPES:
+        return f"{name} is stored as {values.dtype}, and only {', '.join(map(str, WEIGHT_DTYPES))} run here"
+    if quantized and values.dtype != torch.int8:
+        return f"{name} is stored as {values.dtype}, and quantised activations need torch.int8"
+    if quantized and weight.shape[1] > MOST_COLUMNS:
+        return f"{name} has {weight.shape[1]} columns, and sums of quantised activations hold {MOST_COLUMNS}"
     return None

@@ -9,15 +9,17 @@ IRBuilder, which is Any here.)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from llvmlite import ir
 from numba.core import cgutils
 
-TILE_ROWS = (8, 4, 2, 1)  # rows that share each load of a weight; 8 sums of a vector fit into the registers
+FLOAT, INT8, INT16, INT32, INT64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
+_BYTES = {FLOAT: 4, INT8: 1, INT16: 2, INT32: 4, INT64: 8}
 _CONTRACT = ("contract",)
-_FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+FieldsT = TypeVar("FieldsT", bound=NamedTuple)
 
 
 class Index:
@@ -33,7 +35,16 @@ class Index:
         return Index(self.builder, self.builder.sub(self.value, _int64(other)))
 
     def __mul__(self, other: Index | int) -> Index:
-        return Index(self.builder, self.builder.mul(self.value, _int64(other)))
+        return self if other == 1 else Index(self.builder, self.builder.mul(self.value, _int64(other)))
+
+    def __floordiv__(self, other: Index | int) -> Index:
+        return self if other == 1 else Index(self.builder, self.builder.udiv(self.value, _int64(other)))
+
+    def __or__(self, other: Index) -> Index:
+        return Index(self.builder, self.builder.or_(self.value, other.value))
+
+    def __lshift__(self, bits: int) -> Index:
+        return Index(self.builder, self.builder.shl(self.value, INT64(bits)))
 
     def __mod__(self, other: Index | int) -> Index:
         return Index(self.builder, self.builder.urem(self.value, _int64(other)))
@@ -57,6 +68,16 @@ class Vector:
     def __truediv__(self, other: Vector | float) -> Vector:
         return Vector(self.code, self.code.builder.fdiv(self.value, self._value(other)))
 
+    def as_integers(self) -> Integers:
+        """The bits of each lane."""
+        return Integers(self.code, self.code.builder.bitcast(self.value, ir.VectorType(INT32, self.code.width)))
+
+    def rounded(self) -> Integers:
+        """The nearest integers, of two the even one, of floats up to 2^22: the bits of a sum that had to be rounded."""
+        shift = 1.5 * 2.0**23
+        sums = Vector(self.code, self.code.builder.fadd(self.value, self._value(shift)))
+        return sums.as_integers() - self.code.constant(shift).as_integers()
+
     def where(self, comparison: str, limit: float, then: Vector | float, otherwise: Vector) -> Vector:
         """`then` in each lane where self < limit (or ">", as the comparison says), else, and for NaN, `otherwise`."""
         holds = self.code.builder.fcmp_ordered(comparison, self.value, self._value(limit))
@@ -66,18 +87,64 @@ class Vector:
         return other.value if isinstance(other, Vector) else self.code.constant(other).value
 
 
-class Accumulator:
-    """A vector that changes in a loop. It is written as a place in memory; LLVM keeps it in a register."""
+class Integers:
+    """`width` int32 known when the code runs; they wrap around. A Python number stands for itself in every lane."""
 
-    def __init__(self, start: Vector):
-        self.code = start.code
+    def __init__(self, code: VectorCode, value: Any):
+        self.code, self.value = code, value
+
+    def __add__(self, other: Integers) -> Integers:
+        return Integers(self.code, self.code.builder.add(self.value, other.value))
+
+    def __sub__(self, other: Integers | int) -> Integers:
+        return Integers(self.code, self.code.builder.sub(self.value, self._value(other)))
+
+    def __mul__(self, other: Integers) -> Integers:
+        return Integers(self.code, self.code.builder.mul(self.value, other.value))
+
+    def __lshift__(self, bits: int) -> Integers:
+        return Integers(self.code, self.code.builder.shl(self.value, self._value(bits)))
+
+    def __and__(self, other: Integers | int) -> Integers:
+        return Integers(self.code, self.code.builder.and_(self.value, self._value(other)))
+
+    def __or__(self, other: Integers | int) -> Integers:
+        return Integers(self.code, self.code.builder.or_(self.value, self._value(other)))
+
+    def where(self, comparison: str, limit: Integers | int, then: Integers, otherwise: Integers) -> Integers:
+        """`then` in each lane where the unsigned self is to limit as the comparison says, else `otherwise`."""
+        holds = self.code.builder.icmp_unsigned(comparison, self.value, self._value(limit))
+        return Integers(self.code, self.code.builder.select(holds, then.value, otherwise.value))
+
+    def to_floats(self) -> Vector:
+        return Vector(self.code, self.code.builder.sitofp(self.value, ir.VectorType(FLOAT, self.code.width)))
+
+    def as_floats(self) -> Vector:
+        """What the bits of each lane are as float32."""
+        return Vector(self.code, self.code.builder.bitcast(self.value, ir.VectorType(FLOAT, self.code.width)))
+
+    def _value(self, other: Integers | int) -> Any:
+        return other.value if isinstance(other, Integers) else self.code.integers(other).value
+
+
+LanesT = TypeVar("LanesT", Vector, Integers)
+
+
+class Accumulator(Generic[LanesT]):
+    """What changes in a loop. It is written as a place in memory; LLVM keeps it in a register."""
+
+    def __init__(self, start: LanesT):
+        self.code, self.kind = start.code, type(start)
         self.place = cgutils.alloca_once_value(start.code.builder, start.value)
 
-    def add(self, vector: Vector) -> None:
-        self.code.builder.store((vector + self.read()).value, self.place)
+    def add(self, lanes: LanesT) -> None:
+        self.write(lanes + self.read())
 
-    def read(self) -> Vector:
-        return Vector(self.code, self.code.builder.load(self.place))
+    def read(self) -> LanesT:
+        return self.kind(self.code, self.code.builder.load(self.place))
+
+    def write(self, lanes: LanesT) -> None:
+        self.code.builder.store(lanes.value, self.place)
 
 
 class VectorCode:
@@ -86,54 +153,151 @@ class VectorCode:
     def __init__(self, builder: Any, width: int):
         self.builder = builder
         self.width = width
-        self.vector_type = ir.VectorType(_FLOAT, width)
 
     def constant(self, number: float) -> Vector:
-        return Vector(self, ir.Constant(self.vector_type, [_FLOAT(number)] * self.width))
+        return Vector(self, self.splat_constant(number, FLOAT))
+
+    def integers(self, number: int) -> Integers:
+        return Integers(self, self.splat_constant(number, INT32))
+
+    def splat_constant(self, number: float, element: ir.Type) -> Any:
+        return ir.Constant(ir.VectorType(element, self.width), [element(number)] * self.width)
 
     def index(self, value: Any) -> Index:
         """Take over an int64 argument of the function, or a Python integer."""
-        return Index(self.builder, _INT64(value) if isinstance(value, int) else value)
+        return Index(self.builder, INT64(value) if isinstance(value, int) else value)
+
+    def fields(self, kind: type[FieldsT], address: Index) -> FieldsT:
+        """Load the int64 that begin at `address` under the names of a NamedTuple."""
+        return kind._make(self.load_index(address, self.index(i), INT64) for i in range(len(kind._fields)))
 
     def load(self, address: Index, index: Index) -> Vector:
         """Vector number `index` of those that begin at `address`."""
-        return Vector(self, self.builder.load(self._at(address, index, self.vector_type), align=4))
+        return Vector(self, self.load_elements(address, index, FLOAT))
+
+    def load_elements(self, address: Index, index: Index, element: ir.Type, vectors: int = 1) -> Any:
+        """LLVM's vector of `vectors` * width elements, which begin `index` * width elements behind `address`."""
+        place = self._at(address, index * self.width, element, vectors * self.width)
+        return self.builder.load(place, align=_BYTES[element])
 
     def store(self, vector: Vector, address: Index, index: Index) -> None:
-        self.builder.store(vector.value, self._at(address, index, self.vector_type), align=4)
+        self.store_elements(vector.value, address, index * self.width)
+
+    def store_elements(self, elements: Any, address: Index, index: Index) -> None:
+        """Store LLVM's vector of elements so that they begin `index` elements behind `address`."""
+        kind = elements.type
+        self.builder.store(elements, self._at(address, index, kind.element, kind.count), align=_BYTES[kind.element])
 
     def load_broadcast(self, address: Index, index: Index) -> Vector:
         """Float number `index` of those that begin at `address`, in every lane."""
-        number = self.builder.load(self._at(address, index, _FLOAT))
-        first = self.builder.insert_element(ir.Constant(self.vector_type, ir.Undefined), number, _INT32(0))
-        lanes = ir.Constant(ir.VectorType(_INT32, self.width), [0] * self.width)
-        return Vector(self, self.builder.shuffle_vector(first, first, lanes))
+        return Vector(self, self.broadcast(self.builder.load(self._at(address, index, FLOAT))))
 
-    def load_int32(self, address: Index, index: Index) -> Index:
-        """Number `index` of the int32, none negative, that begin at `address`."""
-        return Index(self.builder, self.builder.zext(self.builder.load(self._at(address, index, _INT32)), _INT64))
+    def load_broadcast_byte(self, address: Index, index: Index) -> Integers:
+        """The same of an int8, as int32."""
+        return Integers(
+            self, self.broadcast(self.builder.sext(self.builder.load(self._at(address, index, INT8)), INT32))
+        )
+
+    def load_broadcast_int32(self, address: Index, index: Index) -> Integers:
+        return Integers(self, self.broadcast(self.builder.load(self._at(address, index, INT32))))
+
+    def broadcast_index(self, index: Index) -> Integers:
+        """The lower half of an index, in every lane."""
+        return Integers(self, self.broadcast(self.builder.trunc(index.value, INT32)))
+
+    def load_bytes(self, address: Index, index: Index, count: int) -> Any:
+        """LLVM's vector of int8 from `index` on."""
+        return self.builder.load(self._at(address, index, INT8, count), align=1)
+
+    def broadcast_int32s(self, elements: Any) -> list[Integers]:
+        """Each four bytes of LLVM's vector of int8, in every lane."""
+        count = elements.type.count // 4
+        numbers = self.builder.bitcast(elements, ir.VectorType(INT32, count))
+        return [Integers(self, self.shuffle(numbers, numbers, [i] * self.width)) for i in range(count)]
+
+    def add_byte_products(self, sums: Integers, unsigned: Integers, signed: Any) -> Integers:
+        """Add to each lane the four products of bytes: `unsigned` has four in a lane, `signed` is a vector of int8."""
+        signed, results = self.builder.bitcast(signed, sums.value.type), []
+        for first in range(0, self.width, 16):  # lanes of one instruction
+            operands = [self._part(value, first, 16) for value in (sums.value, unsigned.value, signed)]
+            results.append(self.call_llvm("llvm.x86.avx512.vpdpbusd.512", operands[0].type, *operands))
+        return Integers(self, functools.reduce(self.concatenate, results))
+
+    def largest(self, integers: Integers) -> Integers:
+        """The largest lane, taken as unsigned, in every lane."""
+        lanes = integers.value.type.count
+        return Integers(
+            self, self.broadcast(self.call_llvm(f"llvm.vector.reduce.umax.v{lanes}i32", INT32, integers.value))
+        )
+
+    def concatenate(self, first: Any, second: Any) -> Any:
+        return self.shuffle(first, second, range(2 * first.type.count))
+
+    def _part(self, value: Any, first: int, count: int) -> Any:
+        return self.shuffle(value, value, range(first, first + count)) if count < value.type.count else value
+
+    def broadcast(self, number: Any) -> Any:
+        """LLVM's vector with the number in every lane."""
+        first = self.builder.insert_element(
+            ir.Constant(ir.VectorType(number.type, self.width), ir.Undefined), number, INT32(0)
+        )
+        return self.shuffle(first, first, [0] * self.width)
+
+    def shuffle(self, first: Any, second: Any, lanes: Sequence[int]) -> Any:
+        """LLVM's vector of the lanes of first and second, counted on from one to the other."""
+        return self.builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes)))
+
+    def interleave(self, vectors: Sequence[Any]) -> Any:
+        """The first lanes of all LLVM vectors, then their second lanes, and so on. Their number is a power of two."""
+        if len(vectors) == 1:
+            return vectors[0]
+        even, odd = self.interleave(vectors[::2]), self.interleave(vectors[1::2])
+        count = even.type.count
+        return self.shuffle(even, odd, [lane for pair in zip(range(count), range(count, 2 * count)) for lane in pair])  # noqa: B905
+
+    def load_index(self, address: Index, index: Index, element: ir.Type = INT32) -> Index:
+        """Number `index` of the integers, none negative, that begin at `address`."""
+        number = self.builder.load(self._at(address, index, element))
+        return Index(self.builder, number if element is INT64 else self.builder.zext(number, INT64))
 
     @contextlib.contextmanager
     def loop(self, first: Index, end: Index, step: int = 1) -> Iterator[Index]:
         """Emit the body of the `with` once, run for first, first + step, ... below end."""
-        with cgutils.for_range_slice(self.builder, first.value, end.value, _INT64(step)) as (index, _):
+        with cgutils.for_range_slice(self.builder, first.value, end.value, INT64(step)) as (index, _):
             yield Index(self.builder, index)
 
-    def row_tiles(self, rows: Index) -> Iterator[tuple[Index, int]]:
-        """Emit the body of the `for` once for each of TILE_ROWS, in loops that together take every row once.
+    def row_tiles(self, rows: Index, largest: int) -> Iterator[tuple[Index, int]]:
+        """Emit the body of the `for` for tiles of largest, largest / 2, ... 1 rows, in loops that take every row once.
 
         Yields the first row of a tile, known when the code runs, and the number of its rows.
         """
-        done = self.index(0)
-        for tile in TILE_ROWS:
+        done, tile = self.index(0), largest
+        while tile:
             end = rows - rows % tile
             with self.loop(done, end, tile) as row:
                 yield row, tile
-            done = end
+            done, tile = end, tile // 2
 
-    def _at(self, address: Index, index: Index, element: ir.Type) -> Any:
-        return self.builder.gep(self.builder.inttoptr(address.value, element.as_pointer()), [index.value])
+    def smaller(self, first: Index, second: Index) -> Index:
+        """The smaller of two, taken as signed."""
+        is_first = self.builder.icmp_signed("<", first.value, second.value)
+        return Index(self.builder, self.builder.select(is_first, first.value, second.value))
+
+    def stack(self, vectors: int) -> Index:
+        """The address of a place for some vectors, which lasts as long as the call."""
+        place = cgutils.alloca_once(self.builder, ir.VectorType(FLOAT, self.width), size=vectors)
+        return Index(self.builder, self.builder.ptrtoint(place, INT64))
+
+    def call_llvm(self, name: str, result: ir.Type, *values: Any) -> Any:
+        """Call one of LLVM's intrinsic functions."""
+        function_type = ir.FunctionType(result, [value.type for value in values])
+        return self.builder.call(self.builder.module.declare_intrinsic(name, (), function_type), values)
+
+    def _at(self, address: Index, index: Index, element: ir.Type, count: int = 0) -> Any:
+        """A pointer to an element or, if there is a count, to that many of them."""
+        pointer = self.builder.gep(self.builder.inttoptr(address.value, element.as_pointer()), [index.value])
+        return self.builder.bitcast(pointer, ir.VectorType(element, count).as_pointer()) if count else pointer
 
 
 def _int64(number: Index | int) -> Any:
-    return number.value if isinstance(number, Index) else _INT64(number)
+    return number.value if isinstance(number, Index) else INT64(number)

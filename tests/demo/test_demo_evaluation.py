@@ -5,7 +5,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from triton_sparse_rnn.demo.evaluation import WINDOW, WrongResultError, bits_per_character, check_same_outputs
+from triton_sparse_rnn.demo.evaluation import (
+    WINDOW,
+    WrongResultError,
+    bits_per_character,
+    check_rounding,
+    check_same_outputs,
+)
 from triton_sparse_rnn.demo.model import build_model
 from triton_sparse_rnn.demo.text import Text, Vocabulary
 
@@ -67,3 +73,14 @@ def test_no_number_of_a_model_that_diverged(model, text: Text):
     model.decoder.bias.data[0] = math.nan
     with pytest.raises(WrongResultError):
         check_same_outputs(model, copy.deepcopy(model), text.held_out[:60].view(20, 3).long())
+
+
+def test_rounding_may_go_either_way_but_not_farther(model, text: Text):
+    ids = text.held_out[:60].view(20, 3).long()
+    up, down, twice, broken = (copy.deepcopy(model) for _ in range(4))
+    for other, change in ((up, 1e-3), (down, -1e-3), (twice, 3e-3), (broken, math.nan)):
+        other.decoder.bias.data += change
+    check_rounding(model, up, down, ids)
+    for wrong in (twice, broken):
+        with pytest.raises(WrongResultError, match="not the one of the reference"):
+            check_rounding(model, up, wrong, ids)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from triton_sparse_rnn.demo import results as demo_results
 from triton_sparse_rnn.demo.evaluation import WrongResultError
 from triton_sparse_rnn.demo.model import CharacterModel, build_model
-from triton_sparse_rnn.demo.run import WRITTEN, run_demo
+from triton_sparse_rnn.demo.narrow import NARROW
+from triton_sparse_rnn.demo.run import MODEL_FILES, WRITTEN, run_demo
 from triton_sparse_rnn.demo.settings import Settings
 from triton_sparse_rnn.demo.training import Training
 from triton_sparse_rnn.saving import load_sparse
@@ -31,7 +32,7 @@ def finished(tiny: Settings, text_file: Path, tmp_path_factory: pytest.TempPathF
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {f"{file}/{name}": tensor for file in WRITTEN[:2] for name, tensor in load_file(folder / file).items()}
+    return {f"{file}/{name}": tensor for file in MODEL_FILES for name, tensor in load_file(folder / file).items()}
 
 
 def test_everything_is_written_and_the_checkpoint_gone(finished):
@@ -43,12 +44,15 @@ def test_everything_is_written_and_the_checkpoint_gone(finished):
 
 def test_results_hold_what_the_table_shows(finished, tiny: Settings):
     folder, results, output = finished
-    for kind in ("dense", "sparse"):
+    for kind in ("dense", "sparse", *NARROW):
         row = results["models"][kind]
         assert row["file_bytes"] == (folder / row["file"]).stat().st_size
-        for shown in (f"{row['bits_per_character']:.3f}", f"{row['nonzero_parameters']:,}", f"{row['file_bytes']:,}"):
-            assert shown in output
-        assert row["us_per_character"] > 0
+        (line,) = (line for line in output.splitlines() if line.strip().startswith(f"{row['name']}  "))
+        for shown in (f"{row['bits_per_character']:.3f}", f"{row['file_bytes']:,}", f"{row['us_per_character']:.1f}"):
+            assert shown in line
+        assert row["us_per_character"] > row["layer_us_per_character"] > 0
+    for kind in ("dense", "sparse"):
+        assert f"{results['models'][kind]['nonzero_parameters']:,}" in output
         assert len(results["training"][kind]["bits_per_character"]) == tiny.steps
     dense, sparse = results["models"]["dense"], results["models"]["sparse"]
     assert sparse["nonzero_parameters"] < dense["nonzero_parameters"] == dense["parameters"] == sparse["parameters"]
@@ -58,12 +62,13 @@ def test_results_hold_what_the_table_shows(finished, tiny: Settings):
     assert "forecast" in output.lower()
 
 
-def test_the_saved_model_is_the_one_that_was_measured(finished, tiny: Settings, text):
+@pytest.mark.parametrize("kind", ["sparse", *NARROW])
+def test_the_saved_model_is_the_one_that_was_measured(finished, tiny: Settings, text, kind: str):
     folder, results, _ = finished
+    row = results["models"][kind]
     model = build_model("sparse", len(text.vocabulary), tiny.input_size, tiny.hidden_size, seed=9)
-    loaded = load_sparse(model, folder / "model.safetensors").eval()
-    bits = demo_results.bits_per_character(loaded, text, tiny.held_out)
-    assert bits == results["models"]["sparse"]["bits_per_character"]
+    loaded = load_sparse(model, folder / row["file"]).eval()
+    assert demo_results.bits_per_character(loaded, text, tiny.held_out) == row["bits_per_character"]
 
 
 @pytest.mark.parametrize(("kind", "step"), [("sparse", 7), ("sparse", 14), ("dense", 1)])
@@ -88,8 +93,10 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
     theirs = weights_of(folder)
     for name, tensor in weights_of(tmp_path).items():
         assert torch.equal(tensor, theirs[name]), name
+    for model in ("dense", "sparse", *NARROW):
+        for number in ("bits_per_character", "file_bytes"):
+            assert results["models"][model][number] == whole["models"][model][number]
     for model in ("dense", "sparse"):
-        assert results["models"][model]["bits_per_character"] == whole["models"][model]["bits_per_character"]
         for history in ("bits_per_character", "sparsity"):
             assert results["training"][model][history] == whole["training"][model][history]
     assert (tmp_path / "sample.txt").read_text() == (folder / "sample.txt").read_text()

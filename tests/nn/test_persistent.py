@@ -92,13 +92,13 @@ def test_repr():
     assert "proj_size=3" in repr(convert(make_pruned(nn.LSTM, proj_size=3)))
 
 
-@pytest.mark.parametrize(("cell", "chosen"), [(nn.GRU, "cpu"), (nn.LSTM, "reference")])
-def test_repr_shows_the_backend_that_runs(cell, chosen):
+@pytest.mark.parametrize("cell", CELLS)
+def test_repr_shows_the_backend_that_runs(cell):
     ours = convert(make_pruned(cell, num_layers=2), None)
-    assert repr(ours).endswith(f"backend='{chosen}')")
+    assert repr(ours).endswith("backend='cpu')")
     assert repr(ours.double()).endswith("backend='reference')")
-    mixed = convert(make_pruned(nn.GRU, num_layers=2), None)
-    mixed.weight_hh_l1_values = torch.empty(0, 3, 1)
+    mixed = convert(make_pruned(cell, num_layers=2), None)
+    mixed.weight_hh_l1_values = mixed.weight_hh_l1_values.double()
     assert repr(mixed).endswith("backend='cpu/reference')")
 
 
@@ -170,11 +170,10 @@ def test_meta_and_back():
         ({"block_size": (16, 0)}, ValueError, "block_size must be at least"),
         ({"weight_dtype": torch.int16}, ValueError, "weight_dtype must be one of .* got torch.int16"),
         ({"weight_dtype": "int8"}, ValueError, "weight_dtype must be one of .* got int8"),
-        ({"backend": "cpu", "block_size": (3, 1)}, BackendUnavailableError, "cannot run this layer: .* 3 rows"),
         (
-            {"backend": "cpu", "weight_dtype": torch.int8},
+            {"backend": "cpu", "weight_dtype": torch.float64},
             BackendUnavailableError,
-            "cannot run this layer: .* torch.int8",
+            "cannot run this layer: .* torch.float64",
         ),
     ],
 )
@@ -185,18 +184,12 @@ def test_wrong_options(options, error, message):
             convert(make_pruned(nn.GRU), **options)
 
 
-@pytest.mark.parametrize(
-    ("layer", "message"),
-    [
-        (make_pruned(nn.LSTM), "it runs GRU only in this version, this is LSTM"),
-        (make_pruned(nn.RNN), "it runs GRU only in this version, this is RNN_TANH"),
-        (make_pruned(nn.GRU).double(), "it computes in float32 only, the layer's dtype is torch.float64"),
-    ],
-)
-def test_a_named_backend_is_never_replaced(layer, message):
-    with pytest.raises(BackendUnavailableError, match=f"backend 'cpu' cannot run this layer: {message}"):
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_named_backend_is_never_replaced(cell):
+    layer = make_pruned(cell).double()
+    with pytest.raises(BackendUnavailableError, match="backend 'cpu' cannot run this layer: it computes in float32"):
         convert(layer, "cpu")
-    assert convert(layer, None)(torch.zeros(1, 1, 5, dtype=layer.weight_ih_l0.dtype))[0].shape == (1, 1, 7)
+    assert convert(layer, None)(torch.zeros(1, 1, 5, dtype=torch.float64))[0].shape == (1, 1, 7)
 
 
 @every_cell_and_backend
@@ -231,7 +224,7 @@ def test_calls_follow_what_is_changed_after_the_first(cell, backend):
 
 def test_a_named_backend_refuses_what_the_module_becomes():
     ours = convert(make_pruned(nn.GRU), "cpu").double()
-    with pytest.raises(BackendUnavailableError, match="it computes in float32 only"):
+    with pytest.raises(BackendUnavailableError, match="it computes in float32"):
         ours(torch.zeros(3, 2, 5, dtype=torch.float64))
 
 
@@ -272,7 +265,7 @@ def test_data_of_buffers_in_a_dtype_that_the_backend_does_not_run():
     for ours in (named, free):
         ours(x)
         replace_data(ours, torch.float64)
-    with pytest.raises(BackendUnavailableError, match="it computes in float32 only"):
+    with pytest.raises(BackendUnavailableError, match="it computes in float32"):
         named(x.double())
     assert_same_bits(free(x.double()), convert(make_pruned(nn.GRU)).double()(x.double()))
 

@@ -136,5 +136,19 @@ def test_weights_that_are_no_parameters(dense_class, sparse_class):
 @pairs
 def test_to_sparse_takes_options_by_name(dense_class, sparse_class):
     options = list(inspect.signature(sparse_class.to_sparse).parameters.values())[1:]
-    assert [option.name for option in options] == ["weight_dtype", "block_size", "backend"]
-    assert all(option.kind is option.KEYWORD_ONLY and option.default is None for option in options)
+    assert {option.name: option.default for option in options} == {
+        "weight_dtype": None,
+        "block_size": None,
+        "backend": None,
+        "activation_dtype": None,
+        "num_threads": 1,
+    }
+    assert all(option.kind is option.KEYWORD_ONLY for option in options)
+    layer = sparse_class(3, 4).requires_grad_(False)
+    for weight in (layer.weight_ih_l0, layer.weight_hh_l0):
+        weight[:, 1:] = 0
+    given = {"backend": "reference", "activation_dtype": torch.int8, "num_threads": 2}
+    ours = layer.to_sparse(weight_dtype=torch.int8, block_size=(2, 1), **given)
+    assert {name: getattr(ours, name) for name in given} == given
+    assert ours.weight_hh_l0_values.shape[1:] == (1, 2)
+    assert ours.weight_hh_l0_values.dtype == torch.int8

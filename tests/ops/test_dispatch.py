@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from triton_sparse_rnn.errors import BackendUnavailableError
-from triton_sparse_rnn.ops.dispatch import BACKENDS, RUN_LAYER, check_backend, choose_backend, unavailable_reason
+from triton_sparse_rnn.ops.dispatch import BACKENDS, PREPARE_LAYER, check_backend, choose_backend, unavailable_reason
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
@@ -21,10 +21,12 @@ CPU = torch.device("cpu")
         ("GRU", torch.float32, CPU, make_weights(), "cpu"),
         ("GRU", torch.float64, CPU, make_weights(), "reference"),
         ("GRU", torch.float32, torch.device("meta"), make_weights(), "reference"),
-        ("GRU", torch.float32, CPU, make_weights((3, 1)), "reference"),
-        ("GRU", torch.float32, CPU, make_weights(dtype=torch.int8), "reference"),
-        ("LSTM", torch.float32, CPU, make_weights(), "reference"),
-        ("RNN_TANH", torch.float32, CPU, make_weights(), "reference"),
+        ("GRU", torch.float32, CPU, make_weights((3, 2)), "cpu"),
+        ("GRU", torch.float32, CPU, make_weights(dtype=torch.int8), "cpu"),
+        ("GRU", torch.float32, CPU, make_weights(dtype=torch.float64), "reference"),
+        ("GRU", torch.bfloat16, CPU, make_weights(dtype=torch.bfloat16), "cpu"),
+        ("LSTM", torch.float32, CPU, make_weights(), "cpu"),
+        ("RNN_TANH", torch.float32, CPU, make_weights(), "cpu"),
     ],
 )
 def test_the_fastest_that_fits(mode, dtype, device, weights, chosen):
@@ -38,7 +40,7 @@ def test_the_fastest_that_fits(mode, dtype, device, weights, chosen):
 
 
 def test_every_available_backend_can_run():
-    assert {name for name in BACKENDS if unavailable_reason(name) is None} == set(RUN_LAYER)
+    assert {name for name in BACKENDS if unavailable_reason(name) is None} == set(PREPARE_LAYER)
     assert unavailable_reason("triton")
 
 

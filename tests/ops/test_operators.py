@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,20 +18,42 @@ from triton_sparse_rnn.ops.operators import is_observed, recurrent_layer
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 I, H = 3, 5
-MODES_AND_BACKENDS = [*((mode, "reference") for mode in GATES), ("GRU", "cpu"), ("LSTM", None)]
+MODES_AND_BACKENDS = [*((mode, backend) for mode in GATES for backend in ("reference", "cpu")), ("LSTM", None)]
 
 
-def make_weights(mode="GRU", dtype=torch.float32, proj_size=0, bias=True, weight_dtype=None) -> LayerWeights:
-    rows = GATES[mode] * H
-    matrices = [torch.randn(rows, columns, dtype=dtype) for columns in (I, proj_size or H)]
-    for matrix in matrices:
-        matrix[:, 1:] = 0
-    ih, hh = (BlockMatrix.from_dense(m, (2, 1), gates=GATES[mode], dtype=weight_dtype) for m in matrices)
-    bias_ih, bias_hh = (torch.randn(rows, dtype=dtype) if bias else None for _ in range(2))
-    return LayerWeights(ih, hh, bias_ih, bias_hh, torch.randn(proj_size, H, dtype=dtype) if proj_size else None)
+def make_weights(
+    mode="GRU", dtype=torch.float32, proj_size=0, bias=True, weight_dtype=None, dense_input=False
+) -> LayerWeights:
+    """The weights of a direction, zero but for the first column of each matrix in blocks."""
+
+    def blocks(matrix: Tensor, gates: int) -> BlockMatrix:
+        matrix = matrix * (torch.arange(matrix.shape[1]) < 1)
+        return BlockMatrix.from_dense(matrix, (2, 1), gates=gates, dtype=weight_dtype)
+
+    gates = GATES[mode]
+    ih, hh, hr = (
+        torch.randn(*shape, dtype=dtype) for shape in ((gates * H, I), (gates * H, proj_size or H), (proj_size, H))
+    )
+    bias_ih, bias_hh = (torch.randn(gates * H, dtype=dtype) if bias else None for _ in range(2))
+    return LayerWeights(
+        ih if dense_input else blocks(ih, gates),
+        blocks(hh, gates),
+        bias_ih,
+        bias_hh,
+        blocks(hr, 1) if proj_size else None,
+    )
 
 
-def make_arguments(mode="GRU", directions=1, packed=False, dtype=torch.float32, **options):
+def make_arguments(
+    mode="GRU",
+    backend=None,
+    directions=1,
+    packed=False,
+    dtype=torch.float32,
+    activation_dtype=None,
+    num_threads=1,
+    **options,
+):
     weights = [make_weights(mode, dtype, **options) for _ in range(directions)]
     tensors = [tensor for direction in weights for tensor in pack_layer_weights(direction)]
     batch_sizes = torch.tensor([3, 2, 2, 1]) if packed else None
@@ -37,27 +61,36 @@ def make_arguments(mode="GRU", directions=1, packed=False, dtype=torch.float32, 
     states = [torch.randn(directions, 3, options.get("proj_size") or H, dtype=dtype)]
     if mode == "LSTM":
         states.append(torch.randn(directions, 3, H, dtype=dtype))
-    return x, states, tensors, batch_sizes, mode, H
+    return x, states, tensors, batch_sizes, mode, H, backend, activation_dtype, num_threads
 
 
 @pytest.mark.parametrize(("mode", "backend"), MODES_AND_BACKENDS)
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("packed", [False, True])
 def test_opcheck(mode, backend, directions, packed):
-    arguments = make_arguments(mode, directions, packed)
-    torch.library.opcheck(recurrent_layer, (*arguments, backend))
+    torch.library.opcheck(recurrent_layer, make_arguments(mode, backend, directions, packed))
 
 
-@pytest.mark.parametrize("options", [{"proj_size": 2}, {"bias": False}, {"weight_dtype": torch.int8}])
-def test_opcheck_of_options(options):
-    torch.library.opcheck(recurrent_layer, (*make_arguments("LSTM", 2, **options), "reference"))
+OPTIONS: list[dict[str, Any]] = [
+    {"proj_size": 2},
+    {"bias": False},
+    {"dense_input": True},
+    {"weight_dtype": torch.int8, "proj_size": 2},
+    {"weight_dtype": torch.int8, "activation_dtype": torch.int8},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_opcheck_of_options(backend, options):
+    torch.library.opcheck(recurrent_layer, make_arguments("LSTM", backend, 2, num_threads=2, **options))
 
 
 @pytest.mark.parametrize(("mode", "backend"), MODES_AND_BACKENDS)
 def test_opcheck_with_gradients(mode, backend):
     """Without test_aot_dispatch, which runs a backward: it raises, as the next test shows."""
-    x, states, *rest = make_arguments(mode)
-    arguments = (x.requires_grad_(), [state.requires_grad_() for state in states], *rest, backend)
+    x, states, *rest = make_arguments(mode, backend)
+    arguments = (x.requires_grad_(), [state.requires_grad_() for state in states], *rest)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(recurrent_layer, arguments, test_utils=tests)
 
@@ -67,7 +100,7 @@ def test_opcheck_with_gradients(mode, backend):
 def test_backward_raises(wants_grad, output):
     x, states, *rest = make_arguments("LSTM")
     (x if wants_grad == "x" else states[1]).requires_grad_()
-    result = recurrent_layer(x, states, *rest, None)
+    result = recurrent_layer(x, states, *rest)
     with pytest.raises(RuntimeError, match=r"has no backward: it is for inference\. Train the SparseRNN"):
         result[output].sum().backward()
 
@@ -76,37 +109,41 @@ def test_schema():
     schema = str(torch.ops.triton_sparse_rnn.recurrent_layer.default._schema)
     assert schema == (
         "triton_sparse_rnn::recurrent_layer(Tensor x, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, "
-        "str mode, SymInt hidden_size, str? backend) -> Tensor[]"
+        "str mode, SymInt hidden_size, str? backend, ScalarType? activation_dtype, SymInt num_threads) "
+        "-> Tensor[]"
     )
 
 
 @pytest.mark.parametrize(("mode", "backend"), MODES_AND_BACKENDS)
 def test_fresh_outputs_and_untouched_inputs(mode, backend):
-    arguments = make_arguments(mode, 2)
+    arguments = make_arguments(mode, backend, 2)
     x, states, tensors = arguments[:3]
     given = [x, *states, *(tensor for tensor in tensors if tensor is not None)]
     before = [tensor.clone() for tensor in given]
-    outputs = recurrent_layer(*arguments, backend)
+    outputs = recurrent_layer(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
     storages = [tensor.untyped_storage().data_ptr() for tensor in (*outputs, *given)]
     assert len(set(storages)) == len(storages)
-    fake = recurrent_layer(x.to("meta"), [s.to("meta") for s in states], *arguments[2:], backend)
+    fake = recurrent_layer(x.to("meta"), [s.to("meta") for s in states], *arguments[2:])
     for a, b in zip(outputs, fake, strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
 def test_a_named_backend_runs_or_raises():
-    with pytest.raises(BackendUnavailableError, match=r"backend 'cpu' cannot run this layer: .*RNN_TANH"):
-        recurrent_layer(*make_arguments("RNN_TANH"), "cpu")
+    with pytest.raises(BackendUnavailableError, match=r"backend 'cpu' cannot run this layer: .*torch.float64"):
+        recurrent_layer(*make_arguments("RNN_TANH", "cpu", dtype=torch.float64))
     with pytest.raises(BackendUnavailableError, match="backend 'triton' cannot run this layer"):
-        recurrent_layer(*make_arguments(), "triton")
+        recurrent_layer(*make_arguments(backend="triton"))
 
 
-@pytest.mark.parametrize("options", [{}, {"proj_size": 2}, {"bias": False}, {"weight_dtype": torch.int8}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"proj_size": 2}, {"bias": False}, {"weight_dtype": torch.int8, "proj_size": 2}, {"dense_input": True}],
+)
 def test_weights_packed_and_unpacked(options):
     packed = [make_weights("LSTM", **options) for _ in range(2)]
     tensors = [tensor for weights in packed for tensor in pack_layer_weights(weights)]
-    assert len(tensors) == 2 * TENSORS_PER_DIRECTION
+    assert len(tensors) == 2 * TENSORS_PER_DIRECTION == 28
     unpacked = unpack_layer_weights(tensors, "LSTM", I, (H, options.get("proj_size") or H))
     for ours, theirs in zip(unpacked, packed, strict=True):
         for a, b in zip(ours, theirs, strict=True):
@@ -117,6 +154,15 @@ def test_weights_packed_and_unpacked(options):
                 assert a.scales is b.scales
             else:
                 assert a is b
+
+
+def test_wrong_options():
+    with pytest.raises(ValueError, match=r"activation_dtype=torch.int8 needs weights in torch.int8, got torch.float32"):
+        recurrent_layer(*make_arguments(activation_dtype=torch.int8))
+    with pytest.raises(ValueError, match=r"activation_dtype must be None or torch.int8, got torch.float16"):
+        recurrent_layer(*make_arguments(activation_dtype=torch.float16))
+    with pytest.raises(ValueError, match="num_threads must be at least 1, got 0"):
+        recurrent_layer(*make_arguments(num_threads=0))
 
 
 class Wrapped(Tensor):
@@ -141,6 +187,7 @@ def test_what_must_go_through_the_operator():
 @pytest.mark.parametrize("mode", GATES)
 def test_the_reference_is_its_equations_in_float64(mode):
     weights = make_weights(mode, torch.float64)
+    assert isinstance(weights.weight_ih, BlockMatrix)
     assert weights.bias_ih is not None
     assert weights.bias_hh is not None
     x, h, c = (torch.randn(4, n, dtype=torch.float64) for n in (I, H, H))

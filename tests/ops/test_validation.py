@@ -5,19 +5,26 @@ import torch
 from torch import Tensor
 
 from triton_sparse_rnn.ops.layer_weights import GATES, LayerWeights
-from triton_sparse_rnn.ops.validation import check_batch_sizes, check_call, check_weights
+from triton_sparse_rnn.ops.validation import (
+    check_activation_dtype,
+    check_batch_sizes,
+    check_call,
+    check_num_threads,
+    check_weights,
+)
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 B, I, H, P = 3, 4, 5, 2
 CPU = torch.device("cpu")
 
 
-def make_weights(mode="GRU", proj_size=0, **changes: Any) -> LayerWeights:
+def make_weights(mode="GRU", proj_size=0, dtype: torch.dtype | None = None, **changes: Any) -> LayerWeights:
     rows = GATES[mode] * H
     ih, hh = (
-        BlockMatrix.from_dense(torch.eye(rows, columns), (2, 1), gates=GATES[mode]) for columns in (I, proj_size or H)
+        BlockMatrix.from_dense(torch.eye(rows, columns), (2, 1), gates=GATES[mode], dtype=dtype)
+        for columns in (I, proj_size or H)
     )
-    weight_hr = torch.zeros(proj_size, H) if proj_size else None
+    weight_hr = BlockMatrix.from_dense(torch.ones(proj_size, H), (2, 1), dtype=dtype) if proj_size else None
     return LayerWeights(ih, hh, torch.zeros(rows), torch.zeros(rows), weight_hr)._replace(**changes)
 
 
@@ -69,8 +76,8 @@ def test_calls_that_fit(mode, directions):
     check_call(**{**call, "x": torch.zeros(I, 4 * B).t(), "states": [s.mT.contiguous().mT for s in call["states"]]})
     empty = [state[:, :0] for state in call["states"]]
     check_call(**{**call, "x": call["x"][:0], "states": empty})
-    check_weights(call["directions"], mode, torch.float32, CPU)
-    check_weights([make_weights(mode, bias_ih=None, bias_hh=None)], mode, torch.float32, CPU)
+    check_weights(call["directions"], mode, I, torch.float32, CPU)
+    check_weights([make_weights(mode, bias_ih=None, bias_hh=None)], mode, I, torch.float32, CPU)
 
 
 def test_a_projection_fits():
@@ -117,7 +124,10 @@ def spread(tensor: Tensor) -> Tensor:
         (lambda w: {"bias_hh": w.bias_hh[1:]}, r"bias_hh must be .* got torch.float32 of shape \(14,\)"),
         (lambda w: {"bias_hh": spread(w.bias_hh)}, r"bias_hh must be contiguous, got strides \(2,\)"),
         (lambda w: {"bias_ih": w.bias_ih.to("meta")}, "bias_ih must be .* on meta"),
-        (lambda w: {"weight_hr": torch.zeros(H, H + 1)}, r"weight_hr must be .* \(5, 5\) .* got .* \(5, 6\)"),
+        (
+            lambda w: {"weight_hr": BlockMatrix.from_dense(torch.ones(H, H + 1), (2, 1))},
+            r"weight_hr must be of shape \(5, 5\), got \(5, 6\)",
+        ),
         (lambda w: {"weight_hh": moved(w.weight_hh, "meta")}, "weight_hh must be on cpu, got meta"),
         (lambda w: {"weight_ih": changed(w.weight_ih, values=spread(w.weight_ih.values))}, "must be contiguous"),
         (lambda w: {"weight_hh": changed(w.weight_hh, columns=w.weight_hh.columns.long())}, "columns must be int32"),
@@ -129,19 +139,67 @@ def test_weights_that_do_not_fit(change, message):
     weights = make_weights()
     wrong = weights._replace(**change(weights))
     for check in (
-        lambda: check_weights([weights, wrong], "GRU", torch.float32, CPU),
+        lambda: check_weights([weights, wrong], "GRU", I, torch.float32, CPU),
         lambda: check_call(**{**make_call(directions=2), "directions": [weights, wrong]}),
     ):
         with pytest.raises(ValueError, match=message):
             check()
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_dense_input_weight(bad):
+    good = make_weights(weight_ih=torch.zeros(3 * H, I))
+    call = {**make_call(directions=2), "directions": [good, make_weights()]}
+    check_call(**call)
+    check_weights([good], "GRU", I, torch.float32, CPU)
+    for wrong, message in (
+        (torch.zeros(3 * H, I).double(), "weight_ih must be torch.float32 of shape .* got torch.float64"),
+        (torch.zeros(3 * H, I + 1), r"x must be \[N, 5\]|weight_ih must be .* \(15, 4\) .* got .* \(15, 5\)"),
+        (torch.zeros(3 * H + 1, I), r"weight_ih must be .* got .* \(16, 4\)"),
+        (torch.zeros(3 * H), r"x must be \[N, \]|weight_ih must be .* got .* \(15,\)"),
+        (torch.zeros(I, 3 * H).t(), "weight_ih must be contiguous"),
+        (torch.zeros(3 * H, I, device="meta"), "weight_ih must be .* on meta"),
+    ):
+        directions = [good, good]
+        directions[bad] = good._replace(weight_ih=wrong)
+        with pytest.raises(ValueError, match=message):
+            check_call(**{**call, "directions": directions})
+        with pytest.raises(ValueError, match=message):
+            check_weights(directions, "GRU", I, torch.float32, CPU)
+
+
+def test_quantized_activations_need_int8_weights_everywhere():
+    floats, int8 = (make_weights("LSTM", P, dtype) for dtype in (None, torch.int8))
+    layer = "LSTM", I, torch.float32, CPU
+    check_weights([int8, int8], *layer, activation_dtype=torch.int8)
+    for name in ("weight_ih", "weight_hh", "weight_hr"):
+        mixed = [int8, int8._replace(**{name: getattr(floats, name)})]
+        check_weights(mixed, *layer)
+        with pytest.raises(ValueError, match=r"needs weights in torch.int8, got torch.float32; give weight_dtype="):
+            check_weights(mixed, *layer, activation_dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"activation_dtype must be None or torch.int8, got torch.bfloat16"):
+        check_activation_dtype(torch.bfloat16, torch.int8)
+
+
+@pytest.mark.parametrize("wrong", [True, 1.0, "2", None])
+def test_threads_of_another_type(wrong):
+    with pytest.raises(TypeError, match="num_threads must be an integer, got"):
+        check_num_threads(wrong)
+
+
+def test_numbers_of_threads():
+    assert [check_num_threads(n) for n in (1, 7)] == [1, 7]
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match=f"num_threads must be at least 1, got {wrong}"):
+            check_num_threads(wrong)
+
+
 def test_indices_are_read_only_where_asked_for():
     weights = make_weights()
     wrong = weights._replace(weight_hh=changed(weights.weight_hh, columns=weights.weight_hh.columns + H))
     with pytest.raises(ValueError, match=r"columns must lie in 0..4"):
-        check_weights([wrong], "GRU", torch.float32, CPU)
-    check_weights([wrong], "GRU", torch.float32, CPU, indices=False)
+        check_weights([wrong], "GRU", I, torch.float32, CPU)
+    check_weights([wrong], "GRU", I, torch.float32, CPU, indices=False)
 
 
 @pytest.mark.parametrize("size", [H - 1, H + 1])

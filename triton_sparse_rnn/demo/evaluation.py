@@ -69,3 +69,23 @@ def check_same_outputs(trained: nn.Module, converted: nn.Module, ids: Tensor) ->
     if not comparison.difference <= allowed:  # NaN is no success
         raise WrongResultError(f"the converted model is not the trained one: {comparison}")
     return comparison
+
+
+@torch.inference_mode()
+def check_rounding(exact: nn.Module, reference: nn.Module, converted: nn.Module, ids: Tensor) -> None:
+    """Compare what rounding activations does to the scores of `converted` and of `reference`, on ids [T, B].
+
+    Two right programs may round a number halfway between two integers each to its own side, and h remembers it: their
+    outputs differ like two throws of the same dice. What must be alike is how far they are from `exact`, the model that
+    rounds no activations: by root mean square at most twice as far as the reference, plus 1e-6 of the largest score.
+
+    Raises:
+        WrongResultError: `converted` is farther from it, or not a number.
+    """
+    scores = exact(ids)[0]
+    ours, theirs = (float((model(ids)[0] - scores).square().mean().sqrt()) for model in (converted, reference))
+    if not ours <= 2 * theirs + 1e-6 * float(scores.abs().max()):  # NaN is no success
+        raise WrongResultError(
+            f"the model with rounded activations is not the one of the reference: {ours:.1e} from the model that rounds "
+            f"none, the reference is {theirs:.1e} from it"
+        )

@@ -17,6 +17,7 @@ from triton_sparse_rnn.demo.checkpoint import Progress
 from triton_sparse_rnn.demo.evaluation import Comparison, WrongResultError, bits_per_character, check_same_outputs
 from triton_sparse_rnn.demo.generation import draw_noise, time_streams
 from triton_sparse_rnn.demo.model import CharacterModel, build_model
+from triton_sparse_rnn.demo.narrow import NARROW, convert_narrow
 from triton_sparse_rnn.demo.settings import Settings
 from triton_sparse_rnn.demo.text import Text
 from triton_sparse_rnn.demo.training import Training
@@ -51,42 +52,54 @@ def measure(
     settings: Settings,
     folder: Path,
 ) -> dict[str, dict[str, Any]]:
-    """Save both models to `folder` and measure them; see `display.result_table` for the columns.
+    """Save all models to `folder` and measure them; see `display.result_table` for the columns.
 
     Times are of one symbol, times how many of them a character of the held-out text takes.
 
-    The row "dense_weights_in_our_kernel" is the dense model converted: it has no zeros to skip, so its speed tells what
-    of a ratio is not due to sparsity.
+    The rows named in NARROW are the sparse model with the weights of its layer stored in fewer bytes. The row
+    "dense_weights_in_our_kernel" is the dense model converted: it has no zeros to skip, so its speed tells what of a
+    ratio is not due to sparsity.
     """
-    save_sparse(converted, folder / SPARSE_FILE)
-    check_saved(converted, folder / SPARSE_FILE, text, settings)
+    narrow = convert_narrow(trained, _check_ids(text))
+    for file, model in ((SPARSE_FILE, converted), *((NARROW[name].file, model) for name, model in narrow.items())):
+        save_sparse(model, folder / file)
+        check_saved(model, folder / file, text, settings)
     save_file({name: tensor.contiguous() for name, tensor in dense.state_dict().items()}, folder / DENSE_FILE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a dense weight is converted: said in the name of the row
         unpruned, _ = convert_and_check(dense, text)
-    models = {"dense": dense, "sparse": converted, "dense_weights_in_our_kernel": unpruned}
+    models = {"dense": dense, "sparse": converted, **narrow, "dense_weights_in_our_kernel": unpruned}
+    rows = _time_rows(models, text, settings)
+    described = {
+        "dense": ("nn.GRU", DENSE_FILE),
+        "sparse": (f"SparseGRU, {100 * settings.sparsity:g} % zeros", SPARSE_FILE),
+        **{name: (one.label, one.file) for name, one in NARROW.items()},
+    }
+    for name, (label, file) in described.items():
+        rows[name] |= {
+            "name": label,
+            "bits_per_character": bits_per_character(models[name], text, settings.held_out),
+            "file": file,
+            "file_bytes": (folder / file).stat().st_size,
+        }
+    for name, model in (("dense", dense), ("sparse", trained)):
+        rows[name] |= {
+            "nonzero_parameters": count_nonzero(model),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+    return rows
+
+
+def _time_rows(models: dict[str, CharacterModel], text: Text, settings: Settings) -> dict[str, dict[str, Any]]:
     noise = draw_noise(settings.generated, len(text.vocabulary), settings.seed)
     times = time_streams(models, text.held_out[:100].long(), noise)
-    rows: dict[str, dict[str, Any]] = {
+    return {
         name: {
             "us_per_character": time.loop_us * text.bytes_per_character,
             "layer_us_per_character": time.layer_us * text.bytes_per_character,
         }
         for name, time in times.items()
     }
-    for name, label, weights, file in (
-        ("dense", "nn.GRU", dense, DENSE_FILE),
-        ("sparse", f"SparseGRU, {100 * settings.sparsity:g} % zeros", trained, SPARSE_FILE),
-    ):
-        rows[name] |= {
-            "name": label,
-            "bits_per_character": bits_per_character(models[name], text, settings.held_out),
-            "nonzero_parameters": count_nonzero(weights),
-            "parameters": sum(parameter.numel() for parameter in weights.parameters()),
-            "file": file,
-            "file_bytes": (folder / file).stat().st_size,
-        }
-    return rows
 
 
 def check_saved(converted: CharacterModel, path: Path, text: Text, settings: Settings) -> None:

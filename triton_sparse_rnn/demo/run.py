@@ -16,13 +16,15 @@ from triton_sparse_rnn.demo.checkpoint import CHECKPOINT, Progress, load_checkpo
 from triton_sparse_rnn.demo.display import closing_lines, result_table, sample_writer, training_bar
 from triton_sparse_rnn.demo.generation import draw_noise, generate
 from triton_sparse_rnn.demo.model import CharacterModel
+from triton_sparse_rnn.demo.narrow import NARROW
 from triton_sparse_rnn.demo.plots import plot_mask, plot_training
 from triton_sparse_rnn.demo.results import DENSE_FILE, SPARSE_FILE, convert_and_check, describe_run, measure
 from triton_sparse_rnn.demo.settings import Settings
 from triton_sparse_rnn.demo.text import Text, load_text
 from triton_sparse_rnn.demo.training import Training, train
 
-WRITTEN = (SPARSE_FILE, DENSE_FILE, "results.json", "loss_and_sparsity.png", "mask.png", "sample.txt")
+MODEL_FILES = (DENSE_FILE, SPARSE_FILE, *(narrow.file for narrow in NARROW.values()))
+WRITTEN = (*MODEL_FILES, "results.json", "loss_and_sparsity.png", "mask.png", "sample.txt")
 SHOWN = 600  # symbols of the sample on the screen
 TEMPERATURE = 0.7  # of the sample
 PROMPT = 400  # symbols of held-out text that the sample continues, back to the end of a line

@@ -1,4 +1,4 @@
-"""A call of a recurrent layer: checked as torch.nn checks it, and brought to one form, the rows of a packed batch."""
+"""A call of a module: checked as torch.nn checks it, brought to one form, the rows of a packed batch, and run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from triton_sparse_rnn.ops.layer_weights import RunLayer
 from triton_sparse_rnn.ops.validation import check_batch_sizes
 
 
@@ -158,6 +159,38 @@ def _check_states(states: list[Tensor] | None, x: Tensor, B: int, layout: CallLa
                 f"found input tensor with {x.dtype} and hidden tensor with {state.dtype}"
             )
     return states
+
+
+def run_layers(layers: list[RunLayer], x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
+    """Run each layer on what the one below gives; what goes in and comes out is that of a `RunLayer`."""
+    if len(layers) == 1:
+        return layers[0](x, states, batch_sizes)
+    D = states[0].shape[0] // len(layers)
+    ends = []
+    for k, run_layer in enumerate(layers):
+        x, *end = run_layer(x, [state[k * D : (k + 1) * D] for state in states], batch_sizes)
+        ends.append(end)
+    return [x, *(torch.cat(parts) for parts in zip(*ends, strict=True))]
+
+
+def result_dtype(call: Call, mode: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of results as torch.nn has it: under autocast a GRU on the CPU keeps that of its state.
+
+    Args:
+        call: with x and states as they came.
+        mode: nn.RNNBase.mode.
+        dtype: of the layer.
+    """
+    device_type = call.x.device.type
+    if call.x.is_meta or not torch.is_autocast_enabled(device_type) or dtype == torch.float64:
+        return dtype
+    if device_type == "cpu" and mode == "GRU":
+        return torch.promote_types(call.states[0].dtype, torch.get_autocast_dtype(device_type))
+    return torch.get_autocast_dtype(device_type)
+
+
+def cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]  # to() alone takes its time
 
 
 def _dtypes_match(tensor: Tensor, dtype: torch.dtype) -> bool:

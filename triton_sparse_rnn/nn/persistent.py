@@ -1,45 +1,41 @@
 """What `to_sparse()` returns: recurrent layers for inference, whose weights are stored in blocks without the zeros.
 
 The call, and what it returns, are those of nn.RNN, nn.GRU and nn.LSTM. A weight such as weight_hh_l0 is held as the
-tensors of a BlockMatrix in buffers weight_hh_l0_values, _columns, _starts and, for int8, _scales; biases and weight_hr
-are buffers under their own names. No other copy of a weight exists.
+tensors of a BlockMatrix in buffers weight_hh_l0_values, _columns, _starts and, for int8, _scales; biases, and each
+weight_ih that was kept dense, are buffers under their own names. No other copy of a weight exists.
 """
 
 from __future__ import annotations
 
-import math
-import operator
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_sparse_rnn.nn.calls import Call, CallLayout, read_call, read_step
-from triton_sparse_rnn.nn.weight_storage import store_weights, warn_if_slow, weight_names
-from triton_sparse_rnn.ops.dispatch import RUN_LAYER, check_backend, choose_backend, unsupported_reason
-from triton_sparse_rnn.ops.layer_weights import GATES, LayerWeights, pack_layer_weights
-from triton_sparse_rnn.ops.operators import is_observed, recurrent_layer, refuse_tangents
-from triton_sparse_rnn.ops.validation import check_weights
+from triton_sparse_rnn.nn.calls import Call, CallLayout, cast, read_call, read_step, result_dtype, run_layers
+from triton_sparse_rnn.nn.plan import Plan, make_plan
+from triton_sparse_rnn.nn.weight_storage import (
+    describe_storage,
+    from_buffers,
+    store_weights,
+    stored_density,
+    to_buffers,
+    warn_if_slow,
+    weight_names,
+)
+from triton_sparse_rnn.ops.dispatch import check_backend, choose_backend, unsupported_reason
+from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
+from triton_sparse_rnn.ops.operators import is_observed, traced_layer
+from triton_sparse_rnn.ops.validation import check_activation_dtype, check_num_threads
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix, check_storage_dtype
 from triton_sparse_rnn.sparse.blocks import check_block_size
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-MATRIX_PARTS = ("values", "columns", "starts", "scales")
-
-
-class _Plan(NamedTuple):
-    """How layers run eagerly, until a buffer or the wanted backend is replaced."""
-
-    asked: str | None
-    dtype: torch.dtype
-    buffers: list[Tensor | None]
-    layers: list[list[LayerWeights]]
-    backends: list[str]
 
 
 class PersistentLayer(nn.Module):
@@ -56,16 +52,19 @@ class PersistentLayer(nn.Module):
         *,
         dtype: torch.dtype,
         backend: str | None = None,
+        activation_dtype: torch.dtype | None = None,
+        num_threads: int = 1,
     ) -> None:
         """Hold weights that are stored already; `from_dense` makes one from a dense layer.
 
         Args:
             config: a layer of the dense class; only its sizes and options are read.
-            weights: one for each name of `weight_names(config)`: a BlockMatrix for weight_ih and weight_hh, a tensor
-                for all others.
+            weights: one for each name of `weight_names(config)`: a BlockMatrix for weight_hh and weight_hr, that or a
+                tensor of `dtype` for weight_ih, a tensor for biases.
             dtype: of inputs and outputs.
-            backend: "triton", "cpu" or "reference", or None for the fastest that fits, decided at each call.
+            backend, activation_dtype, num_threads: as for `from_dense`.
         Raises:
+            TypeError, ValueError: an argument is wrong.
             BackendUnavailableError: `backend` is named and cannot run this layer.
         """
         super().__init__()
@@ -79,19 +78,21 @@ class PersistentLayer(nn.Module):
         self.bidirectional = config.bidirectional
         self.proj_size = config.proj_size
         self.backend = check_backend(backend)
+        self.activation_dtype = activation_dtype
+        self.num_threads = check_num_threads(num_threads)
         self.training = config.training
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         for name in weight_names(self):
             weight = weights[name]
             if isinstance(weight, BlockMatrix):
-                for part in MATRIX_PARTS:
-                    if (tensor := getattr(weight, part)) is not None:  # torch.export stumbles over a buffer of None
-                        self.register_buffer(f"{name}_{part}", tensor)
-            else:
-                self.register_buffer(name, weight)
+                check_activation_dtype(activation_dtype, weight.values.dtype)
+            elif name.startswith(("weight_hh", "weight_hr")):
+                raise TypeError(f"{name} must be a BlockMatrix, got {type(weight).__name__}")
+            for buffer, tensor in to_buffers(name, weight).items():
+                self.register_buffer(buffer, tensor)
         # Follows .to() like any buffer, and so tells the dtype and device of inputs even without biases.
-        marker = torch.empty(0, dtype=dtype, device=self._buffers["weight_ih_l0_values"].device)  # type: ignore[union-attr]
-        self.register_buffer("_marker", marker, persistent=False)
+        device = self._buffers["weight_hh_l0_values"].device  # type: ignore[union-attr]
+        self.register_buffer("_marker", torch.empty(0, dtype=dtype, device=device), persistent=False)
         if backend is not None:
             self.chosen_backends()
 
@@ -103,17 +104,25 @@ class PersistentLayer(nn.Module):
         weight_dtype: torch.dtype | None = None,
         block_size: tuple[int, int] | None = None,
         backend: str | None = None,
+        activation_dtype: torch.dtype | None = None,
+        num_threads: int = 1,
     ) -> Self:
         """Convert a layer; it stays as it is and shares nothing with the result.
 
         Args:
             dense: an instance of the dense class, on any device. What is zero in its weights is not stored, wherever
-                the zeros come from.
+                the zeros come from. A weight_ih that is nearly dense stays an ordinary matrix, unless weight_dtype is
+                another than its own. weight_hr of an LSTM, which a Pruner prunes only on request, goes to blocks too.
             weight_dtype: how weights are stored: torch.float32, float64, float16, bfloat16 or int8 (symmetric, one
                 scale per row); None for the dtype of `dense`. Inputs, outputs and biases keep that dtype.
             block_size: (BR, BC); None takes, weight by weight, the one with the fewest bytes of 16x1, 16x4, 16x16 and
                 16x32. Take the pruner's own size, or None.
             backend: "triton", "cpu" or "reference", or None for the fastest that fits, decided at each call.
+            activation_dtype: torch.int8, with weight_dtype=torch.int8, rounds the inputs of every product to 8 bits,
+                one scale for each row of x and h at each step (ops/reference.py has the equations): faster, and less
+                exact. NaN or infinity in a row then reaches every unit. None keeps activations as they are.
+            num_threads: how many threads share the recurrence on backend "cpu"; other backends take those of torch.
+                More than 1 pays for large H on cores that are free.
         Raises:
             TypeError, ValueError: an argument is wrong, or a weight cannot be stored in weight_dtype.
             BackendUnavailableError: `backend` is named and cannot run this layer.
@@ -123,13 +132,18 @@ class PersistentLayer(nn.Module):
                 f"{cls.__name__}.from_dense takes an nn.{cls.dense_class.__name__}, got {type(dense).__name__}"
             )
         check_backend(backend)
+        check_num_threads(num_threads)
         sizes = None if block_size is None else check_block_size(block_size)
         dtype: torch.dtype = dense.weight_ih_l0.dtype  # type: ignore[assignment]
         storage = check_storage_dtype(dtype if weight_dtype is None else weight_dtype, "weight_dtype")
-        persistent = cls(dense, store_weights(dense, storage, sizes), dtype=dtype, backend=backend)
+        check_activation_dtype(activation_dtype, storage)
+        weights = store_weights(dense, storage, sizes)
+        options = {"backend": backend, "activation_dtype": activation_dtype, "num_threads": num_threads}
+        persistent = cls(dense, weights, dtype=dtype, **options)
         if backend is None and "reference" in (backends := persistent.chosen_backends()):
             directions = persistent._layer_weights(backends.index("reference"))
-            warn_if_slow(unsupported_reason("cpu", dense.mode, dtype, persistent.device, directions))
+            place = dense.mode, dtype, persistent.device
+            warn_if_slow(unsupported_reason("cpu", *place, directions, activation_dtype))
         return persistent
 
     def to_dense(self) -> nn.RNNBase:
@@ -149,9 +163,9 @@ class PersistentLayer(nn.Module):
             batch_first=self.batch_first,
             bidirectional=self.bidirectional,
             device="meta",
-            dtype=self._marker.dtype,
+            dtype=self.dtype,
             **options,
-        ).to_empty(device=self._marker.device)
+        ).to_empty(device=self.device)
         dense.dropout = self.dropout
         with torch.no_grad():
             for name, weight in self.stored_weights().items():
@@ -169,7 +183,16 @@ class PersistentLayer(nn.Module):
         Raises:
             RuntimeError: in a backward pass: there is none.
         """
-        return self._run(read_call(input, hx, self._call_layout))
+        plan = None if is_compiling() else self._plan
+        batch_axis = 0 if self.batch_first else 1
+        if plan is None or (states := plan.plain_states(self, input, hx, 3, batch_axis)) is None:
+            return self._run(read_call(input, hx, self._call_layout))
+        assert isinstance(input, Tensor)
+        x = input.transpose(0, 1) if self.batch_first else input
+        T, B, I = x.shape
+        y, *ends = run_layers(plan.layers, x.reshape(T * B, I), states, None)
+        y = y.view(T, B, y.shape[1])
+        return y.transpose(0, 1) if self.batch_first else y, ends[0] if len(ends) == 1 else tuple(ends)
 
     def step(self, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
         """Advance a stream by one step.
@@ -184,55 +207,54 @@ class PersistentLayer(nn.Module):
         """
         if self.bidirectional:
             raise RuntimeError("step() needs one direction, but this layer is bidirectional: it needs whole sequences")
-        return self._run(read_step(x, hx, self._call_layout))
+        plan = None if is_compiling() else self._plan
+        if plan is None or (states := plan.plain_states(self, x, hx, 2, 0)) is None:
+            return self._run(read_step(x, hx, self._call_layout))
+        y, *ends = run_layers(plan.layers, x, states, None)
+        return y, ends[0] if len(ends) == 1 else tuple(ends)
+
+    def warm_up(self) -> None:
+        """Do now what the first call would do besides: check and prepare the weights, and compile kernels.
+
+        Compiling takes up to seconds, which a service should not spend on its first request. For a whole model:
+
+            for module in model.modules():
+                if isinstance(module, PersistentLayer):
+                    module.warm_up()
+        """
+        with torch.inference_mode():
+            self.forward(self._marker.new_zeros(1, 1, self.input_size))
 
     def _run(self, call: Call) -> tuple[Any, Any]:
-        dtype, result_dtype = self._marker.dtype, self._result_dtype(call)
-        x, *states = _cast([call.x, *call.states], dtype)
-        D = 2 if self.bidirectional else 1
-        run_layer = self._traced_layer if is_observed(x, states) else self._eager_layer
-        ends = []
-        for layer in range(self.num_layers):
-            layer_states = states if self.num_layers == 1 else [s[layer * D : (layer + 1) * D] for s in states]
-            x, *end = run_layer(layer, x, layer_states, call.batch_sizes)
-            ends.append(end)
-        states = ends[0] if len(ends) == 1 else [torch.cat(parts) for parts in zip(*ends, strict=True)]
-        x, *states = _cast([x, *states], result_dtype)
-        return call.result(x, states)
+        x, *states = cast([call.x, *call.states], self.dtype)
+        layers = self._traced_layers() if is_observed(x, states) else self._eager_layers()
+        results = run_layers(layers, x, states, call.batch_sizes)
+        y, *ends = cast(results, result_dtype(call, self.mode, self.dtype))
+        return call.result(y, ends)
 
-    def _traced_layer(self, layer: int, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
-        """Run a layer as one operator, which whoever traces or differentiates this call sees."""
-        refuse_tangents([x, *states])
-        tensors = [tensor for weights in self._layer_weights(layer) for tensor in pack_layer_weights(weights)]
-        return recurrent_layer(x, states, tensors, batch_sizes, self.mode, self.hidden_size, self.backend)
+    def _traced_layers(self) -> list[RunLayer]:
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("backend", "activation_dtype", "num_threads")}
+        return [
+            traced_layer(self.mode, self.hidden_size, self._layer_weights(layer), **options)
+            for layer in range(self.num_layers)
+        ]
 
-    def _eager_layer(self, layer: int, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
-        """Run a layer past the operator: its overhead is several microseconds, as much as a step of a small layer."""
+    def _eager_layers(self) -> list[RunLayer]:
+        """Layers without the operator, which takes several microseconds, as much as a step of a small layer."""
         plan = self._plan
-        held = self._buffers.values()
-        if (
-            plan is None
-            or plan.asked != self.backend
-            or plan.dtype != x.dtype
-            or len(plan.buffers) != len(held)
-            or not all(map(operator.is_, plan.buffers, held))
-        ):
+        if plan is None or not plan.holds(self):
             layers = [self._layer_weights(layer) for layer in range(self.num_layers)]
-            place = x.dtype, x.device
-            for directions in layers:
-                check_weights(directions, self.mode, *place)
-            backends = [choose_backend(self.backend, self.mode, *place, directions) for directions in layers]
-            self._plan = plan = _Plan(self.backend, x.dtype, list(held), layers, backends)
-        return RUN_LAYER[plan.backends[layer]](x, states, plan.layers[layer], batch_sizes, self.mode)
+            self._plan = plan = make_plan(self, self._call_layout, layers)
+        return plan.layers
 
     def chosen_backends(self) -> list[str]:
         """The backend that runs each layer where it is now: the named one, or the fastest that fits."""
-        place = self._marker.dtype, self._marker.device
+        place = self.mode, self.dtype, self.device
         layers = (self._layer_weights(layer) for layer in range(self.num_layers))
-        return [choose_backend(self.backend, self.mode, *place, directions) for directions in layers]
+        return [choose_backend(self.backend, *place, directions, self.activation_dtype) for directions in layers]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move and cast as any module does, but leave weights that are stored in a dtype of their own in it."""
+        """Move and cast as any module does, but leave blocks that are stored in a dtype of their own in it."""
         dtype = self._marker.dtype
         own = {
             name: tensor
@@ -244,20 +266,12 @@ class PersistentLayer(nn.Module):
             moved = self._buffers[name]
             if moved is not None and moved.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(moved.device)
+        self._plan = None  # share_memory() moves what the same tensors hold
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made again at the next call."""
         return self.__dict__ | {"_plan": None}
-
-    def _result_dtype(self, call: Call) -> torch.dtype:
-        """As torch.nn under autocast: a GRU on the CPU keeps the dtype of its state, all else takes autocast's."""
-        device_type = call.x.device.type
-        if call.x.is_meta or not torch.is_autocast_enabled(device_type) or self._marker.dtype == torch.float64:
-            return self._marker.dtype
-        if device_type == "cpu" and self.mode == "GRU":
-            return torch.promote_types(call.states[0].dtype, torch.get_autocast_dtype(device_type))
-        return torch.get_autocast_dtype(device_type)
 
     @property
     def _call_layout(self) -> CallLayout:
@@ -268,8 +282,8 @@ class PersistentLayer(nn.Module):
             state_sizes=(self.proj_size or H, H) if self.mode == "LSTM" else (H,),
             layers=self.num_layers * D,
             batch_first=self.batch_first,
-            dtype=self._marker.dtype,
-            device=self._marker.device,
+            dtype=self.dtype,
+            device=self.device,
         )
 
     def _layer_weights(self, layer: int) -> list[LayerWeights]:
@@ -282,37 +296,25 @@ class PersistentLayer(nn.Module):
     def stored_weights(self, layer: int | None = None) -> dict[str, BlockMatrix | Tensor]:
         """Return all weights, or one layer's, under their names in the dense class.
 
-        weight_ih and weight_hh are BlockMatrix, all others tensors. The tensors in them are the buffers of this module,
-        not copies.
+        weight_hh and weight_hr are BlockMatrix, and so is weight_ih unless it was kept dense; the others are tensors.
+        The tensors in them are the buffers of this module, not copies.
         """
-        rows, hidden = GATES[self.mode] * self.hidden_size, self.proj_size or self.hidden_size
-        below = hidden * (2 if self.bidirectional else 1)  # features of the layer below
-        weights: dict[str, BlockMatrix | Tensor] = {}
-        for name in weight_names(self, layer):
-            if not name.startswith(("weight_ih", "weight_hh")):
-                weights[name] = self._buffers[name]  # type: ignore[assignment]
-                continue
-            columns = hidden if name.startswith("weight_hh") else below
-            columns = self.input_size if name.startswith("weight_ih_l0") else columns
-            values, block_columns, starts, scales = (self._buffers.get(f"{name}_{part}") for part in MATRIX_PARTS)
-            weights[name] = BlockMatrix(values, block_columns, starts, (rows, columns), GATES[self.mode], scales)  # type: ignore[arg-type]
-        return weights
+        return {name: from_buffers(self, name, self._buffers) for name in weight_names(self, layer)}
 
     @property
     def dtype(self) -> torch.dtype:
         """Of inputs, outputs and biases; stored weights may be narrower."""
-        return self._marker.dtype
+        return self._buffers["_marker"].dtype  # type: ignore[union-attr] - quicker than self._marker
 
     @property
     def device(self) -> torch.device:
         """Of all buffers, and so of inputs."""
-        return self._marker.device
+        return self._buffers["_marker"].device  # type: ignore[union-attr]
 
     @property
     def density(self) -> float:
-        """Stored weights of weight_ih and weight_hh, zeros inside stored blocks too, as a fraction of all."""
-        matrices = [weight for weight in self.stored_weights().values() if isinstance(weight, BlockMatrix)]
-        return sum(m.density * math.prod(m.shape) for m in matrices) / sum(math.prod(m.shape) for m in matrices)
+        """Stored weights of all matrices, zeros inside stored blocks too, as a fraction of all."""
+        return stored_density(self.stored_weights())
 
     @property
     def nbytes(self) -> int:
@@ -334,9 +336,7 @@ class PersistentLayer(nn.Module):
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        """Show what nn.RNNBase shows, and how the weights are stored."""
-        matrices = [weight for weight in self.stored_weights().values() if isinstance(weight, BlockMatrix)]
-        sizes = sorted({matrix.block_size for matrix in matrices})
+        """Show what nn.RNNBase shows, and how the weights are stored and run."""
         options = {
             "proj_size": (self.proj_size, 0),
             "num_layers": (self.num_layers, 1),
@@ -344,20 +344,13 @@ class PersistentLayer(nn.Module):
             "batch_first": (self.batch_first, False),
             "dropout": (self.dropout, 0),
             "bidirectional": (self.bidirectional, False),
+            "activation_dtype": (self.activation_dtype, None),
+            "num_threads": (self.num_threads, 1),
         }
         changed = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
-        stored = [
-            f"density={self.density:.3f}",
-            f"block_size={sizes[0] if len(sizes) == 1 else sizes}",
-            f"weight_dtype={matrices[0].values.dtype}",
-            f"nbytes={self.nbytes}",
-            f"backend={'/'.join(sorted(set(self.chosen_backends())))!r}",
-        ]
-        return ", ".join([str(self.input_size), str(self.hidden_size), *changed, *stored])
-
-
-def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]  # to() alone takes its time
+        backends = "/".join(sorted(set(self.chosen_backends())))
+        stored = describe_storage(self.stored_weights())
+        return ", ".join([str(self.input_size), str(self.hidden_size), *changed, *stored, f"backend={backends!r}"])
 
 
 class PersistentRNN(PersistentLayer):

@@ -42,9 +42,18 @@ class SparseRNN(RNN):
         weight_dtype: torch.dtype | None = None,
         block_size: tuple[int, int] | None = None,
         backend: str | None = None,
+        activation_dtype: torch.dtype | None = None,
+        num_threads: int = 1,
     ) -> PersistentRNN:
         """Return an inference module that skips the zeros; this layer stays. See `PersistentRNN.from_dense`."""
-        return PersistentRNN.from_dense(self, weight_dtype=weight_dtype, block_size=block_size, backend=backend)
+        return PersistentRNN.from_dense(
+            self,
+            weight_dtype=weight_dtype,
+            block_size=block_size,
+            backend=backend,
+            activation_dtype=activation_dtype,
+            num_threads=num_threads,
+        )
 
 
 class SparseGRU(GRU):
@@ -78,9 +87,18 @@ class SparseGRU(GRU):
         weight_dtype: torch.dtype | None = None,
         block_size: tuple[int, int] | None = None,
         backend: str | None = None,
+        activation_dtype: torch.dtype | None = None,
+        num_threads: int = 1,
     ) -> PersistentGRU:
         """Return an inference module that skips the zeros; this layer stays. See `PersistentGRU.from_dense`."""
-        return PersistentGRU.from_dense(self, weight_dtype=weight_dtype, block_size=block_size, backend=backend)
+        return PersistentGRU.from_dense(
+            self,
+            weight_dtype=weight_dtype,
+            block_size=block_size,
+            backend=backend,
+            activation_dtype=activation_dtype,
+            num_threads=num_threads,
+        )
 
 
 class SparseLSTM(LSTM):
@@ -104,9 +122,18 @@ class SparseLSTM(LSTM):
         weight_dtype: torch.dtype | None = None,
         block_size: tuple[int, int] | None = None,
         backend: str | None = None,
+        activation_dtype: torch.dtype | None = None,
+        num_threads: int = 1,
     ) -> PersistentLSTM:
         """Return an inference module that skips the zeros; this layer stays. See `PersistentLSTM.from_dense`."""
-        return PersistentLSTM.from_dense(self, weight_dtype=weight_dtype, block_size=block_size, backend=backend)
+        return PersistentLSTM.from_dense(
+            self,
+            weight_dtype=weight_dtype,
+            block_size=block_size,
+            backend=backend,
+            activation_dtype=activation_dtype,
+            num_threads=num_threads,
+        )
 
 
 TRAINING_CLASSES: dict[type[RNNBase], type[RNNBase]] = {RNN: SparseRNN, GRU: SparseGRU, LSTM: SparseLSTM}

@@ -1,8 +1,10 @@
-"""Which weights a recurrent layer has, and how each is stored when it is converted."""
+"""Which weights a recurrent layer has, how each is stored when it is converted, and the buffers that hold it then."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -14,12 +16,20 @@ from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.blocks import to_blocks
 
 BLOCK_SIZES = ((16, 1), (16, 4), (16, 16), (16, 32))
-DENSE_ABOVE = 0.5  # the fraction of stored blocks above which a user is told that there is little to skip
+MATRIX_PARTS = ("values", "columns", "starts", "scales")
+DENSE_INPUT_ABOVE = 0.8  # the fraction of stored blocks above which an input weight is faster as an ordinary matrix
+LITTLE_TO_SKIP_ABOVE = 0.5  # the fraction of stored blocks above which a user is told so
+# The fraction of zeros from which a GRU layer on the CPU is faster than another engine: {engine: {H: fraction}}.
+BREAK_EVEN_ZEROS = {"nn.GRU": {256: 0.0, 512: 0.0, 1024: 0.0}}
+BREAK_EVEN_MACHINE = "one thread, batch 1, AMD Zen 4"
 
 
 class LayerSizes(Protocol):
     """The attributes of nn.RNNBase that tell which weights there are."""
 
+    mode: str
+    input_size: int
+    hidden_size: int
     num_layers: int
     bidirectional: bool
     bias: bool
@@ -40,10 +50,57 @@ def weight_names(sizes: LayerSizes, layer: int | None = None) -> list[str]:
     return [f"{kind}_l{k}{end}" for k in layers for end in ends for kind in kinds]
 
 
+def weight_shape(sizes: LayerSizes, name: str) -> tuple[int, ...]:
+    """Return the shape of one of `weight_names(sizes)`.
+
+    >>> weight_shape(torch.nn.LSTM(4, 8, proj_size=3, bidirectional=True, num_layers=2), "weight_ih_l1_reverse")
+    (32, 6)
+    """
+    rows, hidden = GATES[sizes.mode] * sizes.hidden_size, sizes.proj_size or sizes.hidden_size
+    if name.startswith("bias"):
+        return (rows,)
+    if name.startswith("weight_hr"):
+        return hidden, sizes.hidden_size
+    if name.startswith("weight_hh"):
+        return rows, hidden
+    first_layer = name.removesuffix("_reverse") == "weight_ih_l0"
+    return rows, sizes.input_size if first_layer else hidden * (2 if sizes.bidirectional else 1)
+
+
+def gate_count(sizes: LayerSizes, name: str) -> int:
+    """Return how many matrices a weight stacks: G, and 1 for weight_hr."""
+    return 1 if name.startswith("weight_hr") else GATES[sizes.mode]
+
+
+def to_buffers(name: str, weight: BlockMatrix | Tensor) -> dict[str, Tensor]:
+    """Return the tensors of a weight under the names of the buffers that hold them."""
+    if isinstance(weight, Tensor):
+        return {name: weight}
+    parts = {f"{name}_{part}": getattr(weight, part) for part in MATRIX_PARTS}
+    return {buffer: tensor for buffer, tensor in parts.items() if tensor is not None}
+
+
+def from_buffers(sizes: LayerSizes, name: str, buffers: Mapping[str, Tensor | None]) -> BlockMatrix | Tensor:
+    """Undo `to_buffers`; a weight has the tensors themselves, not copies.
+
+    Raises:
+        KeyError: there are no buffers for this weight.
+    """
+    if name in buffers:
+        return buffers[name]  # type: ignore[return-value]
+    values, columns, starts = (buffers[f"{name}_{part}"] for part in MATRIX_PARTS[:3])
+    scales = buffers.get(f"{name}_scales")
+    shape, gates = weight_shape(sizes, name), gate_count(sizes, name)
+    return BlockMatrix(values, columns, starts, shape, gates, scales)  # type: ignore[arg-type]
+
+
 def store_weights(
     dense: nn.RNNBase, dtype: torch.dtype, block_size: tuple[int, int] | None
 ) -> dict[str, BlockMatrix | Tensor]:
-    """Return copies of all weights by name: weight_ih and weight_hh in blocks, all others as they are.
+    """Return copies of all weights by name: matrices in blocks, biases as they are.
+
+    A weight_ih of which more than DENSE_INPUT_ABOVE would be stored stays an ordinary matrix, whatever `block_size`,
+    unless `dtype` is another than its own.
 
     Args:
         dense: an nn.RNN, nn.GRU or nn.LSTM.
@@ -62,44 +119,95 @@ def store_weights(
         weight = getattr(dense, name).detach()
         if weight.is_meta:
             raise ValueError(f"{name} is on the meta device and holds no weights to convert")
-        if name.startswith(("weight_ih", "weight_hh")):
-            gates = GATES[dense.mode]
-            size = choose_block_size(weight, gates, dtype) if block_size is None else block_size
-            weights[name] = stored = BlockMatrix.from_dense(weight, size, gates=gates, dtype=dtype)
-            warn_if_dense(name, weight, stored)
-        else:
+        if name.startswith("bias"):
             weights[name] = weight.clone(memory_format=torch.contiguous_format)
+            continue
+        gates = gate_count(dense, name)
+        size = choose_block_size(weight, gates, dtype) if block_size is None else block_size
+        density = kept_blocks(weight, gates, size).double().mean().item()
+        kept_dense = name.startswith("weight_ih") and dtype == weight.dtype and density > DENSE_INPUT_ABOVE
+        if not name.startswith("weight_hr"):  # a Pruner leaves it dense unless it is told to include it
+            warn_if_dense(name, weight, size, density, kept_dense=kept_dense)
+        weights[name] = (
+            weight.clone(memory_format=torch.contiguous_format)
+            if kept_dense
+            else BlockMatrix.from_dense(weight, size, gates=gates, dtype=dtype)
+        )
     return weights
+
+
+def kept_blocks(weight: Tensor, gates: int, block_size: tuple[int, int]) -> Tensor:
+    """Return which blocks of a weight [G * H, columns] hold anything but zeros: [G, block rows, block columns]."""
+    return to_blocks(weight.ne(0).unflatten(0, (gates, -1)), block_size).flatten(-2).any(-1)
 
 
 def choose_block_size(weight: Tensor, gates: int, dtype: torch.dtype) -> tuple[int, int]:
     """Return the one of BLOCK_SIZES that stores the weight [G * H, columns] in the fewest bytes."""
-    nonzero = weight.ne(0).unflatten(0, (gates, -1))
 
     def stored_bytes(block_size: tuple[int, int]) -> int:
-        stored = int(to_blocks(nonzero, block_size).flatten(-2).any(-1).sum())
+        stored = int(kept_blocks(weight, gates, block_size).sum())
         return stored * (block_size[0] * block_size[1] * dtype.itemsize + torch.int32.itemsize)
 
     return min(BLOCK_SIZES, key=stored_bytes)
 
 
-def warn_if_dense(name: str, weight: Tensor, stored: BlockMatrix) -> None:
-    """Say so when most of a weight has to be stored, and what would help."""
-    if stored.density <= DENSE_ABOVE:
+def stored_density(weights: Mapping[str, BlockMatrix | Tensor]) -> float:
+    """Return the weights in stored blocks and in dense matrices as a fraction of those of all matrices."""
+    matrices = [weight for name, weight in weights.items() if name.startswith("weight")]
+    stored = sum(math.prod(m.shape) * (m.density if isinstance(m, BlockMatrix) else 1) for m in matrices)
+    return stored / sum(math.prod(m.shape) for m in matrices)
+
+
+def describe_storage(weights: Mapping[str, BlockMatrix | Tensor]) -> list[str]:
+    """Return how weights are stored, as the repr of a module shows it."""
+    blocks = [weight for weight in weights.values() if isinstance(weight, BlockMatrix)]
+    sizes = sorted({matrix.block_size for matrix in blocks})
+    dense = [name for name, weight in weights.items() if name.startswith("weight") and isinstance(weight, Tensor)]
+    return [
+        f"density={stored_density(weights):.3f}",
+        f"block_size={sizes[0] if len(sizes) == 1 else sizes}",
+        *([f"dense={dense}"] if dense else []),
+        f"weight_dtype={blocks[0].values.dtype}",
+        f"nbytes={sum(weight.nbytes for weight in weights.values())}",
+    ]
+
+
+def warn_if_dense(
+    name: str, weight: Tensor, block_size: tuple[int, int], density: float, *, kept_dense: bool = False
+) -> None:
+    """Say so when there is little to skip in a weight, and what would help.
+
+    Args:
+        name: of the weight.
+        weight: [G * H, columns].
+        block_size: (BR, BC).
+        density: the fraction of its blocks that hold anything but zeros.
+        kept_dense: whether it stays an ordinary matrix.
+    """
+    if density <= LITTLE_TO_SKIP_ABOVE:
         return
     zeros = weight.eq(0).float().mean().item()
-    rows, columns = stored.block_size
+    rows, columns = block_size
+    consequence = "stays dense and runs as a dense matrix product" if kept_dense else "runs as a dense product"
     advice = (
         f"prune it first, in blocks of ({rows}, {columns})"
-        if zeros <= 1 - DENSE_ABOVE
-        else (f"its zeros do not fill blocks: prune with block_size=({rows}, {columns})")
+        if zeros <= 1 - LITTLE_TO_SKIP_ABOVE
+        else f"its zeros do not fill blocks: prune with block_size=({rows}, {columns})"
     )
     warnings.warn(
-        f"{name} is {zeros:.0%} zeros and {stored.density:.0%} of its {rows}x{columns} blocks are stored, so there is "
-        f"little to skip and it runs as a dense product; {advice}. (The CPU kernel for GRU breaks even with nn.GRU at "
-        "0 % zeros: measured at batch 1 to 32 with H 512 and at batch 1 with H 256 to 1024, on AMD Zen 4.)",
+        f"{name} is {zeros:.0%} zeros and {density:.0%} of its {rows}x{columns} blocks hold other weights, so there is "
+        f"little to skip and it {consequence}; {advice}. ({break_even_text()})",
         stacklevel=4,
     )
+
+
+def break_even_text() -> str:
+    """Return BREAK_EVEN_ZEROS as a sentence."""
+    engines = (
+        f"with {engine} at " + ", ".join(f"{zeros:.0%} zeros for H {H}" for H, zeros in by_size.items())
+        for engine, by_size in BREAK_EVEN_ZEROS.items()
+    )
+    return f"A GRU layer on the CPU breaks even {'; '.join(engines)}: {BREAK_EVEN_MACHINE}."
 
 
 def warn_if_slow(reason: str | None) -> None:

@@ -5,36 +5,67 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_sparse_rnn.ops.layer_weights import LayerWeights
+from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
 
 
 def unsupported_reason(
-    mode: str, dtype: torch.dtype, device: torch.device, directions: list[LayerWeights]
+    mode: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    directions: list[LayerWeights],
+    activation_dtype: torch.dtype | None,
 ) -> str | None:
     """Why the kernels cannot run this layer; None if they can."""
     if device.type != "cpu":
         return f"it needs tensors on the CPU, these are on {device}"
-    if mode != "GRU":
-        return f"it runs GRU only in this version, this is {mode}"
-    if dtype != torch.float32:
-        return f"it computes in float32 only, the layer's dtype is {dtype}"
+    if dtype == torch.float64:
+        return "it computes in float32, the layer's dtype is torch.float64"
     from triton_sparse_rnn.kernels.cpu import support
 
-    reasons = (support.unsupported_reason(weights.weight_ih, weights.weight_hh) for weights in directions)
+    weights = (
+        (name, getattr(direction, name))
+        for direction in directions
+        for name in ("weight_ih", "weight_hh", "weight_hr")
+        if getattr(direction, name) is not None
+    )
+    quantized = activation_dtype is not None
+    reasons = (support.unsupported_reason(name, weight, quantized=quantized) for name, weight in weights)
     return next(filter(None, reasons), None)
 
 
-def recurrent_layer(
-    x: Tensor, states: list[Tensor], directions: list[LayerWeights], batch_sizes: Tensor | None, mode: str
-) -> list[Tensor]:
-    """Arguments and results are those of `reference.recurrent_layer`."""
-    from triton_sparse_rnn.kernels.cpu.gru import gru_layer
+def prepare_layer(
+    mode: str,
+    directions: list[LayerWeights],
+    *,
+    dtype: torch.dtype,
+    activation_dtype: torch.dtype | None,
+    num_threads: int,
+) -> RunLayer:
+    """Arguments and results of the callable are those of `reference.recurrent_layer`."""
+    from triton_sparse_rnn.kernels.cpu.recurrent_layer import Direction, RecurrentLayer
 
-    assert mode == "GRU", mode
-    x, h0 = x.resolve_neg().contiguous(), states[0].resolve_neg().contiguous()  # as they lie in memory
-    batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
-    D, _, H = h0.shape
-    y, h_n = x.new_empty(x.shape[0], D * H), torch.empty_like(h0)
-    for direction, (weight_ih, weight_hh, bias_ih, bias_hh, _) in enumerate(directions):
-        gru_layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, direction=direction, y=y, h_n=h_n)
-    return [y, h_n]
+    def make() -> RecurrentLayer:
+        wide = [
+            Direction(w.weight_ih, w.weight_hh, _float(w.bias_ih), _float(w.bias_hh), w.weight_hr) for w in directions
+        ]
+        return RecurrentLayer(mode, wide, quantized=activation_dtype is not None, num_threads=num_threads)
+
+    layer = make()
+
+    def run(x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
+        if x.dtype == torch.float32:
+            return layer(_plain(x), [_plain(state) for state in states], batch_sizes)
+        # Made again for its biases, which are cast: what was written into them since counts.
+        results = make()(_plain(x).float(), [_plain(state).float() for state in states], batch_sizes)
+        return [result.to(x.dtype) for result in results]
+
+    return run
+
+
+def _float(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """As it lies in memory: contiguous, and without a minus sign that torch has put off."""
+    return (tensor.resolve_neg() if tensor.is_neg() else tensor).contiguous()

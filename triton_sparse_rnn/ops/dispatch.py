@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from triton_sparse_rnn.errors import BackendUnavailableError
 from triton_sparse_rnn.ops import cpu, reference
-from triton_sparse_rnn.ops.layer_weights import LayerWeights
+from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
 
 BACKENDS = ("triton", "cpu", "reference")  # the fastest first
 
@@ -30,31 +32,52 @@ def unavailable_reason(backend: str) -> str | None:
 
 
 def unsupported_reason(
-    backend: str, mode: str, dtype: torch.dtype, device: torch.device, directions: list[LayerWeights]
+    backend: str,
+    mode: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    directions: list[LayerWeights],
+    activation_dtype: torch.dtype | None = None,
 ) -> str | None:
     """Why a backend cannot run this layer here; None if it can."""
     if (reason := unavailable_reason(backend)) is not None:
         return reason
-    return cpu.unsupported_reason(mode, dtype, device, directions) if backend == "cpu" else None
+    if backend == "cpu":
+        return cpu.unsupported_reason(mode, dtype, device, directions, activation_dtype)
+    return None
 
 
 def choose_backend(
-    backend: str | None, mode: str, dtype: torch.dtype, device: torch.device, directions: list[LayerWeights]
+    backend: str | None,
+    mode: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    directions: list[LayerWeights],
+    activation_dtype: torch.dtype | None = None,
 ) -> str:
     """Return the backend that runs this layer.
+
+    Args:
+        backend: one of BACKENDS, or None.
+        mode: nn.RNNBase.mode.
+        dtype, device: of inputs and biases.
+        directions: the weights of each direction.
+        activation_dtype: torch.int8 for activations that are quantised, or None.
 
     Raises:
         ValueError: there is no backend of that name.
         BackendUnavailableError: `backend` is named and cannot run it.
     """
+    layer = mode, dtype, device, directions, activation_dtype
     if check_backend(backend) is None:
-        return next(name for name in BACKENDS if unsupported_reason(name, mode, dtype, device, directions) is None)
+        return next(name for name in BACKENDS if unsupported_reason(name, *layer) is None)
     assert backend is not None
-    if (reason := unsupported_reason(backend, mode, dtype, device, directions)) is not None:
+    if (reason := unsupported_reason(backend, *layer)) is not None:
         raise BackendUnavailableError(
             f"backend {backend!r} cannot run this layer: {reason}. backend=None takes the fastest one that can."
         )
     return backend
 
 
-RUN_LAYER = {"cpu": cpu.recurrent_layer, "reference": reference.recurrent_layer}
+# prepare_layer(mode, directions, *, dtype, activation_dtype, num_threads) -> RunLayer, for a layer that is supported.
+PREPARE_LAYER: dict[str, Callable[..., RunLayer]] = {"cpu": cpu.prepare_layer, "reference": reference.prepare_layer}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -11,31 +11,39 @@ from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}  # by nn.RNNBase.mode
 TENSORS_PER_MATRIX = 4
-TENSORS_PER_DIRECTION = 2 * TENSORS_PER_MATRIX + 3
+TENSORS_PER_DIRECTION = 3 * TENSORS_PER_MATRIX + 2
+
+# A layer that a backend has prepared: (x, states, batch_sizes) -> [y, h_n(, c_n)], as `reference.recurrent_layer`.
+RunLayer: TypeAlias = Callable[[Tensor, list[Tensor], "Tensor | None"], list[Tensor]]
 
 
 class LayerWeights(NamedTuple):
     """What nn calls weight_ih_l{k}, weight_hh_l{k}, bias_ih_l{k}, bias_hh_l{k} and weight_hr_l{k}.
 
-    The matrices are [G * H, input] and [G * H, H or proj_size] in blocks; biases [G * H] and weight_hr
-    [proj_size, H] are ordinary tensors, None where the layer has none.
+    weight_ih [G * H, input] is in blocks or, where it was kept dense, an ordinary tensor in the dtype of the layer's
+    inputs; weight_hh [G * H, H or proj_size] and weight_hr [proj_size, H], which has one gate, are in blocks; biases
+    [G * H] are ordinary tensors. Biases and weight_hr are None where the layer has none.
     """
 
-    weight_ih: BlockMatrix
+    weight_ih: BlockMatrix | Tensor
     weight_hh: BlockMatrix
     bias_ih: Tensor | None
     bias_hh: Tensor | None
-    weight_hr: Tensor | None = None
+    weight_hr: BlockMatrix | None = None
 
 
 def pack_layer_weights(weights: LayerWeights) -> list[Tensor | None]:
-    """Return the tensors of one direction, TENSORS_PER_DIRECTION of them, for `unpack_layer_weights`."""
-    matrices = (weights.weight_ih, weights.weight_hh)
-    parts = [part for matrix in matrices for part in (matrix.values, matrix.columns, matrix.starts, matrix.scales)]
-    return [*parts, weights.bias_ih, weights.bias_hh, weights.weight_hr]
+    """Return the tensors of one direction, TENSORS_PER_DIRECTION of them, for `unpack_layer_weights`.
+
+    Four for each of weight_ih, weight_hh and weight_hr, then the biases. A dense weight is the first of its four.
+    """
+    matrices = (weights.weight_ih, weights.weight_hh, weights.weight_hr)
+    return [*(part for matrix in matrices for part in _pack(matrix)), weights.bias_ih, weights.bias_hh]
 
 
-def unpack_layer_weights(tensors: Sequence[Tensor | None], mode: str, input_size: int, sizes: tuple[int, int]):
+def unpack_layer_weights(
+    tensors: Sequence[Tensor | None], mode: str, input_size: int, sizes: tuple[int, int]
+) -> list[LayerWeights]:
     """Undo `pack_layer_weights` for every direction in the list.
 
     Args:
@@ -44,17 +52,31 @@ def unpack_layer_weights(tensors: Sequence[Tensor | None], mode: str, input_size
         input_size: columns of the input weight.
         sizes: (H, columns of the recurrent weight).
     """
-    gates, (H, hidden_columns) = GATES[mode], sizes
+    gates, (H, hidden) = GATES[mode], sizes
     directions = []
     for first in range(0, len(tensors), TENSORS_PER_DIRECTION):
-        ih, hh = (
-            BlockMatrix(values, columns, starts, (gates * H, width), gates, scales)  # type: ignore[arg-type]
-            for (values, columns, starts, scales), width in (
-                (tensors[first : first + TENSORS_PER_MATRIX], input_size),
-                (tensors[first + TENSORS_PER_MATRIX : first + 2 * TENSORS_PER_MATRIX], hidden_columns),
+        *parts, bias_ih, bias_hh = tensors[first : first + TENSORS_PER_DIRECTION]
+        ih, hh, hr = (parts[i : i + TENSORS_PER_MATRIX] for i in range(0, len(parts), TENSORS_PER_MATRIX))
+        directions.append(
+            LayerWeights(
+                _unpack(ih, (gates * H, input_size), gates),  # type: ignore[arg-type]
+                _unpack(hh, (gates * H, hidden), gates),  # type: ignore[arg-type]
+                bias_ih,
+                bias_hh,
+                _unpack(hr, (hidden, H), 1),  # type: ignore[arg-type]
             )
         )
-        directions.append(
-            LayerWeights(ih, hh, *tensors[first + 2 * TENSORS_PER_MATRIX : first + TENSORS_PER_DIRECTION])
-        )
     return directions
+
+
+def _pack(matrix: BlockMatrix | Tensor | None) -> list[Tensor | None]:
+    if isinstance(matrix, BlockMatrix):
+        return [matrix.values, matrix.columns, matrix.starts, matrix.scales]
+    return [matrix, None, None, None]
+
+
+def _unpack(parts: Sequence[Tensor | None], shape: tuple[int, int], gates: int) -> BlockMatrix | Tensor | None:
+    values, columns, starts, scales = parts
+    if columns is None:
+        return values
+    return BlockMatrix(values, columns, starts, shape, gates, scales)  # type: ignore[arg-type]

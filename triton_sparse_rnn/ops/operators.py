@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from triton_sparse_rnn.ops.dispatch import RUN_LAYER, choose_backend
-from triton_sparse_rnn.ops.layer_weights import TENSORS_PER_DIRECTION, unpack_layer_weights
-from triton_sparse_rnn.ops.validation import check_call
+from triton_sparse_rnn.ops.dispatch import PREPARE_LAYER, choose_backend
+from triton_sparse_rnn.ops.layer_weights import (
+    TENSORS_PER_DIRECTION,
+    LayerWeights,
+    RunLayer,
+    pack_layer_weights,
+    unpack_layer_weights,
+)
+from triton_sparse_rnn.ops.validation import check_call, check_num_threads
 
 
 @torch.library.custom_op("triton_sparse_rnn::recurrent_layer", mutates_args=())
@@ -26,6 +33,8 @@ def recurrent_layer(
     mode: str,
     hidden_size: int,
     backend: Optional[str],  # noqa: UP045
+    activation_dtype: Optional[torch.dtype],  # noqa: UP045
+    num_threads: int,
 ) -> list[Tensor]:
     """Run one layer, all its directions, over all steps.
 
@@ -37,20 +46,24 @@ def recurrent_layer(
         mode: nn.RNNBase.mode.
         hidden_size: H.
         backend: one of `dispatch.BACKENDS`, or None for the fastest that fits.
+        activation_dtype: torch.int8 for quantised activations (reference.py), which need weights in it; or None.
+        num_threads: for the "cpu" backend.
     Returns:
         y [N, D * (H or proj_size)], h_n and, for an LSTM, c_n.
     Raises:
-        ValueError, RuntimeError: tensors do not fit together. What the indices in `weights` hold is trusted.
+        ValueError, RuntimeError: arguments do not fit together. What the indices in `weights` hold is trusted.
         BackendUnavailableError: `backend` is named and cannot run this layer.
     """
     directions = unpack_layer_weights(weights, mode, x.shape[-1], (hidden_size, states[0].shape[-1]))
-    check_call(x, list(states), directions, batch_sizes, mode)
-    chosen = choose_backend(backend, mode, x.dtype, x.device, directions)
-    return RUN_LAYER[chosen](x, list(states), directions, batch_sizes, mode)
+    check_num_threads(num_threads)
+    check_call(x, list(states), directions, batch_sizes, mode, activation_dtype)
+    chosen = choose_backend(backend, mode, x.dtype, x.device, directions, activation_dtype)
+    options = {"dtype": x.dtype, "activation_dtype": activation_dtype, "num_threads": num_threads}
+    return PREPARE_LAYER[chosen](mode, directions, **options)(x, list(states), batch_sizes)
 
 
 @recurrent_layer.register_fake
-def _(x, states, weights, batch_sizes, mode, hidden_size, backend):
+def _(x, states, weights, batch_sizes, mode, hidden_size, backend, activation_dtype, num_threads):
     directions = len(weights) // TENSORS_PER_DIRECTION
     return [x.new_empty(x.shape[0], directions * states[0].shape[2]), *(s.new_empty(s.shape) for s in states)]
 
@@ -79,7 +92,7 @@ def _keep_inputs(ctx, inputs, output):
 
 def _backward(ctx, grads):
     grad_x, *grad_states = refuse_backward(grads, ctx.saved_tensors)
-    return grad_x, grad_states, None, None, None, None, None
+    return grad_x, grad_states, *[None] * 7  # of all other arguments
 
 
 recurrent_layer.register_autograd(_backward, setup_context=_keep_inputs)
@@ -94,16 +107,41 @@ def refuse_tangents(tensors: list[Tensor]) -> None:
         )
 
 
+def traced_layer(
+    mode: str,
+    hidden_size: int,
+    directions: list[LayerWeights],
+    *,
+    backend: str | None,
+    activation_dtype: torch.dtype | None,
+    num_threads: int,
+) -> RunLayer:
+    """Return a layer that is one operator to whoever traces or differentiates the call; see `recurrent_layer`."""
+    tensors = [tensor for weights in directions for tensor in pack_layer_weights(weights)]
+
+    def run_layer(x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
+        refuse_tangents([x, *states])
+        options = backend, activation_dtype, num_threads
+        return recurrent_layer(x, states, tensors, batch_sizes, mode, hidden_size, *options)
+
+    return run_layer
+
+
 def is_observed(x: Tensor, states: list[Tensor]) -> bool:
-    """Whether something traces this call, wants its gradient or only shapes: then it goes through the operator."""
-    return (
-        torch.compiler.is_compiling()
+    """Whether something traces this call, wants its gradient or only shapes: then it goes through the operator.
+
+    Asked at every call, so written to be answered in half a microsecond.
+    """
+    if (
+        is_compiling()
         or torch.jit.is_tracing()  # type: ignore[reportPrivateImportUsage] - it is documented
-        or type(x) is not Tensor
-        or x.is_meta
-        or any(type(state) is not Tensor for state in states)
         or peek_interpreter_stack() is not None  # vmap, jvp, torch.func.grad
         or forward_ad._current_level >= 0
-        or (torch.is_grad_enabled() and (x.requires_grad or any(state.requires_grad for state in states)))
         or _get_current_dispatch_mode() is not None
-    )
+    ):
+        return True
+    records_gradients = torch.is_grad_enabled()
+    for tensor in (x, *states):
+        if type(tensor) is not Tensor or tensor.is_meta or (records_gradients and tensor.requires_grad):
+            return True
+    return False

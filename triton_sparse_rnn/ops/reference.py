@@ -6,10 +6,21 @@ r"""The recurrent layer in plain torch: every cell, dtype and device. All other 
     LSTM  i, f, o = s(p + W_hh h + b_hh)   g = tanh(...)   c = f c + i g   h = W_hr (o tanh(c))
 
 State, sums and gates are float32 (float64 for float64 inputs) whatever the dtype of inputs and weights.
+
+With activation_dtype torch.int8 every product W v is one of integers. Weights are stored as W[j, i] = w[j] Q[j, i] with
+an int8 Q and a scale w for each row. The input v, a row of x, of h or of o tanh(c), is quantised when it comes, in the
+precision of the state:
+
+    s = max |v| / 127       q[i] = v[i] (1 / s), rounded to an integer, the even one of two that are as near
+    (W v)[j] = (s w[j]) sum over i of Q[j, i] q[i]                          where the sum is exact
+
+    s < 1.2e-38, the least normal float32 (a row of zeros, for one): q = 0.
+    NaN or infinity in v: s = NaN, so all of W v is NaN; a pruned block confines it no longer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -17,15 +28,38 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from triton_sparse_rnn.ops.layer_weights import LayerWeights
+from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 Linear = Callable[[Tensor], Tensor]  # [n, columns] -> [n, rows]
+MakeLinear = Callable[["BlockMatrix | Tensor", "Tensor | None", torch.dtype], Linear]
 CHUNK_BYTES = 2**26  # of inputs and products that block_linear holds for every stored block at a time
 
 
+def prepare_layer(
+    mode: str,
+    directions: list[LayerWeights],
+    *,
+    dtype: torch.dtype,
+    activation_dtype: torch.dtype | None,
+    num_threads: int,
+) -> RunLayer:
+    """Return `recurrent_layer` of these weights; torch takes the threads of torch.set_num_threads."""
+
+    def run_layer(x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
+        return recurrent_layer(x, states, directions, batch_sizes, mode, activation_dtype=activation_dtype)
+
+    return run_layer
+
+
 def recurrent_layer(
-    x: Tensor, states: list[Tensor], directions: list[LayerWeights], batch_sizes: Tensor | None, mode: str
+    x: Tensor,
+    states: list[Tensor],
+    directions: list[LayerWeights],
+    batch_sizes: Tensor | None,
+    mode: str,
+    *,
+    activation_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Run one layer over a whole batch of sequences.
 
@@ -35,6 +69,7 @@ def recurrent_layer(
         directions: the weights of each of D directions; the second one runs from the last step to the first.
         batch_sizes: [T], int64 on the CPU, never increasing; None for B rows at every step.
         mode: nn.RNNBase.mode.
+        activation_dtype: torch.int8, with weights that are all stored in it, for quantised activations; or None.
     Returns:
         y [N, D * (H or proj_size)], h_n and, for an LSTM, c_n, in the dtype of x.
     """
@@ -43,8 +78,8 @@ def recurrent_layer(
     run = functools.partial(
         _run_directions, wide_x, wide_states, directions, row_ranges(x, states[0], batch_sizes), mode
     )
-    outputs = run(dense_linear)
-    if not all(tensor.isfinite().all() for tensor in (wide_x, *wide_states, outputs[0])):
+    outputs = run(dense_linear if activation_dtype is None else quantized_linear)
+    if activation_dtype is None and not all(t.isfinite().all() for t in (wide_x, *wide_states, outputs[0])):
         # A dense product would take 0 * inf = NaN from pruned weights. What is pruned does not read its input.
         outputs = run(block_linear)
     return [output.to(x.dtype) for output in outputs]
@@ -66,22 +101,22 @@ def _run_directions(
     directions: list[LayerWeights],
     steps: list[tuple[int, int]],
     mode: str,
-    make_linear: Callable[[BlockMatrix, Tensor | None, torch.dtype], Linear],
+    make_linear: MakeLinear,
 ) -> list[Tensor]:
     ends = []
     outputs = []
     for d, weights in enumerate(directions):
         projected = make_linear(weights.weight_ih, weights.bias_ih, x.dtype)(x)
         hidden_linear = make_linear(weights.weight_hh, weights.bias_hh, x.dtype)
-        weight_hr = None if weights.weight_hr is None else weights.weight_hr.to(x.dtype)
+        project = None if weights.weight_hr is None else make_linear(weights.weight_hr, None, x.dtype)
         h, *cell = (state[d].clone() for state in states)
         output = x.new_empty(len(x), h.shape[1])
         for first, size in reversed(steps) if d else steps:
             rows = slice(first, first + size)
             state = [part[:size] for part in (h, *cell)]
             state = CELLS[mode](projected[rows], hidden_linear(state[0]), *state)
-            if weight_hr is not None:
-                state = [state[0] @ weight_hr.t(), *state[1:]]
+            if project is not None:
+                state = [project(state[0]), *state[1:]]
             for part, new in zip((h, *cell), state, strict=True):
                 part[:size] = new
             output[rows] = state[0]
@@ -116,18 +151,46 @@ CELLS = {
 }
 
 
-def dense_linear(weight: BlockMatrix, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+def dense_linear(weight: BlockMatrix | Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
     """Multiply by the weight as an ordinary matrix: right as long as all inputs are finite."""
-    dense = weight.to_dense().to(dtype)
+    dense = (weight if isinstance(weight, Tensor) else weight.to_dense()).to(dtype)
     bias = None if bias is None else bias.to(dtype)
     return lambda x: F.linear(x, dense, bias)
 
 
-def block_linear(weight: BlockMatrix, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+def quantized_linear(weight: BlockMatrix | Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+    """Multiply integers by integers, as the top of the file says."""
+    assert isinstance(weight, BlockMatrix), "a dense weight is not stored in int8"
+    assert weight.scales is not None
+    integers = dataclasses.replace(weight, scales=None).to_dense().double()  # float64 holds every sum exactly
+    row_scales = weight.scales.to(dtype)
+
+    def multiply(x: Tensor) -> Tensor:
+        quantized, scales = quantize_activations(x)
+        y = scales * row_scales * (quantized.double() @ integers.t()).to(dtype)
+        return y if bias is None else y + bias.to(dtype)
+
+    return multiply
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row of x [n, columns] to integers -127..127 times one scale: returns q [n, columns], scales [n, 1].
+
+    Both are in the dtype of x, float32 or float64. A row with NaN or infinity has the scale NaN.
+    """
+    scales = x.abs().amax(dim=1, keepdim=True) / 127
+    scales = scales.where(scales.isfinite(), float("nan"))
+    inverses = scales.reciprocal().where(~(scales < torch.finfo(torch.float32).tiny), 0)
+    return (x * inverses).round(), scales
+
+
+def block_linear(weight: BlockMatrix | Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
     """Multiply block by block: a pruned block does not read its input, so NaN and infinity stop there.
 
     Rows of the input are taken in chunks, as each one needs NB * (BC + BR) numbers.
     """
+    if isinstance(weight, Tensor):
+        return dense_linear(weight, bias, dtype)  # nothing is pruned: every output reads every input
     (gates, groups, block_columns), (BR, BC) = weight.block_grid, weight.block_size
     blocks = weight.scaled_blocks().to(dtype)  # [NB, BR, BC]
     places = weight.columns.long()[:, None] * BC + torch.arange(BC, device=blocks.device)  # [NB, BC]

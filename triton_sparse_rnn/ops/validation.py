@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from triton_sparse_rnn.ops.layer_weights import GATES, LayerWeights
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 
 def check_batch_sizes(batch_sizes: Tensor, rows: int, batch_size: int) -> None:
@@ -29,32 +30,74 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int, batch_size: int) -> None:
         )
 
 
+def check_num_threads(num_threads: int) -> int:
+    """Return num_threads, or raise TypeError or ValueError unless it is a positive integer."""
+    if isinstance(num_threads, bool) or not isinstance(num_threads, int):
+        raise TypeError(f"num_threads must be an integer, got {num_threads!r}")
+    if num_threads < 1:
+        raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+    return num_threads
+
+
+def check_activation_dtype(activation_dtype: torch.dtype | None, weight_dtype: torch.dtype) -> torch.dtype | None:
+    """Return activation_dtype, or raise ValueError unless activations can have it where weights have weight_dtype."""
+    if activation_dtype not in (None, torch.int8):
+        raise ValueError(f"activation_dtype must be None or torch.int8, got {activation_dtype}")
+    if activation_dtype == torch.int8 and weight_dtype != torch.int8:
+        raise ValueError(
+            f"activation_dtype=torch.int8 needs weights in torch.int8, got {weight_dtype}; give "
+            "weight_dtype=torch.int8 too, or leave activation_dtype out"
+        )
+    return activation_dtype
+
+
 def check_weights(
-    directions: list[LayerWeights], mode: str, dtype: torch.dtype, device: torch.device, *, indices: bool = True
+    directions: list[LayerWeights],
+    mode: str,
+    input_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    activation_dtype: torch.dtype | None = None,
+    indices: bool = True,
 ) -> None:
     """Raise ValueError unless the weights of a layer fit together.
 
     Args:
         directions: of the layer.
         mode: nn.RNNBase.mode.
+        input_size: features of its inputs.
         dtype, device: of its inputs, and so of all that is not in blocks.
+        activation_dtype: torch.int8 for quantised activations, or None.
         indices: also look at what the blocks' indices hold, which takes as long as a small layer.
     """
     for weights in directions:
         rows, hidden = weights.weight_hh.shape
-        for name, matrix in (("weight_ih", weights.weight_ih), ("weight_hh", weights.weight_hh)):
-            if matrix.values.device != device:
-                raise ValueError(f"{name} must be on {device}, got {matrix.values.device}")
-            matrix.check(indices=indices)
+        shapes = {
+            "weight_ih": (rows, input_size),
+            "weight_hh": (rows, hidden),
+            "weight_hr": (hidden, rows // GATES[mode]),
+        }
+        for name, shape in shapes.items():
+            weight = getattr(weights, name)
+            if isinstance(weight, BlockMatrix):
+                _check_blocks(name, weight, shape, device, indices)
+                check_activation_dtype(activation_dtype, weight.values.dtype)
+            elif weight is not None:
+                _check_tensor(name, weight, shape, dtype, device)
+                check_activation_dtype(activation_dtype, weight.dtype)
         for name, bias in (("bias_ih", weights.bias_ih), ("bias_hh", weights.bias_hh)):
             if bias is not None:
                 _check_tensor(name, bias, (rows,), dtype, device)
-        if weights.weight_hr is not None:
-            _check_tensor("weight_hr", weights.weight_hr, (hidden, rows // GATES[mode]), dtype, device)
 
 
 def check_call(
-    x: Tensor, states: list[Tensor], directions: list[LayerWeights], batch_sizes: Tensor | None, mode: str
+    x: Tensor,
+    states: list[Tensor],
+    directions: list[LayerWeights],
+    batch_sizes: Tensor | None,
+    mode: str,
+    activation_dtype: torch.dtype | None = None,
 ) -> None:
     """Raise ValueError or RuntimeError unless the arguments of the operator fit together; indices are trusted."""
     H, hidden = directions[0].weight_hh.shape[0] // GATES[mode], directions[0].weight_hh.shape[1]
@@ -66,13 +109,22 @@ def check_call(
         raise ValueError(f"states must be {len(sizes)} tensors for {mode}, got {len(states)}")
     for state, size in zip(states, sizes, strict=True):
         _check_tensor("states", state, (len(directions), B, size), x.dtype, x.device, contiguous=False)
-    if x.dim() != 2 or x.shape[1] != directions[0].weight_ih.shape[1]:
-        raise ValueError(f"x must be [N, {directions[0].weight_ih.shape[1]}], got {tuple(x.shape)}")
+    columns = directions[0].weight_ih.shape[1:]
+    if x.dim() != 2 or x.shape[1:] != columns:
+        raise ValueError(f"x must be [N, {', '.join(map(str, columns))}], got {tuple(x.shape)}")
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, x.shape[0], B)
     elif x.shape[0] % B if B else x.shape[0]:
         raise ValueError(f"x must hold whole steps of {B} rows, got {x.shape[0]} rows")
-    check_weights(directions, mode, x.dtype, x.device, indices=False)
+    check_weights(directions, mode, x.shape[1], x.dtype, x.device, activation_dtype=activation_dtype, indices=False)
+
+
+def _check_blocks(name: str, matrix: BlockMatrix, shape: tuple[int, int], device: torch.device, indices: bool) -> None:
+    if matrix.shape != shape:
+        raise ValueError(f"{name} must be of shape {shape}, got {matrix.shape}")
+    if matrix.values.device != device:
+        raise ValueError(f"{name} must be on {device}, got {matrix.values.device}")
+    matrix.check(indices=indices)
 
 
 def _check_tensor(

@@ -5,12 +5,12 @@ import sys
 import pytest
 import torch
 
-from triton_sparse_rnn.kernels.cpu.support import availability, unsupported_reason
+from triton_sparse_rnn.kernels.cpu.support import MOST_COLUMNS, availability, unsupported_reason
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 
-def matrix(block_size=(16, 1), dtype=torch.float32):
-    return BlockMatrix.from_dense(torch.ones(48, 16, dtype=dtype), block_size, gates=3)
+def matrix(block_size=(16, 1), dtype=torch.float32, columns=16):
+    return BlockMatrix.from_dense(torch.ones(48, columns), block_size, gates=3, dtype=dtype)
 
 
 def test_available_here():
@@ -32,20 +32,35 @@ def test_numba_is_not_imported_to_ask():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32])
-def test_supported(rows):
-    assert unsupported_reason(matrix((rows, 3)), matrix((rows, 40))) is None
+@pytest.mark.parametrize("rows", [1, 3, 8, 16, 32, 47, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
+def test_any_block_and_dtype(rows, dtype):
+    for columns in (1, 3, 40):
+        assert unsupported_reason("weight_hh", matrix((rows, columns), dtype), quantized=False) is None
+
+
+def test_dense_weight():
+    assert unsupported_reason("weight_ih", torch.ones(48, 16), quantized=False) is None
+
+
+def test_quantised_activations():
+    assert unsupported_reason("weight_hh", matrix(dtype=torch.int8, columns=MOST_COLUMNS), quantized=True) is None
 
 
 @pytest.mark.parametrize(
-    ("weight_ih", "weight_hh", "reason"),
+    ("weight", "quantized", "reason"),
     [
-        (matrix((3, 1)), matrix((3, 1)), "the blocks have 3 rows"),
-        (matrix((8, 1)), matrix((16, 1)), "weight_ih has blocks of 8 rows and weight_hh of 16"),
-        (matrix(dtype=torch.float64), matrix(), "weight_ih is stored as torch.float64"),
-        (matrix(), BlockMatrix.from_dense(torch.ones(48, 16), (16, 1), dtype=torch.int8), "stored as torch.int8"),
-        (matrix(), dataclasses.replace(matrix(), values=matrix().values.to("meta")), "weight_hh is on meta"),
+        (matrix(dtype=torch.float64), False, "weight_hh is stored as torch.float64, and only torch.float32, "),
+        (
+            dataclasses.replace(matrix(), values=matrix().values.to("meta")),
+            False,
+            "weight_hh is on meta, not on the CPU",
+        ),
+        (torch.ones(48, 16, device="meta"), False, "weight_hh is on meta"),
+        (torch.ones(48, 16, dtype=torch.bfloat16), False, "weight_hh is dense and torch.bfloat16"),
+        (matrix(), True, "weight_hh is stored as torch.float32, and quantised activations need torch.int8"),
+        (matrix(dtype=torch.int8, columns=MOST_COLUMNS + 1), True, "weight_hh has 65537 columns"),
     ],
 )
-def test_unsupported(weight_ih, weight_hh, reason):
-    assert reason in (unsupported_reason(weight_ih, weight_hh) or "")
+def test_unsupported(weight, quantized, reason):
+    assert reason in (unsupported_reason("weight_hh", weight, quantized=quantized) or "")

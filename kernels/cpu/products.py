@@ -1,0 +1,64 @@
+"""Many rows times a block-sparse matrix, W v + b: the input projection, and the projection of an LSTM's output.
+
+| tensor | shape                         | dtype            |                                        |
+|--------|-------------------------------|------------------|----------------------------------------|
+| W      | a BlockMatrix [G H, columns]  | layout.dtype     | read                                   |
+| scales | [G, padded H]                 | float32          | read, where W is int8                  |
+| bias   | [G, padded H]                 | float32          | read                                   |
+| inputs | [rows, padded columns]        | float32 or int8  | read, as pack.py leaves it             |
+| output | [rows, G, padded H]           | float32          | written                                |
+
+"Padded" is filled up to whole blocks: no vector needs a mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton_sparse_rnn.kernels.cpu.block_products import Tile, block_row_products
+from triton_sparse_rnn.kernels.cpu.stored_weights import BlockAddresses, BlockFormat
+from triton_sparse_rnn.kernels.cpu.vector_code import VectorCode
+
+
+class ProductFields(NamedTuple):
+    """Sizes and addresses; the distances between rows are in bytes."""
+
+    matrix_starts: Any
+    matrix_columns: Any
+    matrix_values: Any
+    scales: Any
+    bias: Any
+    gates: Any
+    gate_bytes: Any  # between gates, of scales, bias and output
+    inputs: Any
+    input_bytes: Any
+    input_scales: Any
+    rows: Any
+    output: Any
+    output_bytes: Any
+
+
+def emit_product(builder: Any, layout: BlockFormat, address: Any, first: Any, end: Any) -> None:
+    """Emit the kernel for vectors first, ..., end - 1 of each gate."""
+    code = VectorCode(builder, layout.width)
+    fields = code.fields(ProductFields, code.index(address))
+    matrix = BlockAddresses(fields.matrix_starts, fields.matrix_columns, fields.matrix_values)
+    for row, tile_rows in code.row_tiles(fields.rows, layout.tile_rows):
+        tile = Tile(
+            tile_rows, fields.inputs + fields.input_bytes * row, fields.input_bytes, fields.input_scales + row * 4
+        )
+        outputs = [fields.output + fields.output_bytes * (row + i) for i in range(tile_rows)]
+        with code.loop(code.index(first), code.index(end)) as vector, code.loop(code.index(0), fields.gates) as gate:
+            place = gate * fields.gate_bytes
+            products = block_row_products(
+                code,
+                layout,
+                matrix,
+                tile,
+                row=vector // layout.parts * fields.gates + gate,
+                part=vector % layout.parts,
+                start=code.load(fields.bias + place, vector),
+                scale=code.load(fields.scales + place, vector) if layout.dtype == "int8" else None,
+            )
+            for product, output in zip(products, outputs, strict=True):
+                code.store(product, output + place, vector)

@@ -1,0 +1,272 @@
+"""The launcher: all directions of a recurrent layer, with addresses in place of tensors.
+
+| tensor           | shape                  | dtype          |                                          |
+|------------------|------------------------|----------------|------------------------------------------|
+| weight_ih        | a BlockMatrix [G H, I] | support.py     | read; or an ordinary matrix in float32   |
+| weight_hh        | a BlockMatrix [G H, P] | support.py     | read                                     |
+| weight_hr        | a BlockMatrix [P, H]   | support.py     | read, by an LSTM with proj_size          |
+| bias_ih, bias_hh | [G H]                  | float32        | read                                     |
+| x                | [N, I]                 | float32        | read; rows of a step are consecutive     |
+| h0, c0           | [D, B, P], [D, B, H]   | float32        | read; c0 by an LSTM                      |
+| batch_sizes      | [T]                    | int64          | read; never more rows than a step before |
+| y                | [N, D P]               | float32        | written                                  |
+| h_n, c_n         | [D, B, P], [D, B, H]   | float32        | written                                  |
+
+P is H or proj_size. All are contiguous.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from triton_sparse_rnn.kernels.cpu.compilation import compiled_layer, kernel_address
+from triton_sparse_rnn.kernels.cpu.layer import KERNEL_BYTES, LayerFields, MatrixFields
+from triton_sparse_rnn.kernels.cpu.pack import PackFormat
+from triton_sparse_rnn.kernels.cpu.step import StepFormat
+from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
+from triton_sparse_rnn.kernels.cpu.threads import Team
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+
+_FLOAT_BYTES = 4
+_LINE_BYTES = 64  # a cache line: where a part of scratch begins, so that its vectors do not lie across two
+_PROJECTED_BYTES = 1 << 18  # held at a time: read again while in the second-level cache; 64 KB to 1 MB are as fast
+_SHARED_BYTES = 1 << 22  # of weights read in a call, from which on it is worth the 20 us that calling for help takes
+_BATCH_SHAPES_KEPT = 64
+_ROWS_OF_TABLES = 3  # that the tables of a single quantised row take more than its bytes (pack.py)
+_NO_MATRIX = MatrixFields(*[0] * len(MatrixFields._fields))._replace(padded_bias=-1, padded_scales=-1)
+
+
+class Direction(NamedTuple):
+    """The weights of one direction; see the top of the file."""
+
+    weight_ih: BlockMatrix | Tensor
+    weight_hh: BlockMatrix
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    weight_hr: BlockMatrix | None
+
+
+class _Arguments(NamedTuple):
+    """Sizes and addresses of a call; those of c are those of h where there is no c."""
+
+    T: int
+    N: int
+    B: int
+    x: int
+    sizes: int
+    h0: int
+    c0: int
+    y: int
+    h_n: int
+    c_n: int
+
+
+class _PlacedDirection(NamedTuple):
+    """LayerFields and MatrixFields of a direction, and where its part of the states and of y begins."""
+
+    fields: np.ndarray
+    address: int  # of fields
+    h_bytes: int
+    c_bytes: int
+    y_bytes: int
+
+
+class RecurrentLayer:
+    """A layer ready to run: its kernels are compiled, and the addresses of its tensors are taken.
+
+    Nothing is checked. `unsupported_reason` (support.py) must have returned None, and the tensors must stay where they
+    are as long as this is called.
+    """
+
+    def __init__(self, mode: str, directions: list[Direction], *, quantized: bool, num_threads: int = 1) -> None:
+        """Compile what has not been compiled yet.
+
+        Args:
+            mode: nn.RNNBase.mode.
+            directions: the second one runs from the last step to the first.
+            quantized: whether x and h are quantised, for weights in int8.
+            num_threads: the most that work on a call, the calling one among them.
+        """
+        self._directions = directions
+        self._num_threads = num_threads
+        self._step_bytes = sum(direction.weight_hh.nbytes for direction in directions)
+        matrices = [matrix for direction in directions for matrix in direction if isinstance(matrix, BlockMatrix)]
+        self._no_bias = torch.zeros(max(map(_padded_rows, matrices)))
+        self._matrices = [self._read_matrices(mode, direction, quantized) for direction in directions]
+        self._fields: dict[tuple[int, int], list[_PlacedDirection]] = {}
+        self._run = compiled_layer()
+
+    def __call__(self, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
+        """Return y, h_n and, for an LSTM, c_n.
+
+        Args:
+            x: [N, I].
+            states: h0 and, for an LSTM, c0.
+            batch_sizes: [T]; None where every step has B rows.
+        """
+        return self.run(x, [_dense_projection(x, direction) for direction in self._directions], states, batch_sizes)
+
+    def run(
+        self, x: Tensor, projected: Sequence[Tensor | None], states: list[Tensor], batch_sizes: Tensor | None
+    ) -> list[Tensor]:
+        """As a call, with W_ih x + b_ih given for each direction where W_ih is an ordinary matrix.
+
+        Behind its N * G * H numbers there is room for a vector.
+        """
+        N, (D, B, P) = x.shape[0], states[0].shape
+        y, ends = torch.empty((N, D * P), dtype=x.dtype, device=x.device), list(map(torch.empty_like, states))
+        if N == 0:
+            return [y, *(state.clone() for state in states)]
+        T, sizes = (N // B, 0) if batch_sizes is None else (batch_sizes.shape[0], batch_sizes.data_ptr())
+        arguments = _Arguments(
+            T, N, B, x.data_ptr(), sizes, states[0].data_ptr(), states[-1].data_ptr(),
+            y.data_ptr(), ends[0].data_ptr(), ends[-1].data_ptr(),
+        )  # fmt: skip
+        if self._num_threads > 1 and T * self._step_bytes >= _SHARED_BYTES:
+            with Team(self._num_threads - 1) as team:
+                self._run_directions(team, arguments, projected)
+        else:
+            self._run_directions(0, arguments, projected)
+        return [y, *ends]
+
+    def _run_directions(self, team: int, arguments: _Arguments, projected: Sequence[Tensor | None]) -> None:
+        T, N, B, x, sizes, h0, c0, y, h_n, c_n = arguments
+        directions = self._fields.get((N, B)) or self._place_fields(N, B)
+        for (_, fields, h_bytes, c_bytes, y_bytes), dense in zip(directions, projected, strict=True):
+            enough_memory = self._run(
+                fields, team, T, N, B, x, 0 if dense is None else dense.data_ptr(), sizes,
+                h0 + h_bytes, c0 + c_bytes, y + y_bytes, h_n + h_bytes, c_n + c_bytes,
+            )  # fmt: skip
+            if not enough_memory:
+                raise MemoryError(f"no memory for what a call with {N} rows of x, {B} at a time, works on")
+
+    def _read_matrices(self, mode: str, direction: Direction, quantized: bool) -> list[MatrixFields]:
+        """W_ih, W_hh and W_hr, without places in scratch."""
+        weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = direction
+        no_bias = self._no_bias
+        ih = _NO_MATRIX
+        if isinstance(weight_ih, BlockMatrix):
+            ih = _matrix_fields(weight_ih, no_bias if bias_ih is None else bias_ih, quantized)
+        hh = _matrix_fields(weight_hh, no_bias if bias_hh is None else bias_hh, quantized, mode)
+        hr = _NO_MATRIX if weight_hr is None else _matrix_fields(weight_hr, no_bias, quantized)
+        return [ih, hh, hr]
+
+    def _place_fields(self, N: int, B: int) -> list[_PlacedDirection]:
+        """Lay out each direction for batches of B and N rows in all, and keep that."""
+        if len(self._fields) == _BATCH_SHAPES_KEPT:
+            self._fields.clear()
+        self._fields[N, B] = placed = []
+        for d, matrices in enumerate(self._matrices):
+            fields = _place(matrices, N, B, d, len(self._matrices))
+            h_bytes, c_bytes = matrices[1].inputs * _FLOAT_BYTES, matrices[1].row_bytes
+            address = fields.ctypes.data
+            placed.append(_PlacedDirection(fields, address, d * B * h_bytes, d * B * c_bytes, d * h_bytes))
+        return placed
+
+
+def _place(matrices: list[MatrixFields], N: int, B: int, direction: int, directions: int) -> np.ndarray:
+    """Divide up scratch memory; returns LayerFields and MatrixFields as the layer reads them."""
+    ih, hh, hr = matrices
+    is_dense = ih.product == 0
+    projected_gate_bytes = hh.row_bytes if is_dense else ih.gate_bytes
+    projected_bytes = hh.gates * projected_gate_bytes
+    tiles = max(1, _PROJECTED_BYTES // (projected_bytes * 8 * B))  # of 8 steps
+    window = 0 if is_dense else min(N, tiles * 8 * B)
+    input_bytes = _FLOAT_BYTES * max(hh.padded_inputs, hr.padded_inputs)
+    state_bytes = _whole_lines(max(hh.gate_bytes, hr.gate_bytes, input_bytes))
+
+    parts = {"projected": window * projected_bytes, "h": B * state_bytes, "h_next": B * state_bytes}
+    parts |= {"c": B * state_bytes, "hidden": B * state_bytes, "kernel": KERNEL_BYTES}
+    for name, matrix, rows in (("ih", ih, window), ("hh", hh, B), ("hr", hr, B)):
+        constant_bytes = matrix.gates * matrix.gate_bytes
+        parts[f"{name} packed"] = (rows + _ROWS_OF_TABLES) * matrix.input_bytes
+        parts[f"{name} packed_scales"] = rows * _FLOAT_BYTES
+        parts[f"{name} padded_bias"] = 0 if matrix.padded_bias < 0 else constant_bytes
+        parts[f"{name} padded_scales"] = 0 if matrix.padded_scales < 0 else constant_bytes
+    ends = list(itertools.accumulate(map(_whole_lines, parts.values())))
+    places = dict(zip(parts, [0, *ends], strict=False))
+
+    layer = LayerFields(
+        reverse=direction,
+        has_cell_state=hh.gates == 4,
+        has_projection=hr.product != 0,
+        x_bytes=ih.inputs * _FLOAT_BYTES,
+        y_bytes=directions * hh.inputs * _FLOAT_BYTES,
+        state_bytes=state_bytes,
+        projected_bytes=projected_bytes,
+        projected_gate_bytes=projected_gate_bytes,
+        window=window,
+        **{name: places[name] for name in ("projected", "h", "h_next", "c", "hidden", "kernel")},
+        scratch_bytes=ends[-1],
+    )
+    placed = [
+        matrix._replace(
+            packed=places[f"{name} packed"],
+            packed_scales=places[f"{name} packed_scales"],
+            padded_bias=-1 if matrix.padded_bias < 0 else places[f"{name} padded_bias"],
+            padded_scales=-1 if matrix.padded_scales < 0 else places[f"{name} padded_scales"],
+        )
+        for name, matrix in (("ih", ih), ("hh", hh), ("hr", hr))
+    ]
+    return np.array([*layer, *itertools.chain(*placed)], dtype=np.int64)
+
+
+def _matrix_fields(matrix: BlockMatrix, bias: Tensor, quantized: bool, mode: str | None = None) -> MatrixFields:
+    """`bias` has a number for each row or is long enough for padded ones; `mode` is that of a cell, for its W_hh."""
+    BR, BC = matrix.block_size
+    layout = BlockFormat(BR, BC, str(matrix.values.dtype).removeprefix("torch."), quantized)
+    gates, groups, block_columns = matrix.block_grid
+    rows = matrix.shape[0] // gates
+    fits = rows == groups * BR
+    padded_inputs = block_columns * BC
+    return MatrixFields(
+        pack=kernel_address(PackFormat.for_product(layout)),
+        product=kernel_address(layout if mode is None else StepFormat(mode, layout)),
+        starts=matrix.starts.data_ptr(),
+        columns=matrix.columns.data_ptr(),
+        values=matrix.values.data_ptr(),
+        scales=0 if matrix.scales is None else matrix.scales.data_ptr(),
+        bias=bias.data_ptr(),
+        gates=gates,
+        vectors=groups * layout.parts,
+        row_bytes=rows * _FLOAT_BYTES,
+        gate_bytes=groups * BR * _FLOAT_BYTES,
+        inputs=matrix.shape[1],
+        padded_inputs=padded_inputs,
+        input_bytes=padded_inputs * (1 if quantized else _FLOAT_BYTES),
+        quantized=quantized,
+        packed=0,
+        packed_scales=0,
+        padded_bias=-1 if fits or bias.shape[0] >= _padded_rows(matrix) else 0,
+        padded_scales=-1 if fits or matrix.scales is None else 0,
+    )
+
+
+def _padded_rows(matrix: BlockMatrix) -> int:
+    gates, groups, _ = matrix.block_grid
+    return gates * groups * matrix.block_size[0]
+
+
+def _whole_lines(size: int) -> int:
+    return -(-size // _LINE_BYTES) * _LINE_BYTES
+
+
+def _dense_projection(x: Tensor, direction: Direction) -> Tensor | None:
+    """W_ih x + b_ih where W_ih is an ordinary matrix, with room behind it."""
+    weight = direction.weight_ih
+    if isinstance(weight, BlockMatrix):
+        return None
+    size = x.shape[0] * weight.shape[0]
+    projected = x.new_empty(size + direction.weight_hh.block_size[0])
+    product = projected[:size].view(x.shape[0], weight.shape[0])
+    if direction.bias_ih is None:
+        torch.mm(x, weight.t(), out=product)
+    else:
+        torch.addmm(direction.bias_ih, x, weight.t(), out=product)
+    return projected

@@ -1,0 +1,125 @@
+"""One time step of every cell: the recurrent product and, on its sums, the cell.
+
+    RNN   h = act(p + W h + b)
+    GRU   r = s(p_r + W_r h + b_r)   z = s(p_z + W_z h + b_z)   n = tanh(p_n + r (W_n h + b_n))   h = n + z (h - n)
+    LSTM  i, f, o = s(p + W h + b)   g = tanh(p_g + W_g h + b_g)   c = f c + i g   output = o tanh(c)
+
+| tensor    | shape                               | dtype           |                                     |
+|-----------|-------------------------------------|-----------------|-------------------------------------|
+| W         | a BlockMatrix [G H, columns of h]   | layout.dtype    | read                                |
+| scales    | [G, padded H]                       | float32         | read, where W is int8               |
+| bias      | [G, padded H]                       | float32         | read                                |
+| projected | [rows, G, padded H]                 | float32         | read: p = W_ih x + b_ih             |
+| inputs    | [rows, padded columns of h]         | float32 or int8 | read: h, as pack.py leaves it       |
+| h         | [rows, padded H]                    | float32         | read, by a GRU                      |
+| c         | [rows, padded H]                    | float32         | read and written, by an LSTM        |
+| output    | [rows, padded H]                    | float32         | written: h after the step           |
+
+The kernel takes a few vectors of units, sums up all their gates, and finishes them before it goes on.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton_sparse_rnn.kernels.cpu.block_products import Tile, block_row_products
+from triton_sparse_rnn.kernels.cpu.gates import gru_cell, lstm_cell, relu, tanh
+from triton_sparse_rnn.kernels.cpu.stored_weights import BlockAddresses, BlockFormat
+from triton_sparse_rnn.kernels.cpu.vector_code import Index, Vector, VectorCode
+
+_CELLS = 8  # of vectors of units, run after their sums: each waits for its own results, several fill the time
+GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}
+
+
+class StepFields(NamedTuple):
+    """Sizes and addresses; the distances between rows are in bytes."""
+
+    matrix_starts: Any
+    matrix_columns: Any
+    matrix_values: Any
+    scales: Any
+    bias: Any
+    gates: Any
+    gate_bytes: Any  # between gates, of scales and bias
+    inputs: Any
+    input_bytes: Any
+    input_scales: Any
+    projected: Any
+    projected_bytes: Any
+    projected_gate_bytes: Any
+    rows: Any
+    h: Any
+    c: Any
+    state_bytes: Any  # between rows of h, c and output
+    output: Any
+
+
+class StepFormat(NamedTuple):
+    """What the kernel is compiled for."""
+
+    mode: str  # nn.RNNBase.mode
+    layout: BlockFormat  # of W
+
+
+def emit_step(builder: Any, format: StepFormat, address: Any, first: Any, end: Any) -> None:
+    """Emit the kernel for vectors first, ..., end - 1 of the units."""
+    mode, layout = format
+    gates = GATES[mode]
+    code = VectorCode(builder, layout.width)
+    fields = code.fields(StepFields, code.index(address))
+    for row, rows in code.row_tiles(fields.rows, layout.tile_rows):
+        tile = Tile(rows, fields.inputs + fields.input_bytes * row, fields.input_bytes, fields.input_scales + row * 4)
+        if rows == 1 and not layout.quantized:  # reading weights takes longer than cells do: these fill its gaps
+            with code.loop(code.index(first), code.index(end)) as vector:
+                products = [
+                    _recurrent_product(code, format, fields, tile, vector, code.index(gate)) for gate in range(gates)
+                ]
+                _advance(code, mode, fields, row, vector, [sums for (sums,) in products])
+            continue
+        together = max(1, _CELLS // rows)
+        sums = code.stack(together * gates * rows)
+        with code.loop(code.index(first), code.index(end), together) as chunk:
+            chunk_end = code.smaller(chunk + together, code.index(end))
+            with code.loop(chunk, chunk_end) as vector, code.loop(code.index(0), fields.gates) as gate:
+                place = ((vector - chunk) * gates + gate) * rows
+                for i, product in enumerate(_recurrent_product(code, format, fields, tile, vector, gate)):
+                    code.store(product, sums, place + i)
+            with code.loop(chunk, chunk_end) as vector:
+                for i in range(rows):
+                    recurrent = [code.load(sums, ((vector - chunk) * gates + gate) * rows + i) for gate in range(gates)]
+                    _advance(code, mode, fields, row + i, vector, recurrent)
+
+
+def _recurrent_product(
+    code: VectorCode, format: StepFormat, fields: StepFields, tile: Tile, vector: Index, gate: Index
+) -> list[Vector]:
+    """W h + b of one gate of a vector of units, for each row of the tile."""
+    mode, layout = format
+    constants = gate * fields.gate_bytes
+    return block_row_products(
+        code,
+        layout,
+        BlockAddresses(fields.matrix_starts, fields.matrix_columns, fields.matrix_values),
+        tile,
+        row=vector // layout.parts * GATES[mode] + gate,
+        part=vector % layout.parts,
+        start=code.load(fields.bias + constants, vector),
+        scale=code.load(fields.scales + constants, vector) if layout.dtype == "int8" else None,
+    )
+
+
+def _advance(
+    code: VectorCode, mode: str, fields: StepFields, row: Index, vector: Index, recurrent: list[Vector]
+) -> None:
+    """Run the cell of a vector of units in one row."""
+    start = fields.projected + fields.projected_bytes * row
+    projected = [code.load(start + fields.projected_gate_bytes * gate, vector) for gate in range(GATES[mode])]
+    state = fields.state_bytes * row
+    if mode == "GRU":
+        h = gru_cell(projected, recurrent, code.load(fields.h + state, vector))
+    elif mode == "LSTM":
+        h, c = lstm_cell(projected, recurrent, code.load(fields.c + state, vector))
+        code.store(c, fields.c + state, vector)
+    else:
+        h = {"RNN_TANH": tanh, "RNN_RELU": relu}[mode](projected[0] + recurrent[0])
+    code.store(h, fields.output + state, vector)

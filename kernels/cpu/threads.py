@@ -1,0 +1,51 @@
+"""The threads that help a call (team.py): a pool of them in each process, and what they share with one caller."""
+
+from __future__ import annotations
+
+import functools
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from triton_sparse_rnn.kernels.cpu.compilation import compiled_helper, compiled_share
+from triton_sparse_rnn.kernels.cpu.team import NO_MORE, SHARE, TEAM_BYTES, THREADS, TICKET
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="triton-sparse-rnn")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # the threads of a pool stay behind in the parent
+
+
+class Team:
+    """Helpers for one call of a layer, to be used in a `with`, which gives the address of the words they share, or 0.
+
+    Whoever does not come in time is not waited for.
+    """
+
+    def __init__(self, helpers: int) -> None:
+        self._helpers = helpers
+        self._calls: list[Future[int]] = []
+
+    def __enter__(self) -> int:
+        if self._helpers == 0:
+            return 0
+        memory = np.zeros(TEAM_BYTES + 64, np.uint8)
+        offset = -memory.ctypes.data % 64  # so that each word has a cache line of its own
+        self._words = memory[offset : offset + TEAM_BYTES].view(np.int64)
+        self._words[SHARE], self._words[THREADS] = compiled_share(), self._helpers + 1
+        self._calls = [_pool().submit(_help, self._words) for _ in range(self._helpers)]
+        return self._words.ctypes.data
+
+    def __exit__(self, *error: object) -> None:
+        if self._calls:
+            self._words[TICKET] = NO_MORE
+        for call in self._calls:
+            call.cancel()
+
+
+def _help(words: np.ndarray) -> int:
+    return compiled_helper()(words.ctypes.data)  # the argument keeps the words as long as a helper reads them

@@ -1,0 +1,122 @@
+"""Random layers for the tests of the CPU kernels, and what torch computes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from triton_sparse_rnn.kernels.cpu.recurrent_layer import Direction, RecurrentLayer
+from triton_sparse_rnn.ops.layer_weights import GATES, LayerWeights
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask
+
+MODES = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM", "LSTM projected")  # the last one has proj_size, where H allows it
+RAGGED = (5, 5, 4, 2, 2, 1, 1, 1)
+
+
+def random_matrix(
+    gates: int,
+    H: int,
+    columns: int,
+    block_size: tuple[int, int],
+    density: float = 0.4,
+    dtype: torch.dtype | None = None,
+) -> BlockMatrix:
+    """A BlockMatrix [gates * H, columns] of about this density, with outputs of the size of a dense one's."""
+    kept = torch.rand(gates, *count_blocks(H, columns, block_size)) < density
+    mask = expand_block_mask(kept, block_size, H, columns).flatten(0, 1)
+    weight = torch.randn(gates * H, columns) * mask / max(1.0, columns * density) ** 0.5
+    return BlockMatrix.from_dense(weight, block_size, gates=gates, dtype=dtype)
+
+
+def exact_weights(matrix: BlockMatrix | Tensor) -> Tensor:
+    """The stored weights in float64; those of int8 are not rounded to float32 after they met their scale."""
+    if isinstance(matrix, Tensor):
+        return matrix.double()
+    scales = None if matrix.scales is None else matrix.scales.double()
+    return dataclasses.replace(matrix, scales=scales).to_dense().double()
+
+
+class Layer:
+    """The weights of a layer, and the calls that are compared."""
+
+    def __init__(
+        self,
+        mode: str,
+        I: int,
+        H: int,
+        block_ih: tuple[int, int] | None,
+        block_hh: tuple[int, int],
+        *,
+        D: int = 2,
+        density: float = 0.4,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """None for block_ih keeps weight_ih dense."""
+        self.mode, _, projected = mode.partition(" ")
+        self.I, self.H = I, H
+        self.P = H // 2 if projected and H > 1 else H
+        gates = GATES[self.mode]
+        self.directions = [
+            Direction(
+                torch.randn(gates * H, I) / I**0.5
+                if block_ih is None
+                else random_matrix(gates, H, I, block_ih, density, dtype),
+                random_matrix(gates, H, self.P, block_hh, density, dtype),
+                torch.randn(gates * H) / 2 if bias else None,
+                torch.randn(gates * H) / 2 if bias else None,
+                random_matrix(1, self.P, H, block_ih or block_hh, density, dtype) if self.P < H else None,
+            )
+            for _ in range(D)
+        ]
+
+    def random_inputs(self, batch_sizes: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """Return x and the states; both states of an LSTM."""
+        B, D = batch_sizes[0], len(self.directions)
+        sizes = [self.P, self.H] if self.mode == "LSTM" else [self.P]
+        return torch.randn(sum(batch_sizes), self.I), [torch.randn(D, B, size) for size in sizes]
+
+    def ready(self, *, quantized: bool = False, num_threads: int = 1) -> RecurrentLayer:
+        return RecurrentLayer(self.mode, self.directions, quantized=quantized, num_threads=num_threads)
+
+    def weights(self) -> list[LayerWeights]:
+        """The same directions, as backends take them."""
+        return [LayerWeights(d.weight_ih, d.weight_hh, d.bias_ih, d.bias_hh, d.weight_hr) for d in self.directions]
+
+    def by_torch(
+        self, x: Tensor, states: list[Tensor], batch_sizes: Sequence[int], dtype: torch.dtype = torch.float64
+    ) -> list[Tensor]:
+        """y, h_n and, for an LSTM, c_n of nn.RNN, nn.GRU or nn.LSTM."""
+        options: dict[str, Any] = {"bias": self.directions[0].bias_ih is not None, "dtype": dtype}
+        if self.P != self.H:
+            options["proj_size"] = self.P
+        if self.mode.startswith("RNN"):
+            options["nonlinearity"] = self.mode.removeprefix("RNN_").lower()
+        kind: Any = getattr(torch.nn, self.mode.partition("_")[0])
+        module = kind(self.I, self.H, bidirectional=len(self.directions) == 2, **options)
+        ours = [weight for direction in self.directions for weight in direction if weight is not None]
+        with torch.no_grad():
+            for parameter, weight in zip(module.parameters(), ours, strict=True):
+                parameter.copy_(exact_weights(weight))
+            packed = PackedSequence(x.to(dtype), torch.tensor(batch_sizes))
+            state = tuple(part.to(dtype) for part in states)
+            y, ends = module(packed, state if self.mode == "LSTM" else state[0])
+        return [y.data, *(ends if self.mode == "LSTM" else [ends])]
+
+
+def assert_as_accurate_as_torch(layer: Layer, batch_sizes: Sequence[int], *, rectangular: bool = False) -> None:
+    """Run the layer; its largest error is to be no more than a few times that of torch in float32."""
+    x, states = layer.random_inputs(batch_sizes)
+    ours = layer.ready()(x, states, None if rectangular else torch.tensor(batch_sizes))
+    exact = layer.by_torch(x, states, batch_sizes)
+    theirs = layer.by_torch(x, states, batch_sizes, torch.float32)
+    for our, their, right in zip(ours, theirs, exact, strict=True):
+        assert our.shape == right.shape
+        error, their_error = ((result.double() - right).abs().max() for result in (our, their))
+        assert error <= 4 * their_error + 1e-6  # NaN, the memory that nothing was written to, is not

@@ -1,0 +1,114 @@
+"""Tensors of every layout on their way through ops/cpu.prepare_layer."""
+
+import dataclasses
+
+import pytest
+import torch
+from cpu_layers import MODES, RAGGED, Layer
+
+from triton_sparse_rnn.ops import cpu
+
+
+def transposed(tensor):
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def sliced(tensor):
+    wide = torch.full((*tensor.shape[:-1], 3 * tensor.shape[-1]), torch.nan)
+    wide[..., 1::3] = tensor
+    return wide[..., 1::3]
+
+
+def offset(tensor):
+    """Contiguous, and at an address that no vector would choose."""
+    memory = torch.full((tensor.numel() + 16,), torch.nan)
+    memory = memory[1 + (-memory.data_ptr() // 4) % 16 :][: tensor.numel()]
+    assert memory.data_ptr() % 64 == 4
+    return memory.copy_(tensor.flatten()).view(tensor.shape)
+
+
+def negative(tensor):
+    """With a minus sign that torch has put off."""
+    view = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+    assert view.is_neg()
+    return view
+
+
+LAYOUTS = [transposed, sliced, offset, negative]
+
+
+def prepared(layer, dtype=torch.float32):
+    return cpu.prepare_layer(layer.mode, layer.weights(), dtype=dtype, activation_dtype=None, num_threads=1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_and_states(mode, layout):
+    layer = Layer(mode, 21, 37, (5, 3), (4, 3))
+    x, states = layer.random_inputs(RAGGED)
+    sizes = torch.tensor(RAGGED)
+    expected = layer.ready()(x, states, sizes)
+    laid_out = layout(x), [layout(state) for state in states]
+    assert torch.equal(laid_out[0], x)
+    assert all(map(torch.equal, prepared(layer)(*laid_out, sizes), expected))
+    assert all(map(torch.equal, prepared(layer)(x, laid_out[1], sizes), expected))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_expanded_inputs_and_states(mode):
+    layer = Layer(mode, 21, 37, (5, 3), (4, 3))
+    x, states = layer.random_inputs([1])
+    x, states = x.expand(12, -1), [state.expand(-1, 3, -1) for state in states]
+    expected = layer.ready()(x.contiguous(), [state.contiguous() for state in states], None)
+    assert all(map(torch.equal, prepared(layer)(x, states, None), expected))
+
+
+@pytest.mark.parametrize("block_ih", [(5, 3), None])
+@pytest.mark.parametrize("H", [37, 40])
+def test_weights_at_any_address(block_ih, H):
+    """They are contiguous (ops/validation.py), but need not begin where vectors would."""
+    layer = Layer("GRU", 21, H, block_ih, (4, 3))
+    x, states = layer.random_inputs([3] * 4)
+    expected = layer.ready()(x, states, None)
+    layer.directions = [
+        direction._replace(
+            weight_ih=moved(direction.weight_ih),
+            weight_hh=moved(direction.weight_hh),
+            bias_ih=offset(direction.bias_ih),
+            bias_hh=offset(direction.bias_hh),
+        )
+        for direction in layer.directions
+    ]
+    ours = prepared(layer)(x, states, None)
+    if block_ih:
+        assert all(map(torch.equal, ours, expected))
+    else:
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+def moved(weight):
+    if isinstance(weight, torch.Tensor):
+        return offset(weight)
+    columns = torch.cat([weight.columns[:1], weight.columns])[1:]
+    return dataclasses.replace(weight, values=offset(weight.values), columns=columns)
+
+
+def test_sizes_with_gaps():
+    layer = Layer("GRU", 21, 37, (5, 3), (4, 3))
+    x, states = layer.random_inputs(RAGGED)
+    sizes = torch.tensor(RAGGED)
+    gaps = torch.stack([sizes, torch.ones_like(sizes)], dim=1)[:, 0]
+    assert all(map(torch.equal, prepared(layer)(x, states, gaps), prepared(layer)(x, states, sizes)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrow_inputs_are_computed_in_float32(mode, dtype):
+    layer = Layer(mode, 21, 37, (5, 3), (4, 3))
+    x, states = layer.random_inputs(RAGGED)
+    x, states, sizes = x.to(dtype), [state.to(dtype) for state in states], torch.tensor(RAGGED)
+    results = prepared(layer, dtype)(x, states, sizes)
+    wide = layer.ready()(x.float(), [state.float() for state in states], sizes)
+    for result, right in zip(results, wide, strict=True):
+        assert result.dtype == dtype
+        assert torch.equal(result, right.to(dtype))

@@ -1,0 +1,154 @@
+"""Layers with several threads: the same bits as with one, whether helpers come, come late or never come."""
+
+import concurrent.futures
+import math
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cpu_layers import MODES, RAGGED, Layer
+
+from triton_sparse_rnn.kernels.cpu import recurrent_layer, threads
+from triton_sparse_rnn.kernels.cpu.threads import Team
+
+
+@pytest.fixture(autouse=True)
+def _share_small_layers(monkeypatch):
+    monkeypatch.setattr(recurrent_layer, "_SHARED_BYTES", 0)
+
+
+def assert_same_bits(layer, batch_sizes, num_threads, calls=1, quantized=False):
+    x, states = layer.random_inputs(batch_sizes)
+    sizes = torch.tensor(batch_sizes)
+    expected = layer.ready(quantized=quantized)(x, states, sizes)
+    shared = layer.ready(quantized=quantized, num_threads=num_threads)
+    for _ in range(calls):
+        assert all(map(torch.equal, shared(x, states, sizes), expected))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("num_threads", [2, 4])
+@pytest.mark.parametrize("batch_sizes", [[1] * 30, [9] * 10, RAGGED])
+def test_same_bits_as_one_thread(mode, num_threads, batch_sizes):
+    assert_same_bits(Layer(mode, 21, 150, (5, 3), (4, 3)), batch_sizes, num_threads, calls=3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fewer_units_than_threads(mode):
+    assert_same_bits(Layer(mode, 3, 5, (5, 3), (4, 3)), RAGGED, 4)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_quantised_and_dense_layers(quantized):
+    if quantized:
+        layer = Layer("LSTM projected", 21, 150, (5, 3), (16, 4), dtype=torch.int8)
+    else:
+        layer = Layer("GRU", 21, 150, None, (4, 3))
+    assert_same_bits(layer, RAGGED, 3, calls=3, quantized=quantized)
+
+
+def test_callers_at_once():
+    """More of them than the pool has threads, each with a helper of its own."""
+    layer = Layer("GRU", 21, 150, (5, 3), (4, 3))
+    shared = layer.ready(num_threads=2)
+    inputs = [layer.random_inputs([n + 1] * 20) for n in range(6)]
+    results = {}
+
+    def work(n):
+        results[n] = [shared(inputs[n][0], inputs[n][1], None) for _ in range(10)]
+
+    callers = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(6)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(50)
+    assert len(results) == 6
+    for n, runs in results.items():
+        expected = layer.ready()(inputs[n][0], inputs[n][1], None)
+        assert all(torch.equal(a, b) for run in runs for a, b in zip(run, expected, strict=True))
+
+
+class SlowPool:
+    """Keeps what is submitted, or runs it after a while."""
+
+    def __init__(self, seconds: float = math.inf):
+        self.seconds, self.kept, self.threads = seconds, [], []
+
+    def submit(self, function, *arguments):
+        self.kept.append((function, arguments))
+        if self.seconds < math.inf:
+            self.threads.append(threading.Thread(target=self.run, args=(len(self.kept) - 1,), daemon=True))
+            self.threads[-1].start()
+        return concurrent.futures.Future()
+
+    def run(self, number):
+        time.sleep(self.seconds)
+        function, arguments = self.kept[number]
+        function(*arguments)
+
+
+def test_helpers_that_never_come_are_not_waited_for(monkeypatch):
+    pool = SlowPool()
+    monkeypatch.setattr(threads, "_pool", lambda: pool)
+    assert_same_bits(Layer("GRU", 21, 150, (5, 3), (4, 3)), RAGGED, 3)
+    assert len(pool.kept) == 2
+    for function, arguments in pool.kept:  # after the call: nothing is left to do
+        assert function(*arguments) == 0
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.0005, 0.002])
+def test_helpers_that_come_late(monkeypatch, seconds):
+    pool = SlowPool(seconds)
+    monkeypatch.setattr(threads, "_pool", lambda: pool)
+    assert_same_bits(Layer("LSTM", 21, 150, (5, 3), (4, 3)), [4] * 100, 3, calls=10)
+    for thread in pool.threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in pool.threads)
+
+
+def test_helpers_are_let_go_after_an_error():
+    team = Team(2)
+    with pytest.raises(KeyError), team:
+        raise KeyError
+    done, late = concurrent.futures.wait(team._calls, timeout=30)
+    assert len(done) == 2
+    assert not late
+
+
+def test_small_layers_call_nobody(monkeypatch):
+    monkeypatch.setattr(recurrent_layer, "_SHARED_BYTES", 1 << 22)
+    pool = SlowPool()
+    monkeypatch.setattr(threads, "_pool", lambda: pool)
+    assert_same_bits(Layer("GRU", 21, 150, (5, 3), (4, 3)), RAGGED, 3)
+    assert not pool.kept
+
+
+FORK = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from cpu_layers import Layer
+from triton_sparse_rnn.kernels.cpu import recurrent_layer
+recurrent_layer._SHARED_BYTES = 0
+layer = Layer("GRU", 21, 150, (5, 3), (4, 3))
+inputs = layer.random_inputs([3] * 20)
+shared = layer.ready(num_threads=3)
+expected = shared(*inputs, None)
+same = lambda: all(map(torch.equal, shared(*inputs, None), expected))
+child = os.fork()
+if child == 0:
+    signal.alarm(30)  # a child that hangs is ended
+    os._exit(0 if same() and same() else 1)
+_, status = os.waitpid(child, 0)
+sys.exit(0 if status == 0 and same() else 1)
+"""
+
+
+def test_after_fork():
+    """The pool of the parent has been used, and its threads are not in the child."""
+    folder = Path(__file__).parent
+    run = subprocess.run([sys.executable, "-c", FORK], cwd=folder, timeout=100, check=False, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()

@@ -1,0 +1,201 @@
+"""Eager calls are prepared once, and anew when something changes that they rest on."""
+
+import copy
+import pickle
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import pytest
+import torch
+from persistent_cases import (
+    CELLS,
+    assert_same_bits,
+    convert,
+    every_cell_and_backend,
+    make_pruned,
+    make_states,
+    tensors_of,
+)
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+from triton_sparse_rnn.nn import plan as plans
+from triton_sparse_rnn.nn.persistent import PersistentLayer
+
+
+@pytest.fixture
+def prepared(monkeypatch) -> list[dict[str, Any]]:
+    """The options with which layers are prepared from now on."""
+    seen: list[dict[str, Any]] = []
+
+    def spy(prepare_layer):
+        def prepare(mode, directions, **options):
+            seen.append(options)
+            return prepare_layer(mode, directions, **options)
+
+        return prepare
+
+    spies = {name: spy(prepare_layer) for name, prepare_layer in plans.PREPARE_LAYER.items()}
+    monkeypatch.setattr(plans, "PREPARE_LAYER", spies)
+    return seen
+
+
+def call_in_every_form(ours: PersistentLayer) -> None:
+    x = torch.randn(4, 2, 5)
+    for form in (x, x[:, 0], x.transpose(0, 1), pack_sequence([x[:, 0], x[:2, 1]]), x[:, :0]):
+        ours(form)
+    ours.step(x[0])
+    ours.step(x[0, 0])
+    ours(x, make_states(ours, 2))
+
+
+@every_cell_and_backend
+def test_layers_are_prepared_once(prepared, cell, backend):
+    ours = convert(make_pruned(cell, num_layers=2), backend)
+    assert prepared == []
+    call_in_every_form(ours)
+    assert prepared == [{"dtype": torch.float32, "activation_dtype": None, "num_threads": 1}] * 2
+
+
+@every_cell_and_backend
+def test_warm_up_leaves_nothing_for_the_first_call(prepared, cell, backend):
+    ours = convert(make_pruned(cell, num_layers=2, bidirectional=True, batch_first=True), backend)
+    with torch.enable_grad():
+        assert ours.warm_up() is None
+    assert len(prepared) == 2
+    plan = ours._plan
+    x = torch.randn(4, 3, 5)
+    assert_same_bits(
+        ours(x), convert(make_pruned(cell, num_layers=2, bidirectional=True, batch_first=True), backend)(x)
+    )
+    assert ours._plan is plan
+    assert plan is not None
+    assert not any(tensor.is_inference() for tensor in tensors_of(ours(x)))
+
+
+def test_warm_up_calls_no_hooks_and_reports_what_a_call_would():
+    ours, called = convert(make_pruned(nn.GRU)), []
+    ours.register_forward_hook(lambda *arguments: called.append(1))
+    ours.warm_up()
+    assert called == []
+    ours.bias_ih_l0 = ours.bias_ih_l0.double()
+    with pytest.raises(ValueError, match=r"bias_ih must be torch.float32"):
+        ours.warm_up()
+
+
+def test_warm_up_of_a_model():
+    model = nn.Sequential(convert(make_pruned(nn.GRU)), nn.Linear(2, 2))
+    for module in model.modules():
+        if hasattr(module, "warm_up"):
+            module.warm_up()  # type: ignore[operator]
+    assert model[0]._plan is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("backend", None), ("num_threads", 2), ("activation_dtype", torch.int8), ("backend", "cpu")]
+)
+def test_settings_are_followed(prepared, name, value):
+    ours = convert(make_pruned(nn.GRU), weight_dtype=torch.int8 if name == "activation_dtype" else None)
+    ours(torch.zeros(2, 1, 5))
+    setattr(ours, name, value)
+    for call in (ours, ours.forward, lambda x: ours.step(x[0])):
+        call(torch.zeros(2, 1, 5))
+    assert len(prepared) == 2
+    assert name == "backend" or prepared[1][name] == value
+
+
+def test_wrong_settings_are_refused():
+    ours = convert(make_pruned(nn.GRU))
+    ours.warm_up()
+    ours.num_threads = 0
+    with pytest.raises(ValueError, match="num_threads must be at least 1"):
+        ours(torch.zeros(2, 1, 5))
+    ours.num_threads, ours.activation_dtype = 1, torch.int8
+    with pytest.raises(ValueError, match=r"activation_dtype=torch.int8 needs weights in torch.int8"):
+        ours.step(torch.zeros(1, 5))
+
+
+def move_storage(ours: PersistentLayer) -> None:
+    for buffer in ours.buffers():
+        buffer.share_memory_()
+
+
+def replace_data(ours: PersistentLayer) -> None:
+    for buffer in ours.buffers():
+        buffer.data = buffer.data.clone()
+
+
+def replace_buffers(ours: PersistentLayer) -> None:
+    for name, buffer in ours._buffers.items():
+        ours._buffers[name] = None if buffer is None else buffer.clone()
+
+
+def send_state(ours: PersistentLayer) -> None:
+    """As a queue of torch.multiprocessing does: the tensors are moved to shared memory while they are pickled."""
+    ForkingPickler.dumps(ours.state_dict())
+
+
+CHANGES: dict[str, Any] = {
+    "share_memory": lambda ours: ours.share_memory(),
+    "share_memory_ of each": move_storage,
+    "data": replace_data,
+    "buffers": replace_buffers,
+    "state sent": send_state,
+    "module sent": ForkingPickler.dumps,
+    "load_state_dict": lambda ours: ours.load_state_dict(
+        {k: v.clone() for k, v in ours.state_dict().items()}, assign=True
+    ),
+    "to and back": lambda ours: ours.double().float(),
+}
+
+
+@every_cell_and_backend
+@pytest.mark.parametrize("change", CHANGES)
+def test_tensors_that_move_are_prepared_anew(prepared, cell, backend, change):
+    """Prepared layers keep addresses, and what was there is freed."""
+    ours = convert(make_pruned(cell), backend)
+    x, hx = torch.randn(4, 2, 5), make_states(ours, 2)
+    expected = [ours(x), ours.step(x[0], hx)]
+    CHANGES[change](ours)
+    assert_same_bits([ours.step(x[0], hx), ours(x)], expected[::-1])
+    assert len(prepared) == 2
+
+
+def test_what_makes_no_difference_prepares_nothing(prepared):
+    ours = convert(make_pruned(nn.GRU))
+    x = torch.randn(4, 2, 5)
+    ours(x)
+    ours.eval()
+    ours.name = "encoder"
+    ours.bias_ih_l0.mul_(2)
+    ours.load_state_dict(ours.state_dict())
+    assert_same_bits(ours(x), convert(ours.to_dense())(x))
+    assert len(prepared) == 2  # the one just made too
+
+
+def test_copies_do_not_share_a_plan():
+    ours = convert(make_pruned(nn.GRU))
+    ours.warm_up()
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert copied._plan is None
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_plain_calls_take_the_short_way(monkeypatch, cell):
+    ours = convert(make_pruned(cell, num_layers=2))
+    batch_first = convert(make_pruned(cell, num_layers=2, batch_first=True))
+    x = torch.randn(4, 2, 5)
+    hx = make_states(ours, 2)
+    y = ours(x, hx)
+    batch_first.warm_up()
+    monkeypatch.setattr("triton_sparse_rnn.nn.persistent.read_call", None)
+    monkeypatch.setattr("triton_sparse_rnn.nn.persistent.read_step", None)
+    assert_same_bits(ours(x, hx), y)
+    strided = torch.stack([x, x], -1)[..., 0]
+    assert_same_bits(ours(strided, hx), y)
+    assert_same_bits(ours(x), ours(x, tuple(map(torch.zeros_like, hx)) if cell is nn.LSTM else torch.zeros_like(hx)))
+    first = batch_first(x.transpose(0, 1), hx)
+    assert_same_bits((first[0].transpose(0, 1), first[1]), y)
+    assert first[0].stride() == y[0].transpose(0, 1).stride()
+    torch.testing.assert_close(ours.step(x[0], hx)[0], y[0][0], rtol=0, atol=4e-7)
+    ours.step(x[0])
