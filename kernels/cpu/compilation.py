@@ -1,6 +1,6 @@
 """Kernels compiled for what a layer needs, once in a process, and kept by numba's cache for the next process.
 
-Numba files a function under the place of its source and a hash of the constants that it closes over. The constants of a
+Numba files a function under its name, and tells its versions apart by the constants that it closes over. Those of a
 kernel are its description and a fingerprint of this folder's source, so a changed line anywhere in it compiles anew.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from numba import cfunc, njit, types
 
+from triton_sparse_rnn.kernels.cpu import target
 from triton_sparse_rnn.kernels.cpu.intrinsics import intrinsic
 from triton_sparse_rnn.kernels.cpu.layer import make_run_layer
 from triton_sparse_rnn.kernels.cpu.pack import PackFormat, emit_pack
@@ -24,6 +26,8 @@ from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 from triton_sparse_rnn.kernels.cpu.team import make_help_out, make_share_work
 
 _compiling = threading.Lock()
+# A process that forks while another of its threads compiles would leave the child with locks that nobody gives back.
+os.register_at_fork(before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release)
 _layouts: dict[str, PackFormat | BlockFormat | StepFormat] = {}  # by what stands for them in compiled code
 
 
@@ -76,14 +80,17 @@ def _compiled(layout: PackFormat | BlockFormat | StepFormat) -> Any:
 
 
 def _cached(compile: Callable[..., Any], signature: Any, **options: Any) -> Callable[..., Any]:
-    """Return numba's decorator, with its cache where there is a folder for it."""
+    """Return numba's decorator, with its cache as long as that works."""
 
     def decorate(function: Callable[..., Any]) -> Any:
+        # Numba names a pair of files, an index and code, after the function. With one pair for all kernels, processes
+        # that write at once could leave an index that names another kernel's code.
+        closed_over = [cell.cell_contents for cell in function.__closure__ or ()]
+        constants = repr((closed_over, target.compiled_for()))
+        function.__qualname__ = f"{function.__name__}_{hashlib.sha256(constants.encode()).hexdigest()[:32]}"
         try:
             return compile(signature, cache=True, **options)(function)
-        except RuntimeError as error:
-            if "cannot cache function" not in str(error):
-                raise
+        except Exception:  # damaged files raise whatever reading them does; what is wrong with the code, raises again
             return compile(signature, **options)(function)
 
     return decorate

@@ -16,7 +16,7 @@ Where a product takes four bytes from anywhere in a single row, that row becomes
 padded columns, a0 a1 a2 ... and 256 a0, 256 a1, 256 a2 ...: a pair of bytes is the sum of one number of each.
 
 A row v is quantised to q = round(v * (1 / s)) with s = max |v| / 127, ties to even, all in float32. The scale of a row
-that holds NaN or infinity is NaN. A row of numbers all smaller than 2^-100 counts as zeros.
+that holds NaN or infinity is NaN. A row with a scale below 2^-126 counts as zeros.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 from triton_sparse_rnn.kernels.cpu.vector_code import INT8, INT16, INT32, Accumulator, Index, Vector, VectorCode
 
 _WIDTH = 16  # columns at a time
-_INFINITY, _SMALLEST, _NAN = 0x7F800000, 0x0D800000, 0x7FC00000  # bits of float32: infinity, 2^-100, NaN
+_INFINITY, _SMALLEST, _NAN = 0x7F800000, 0x00800000, 0x7FC00000  # bits of float32: infinity, 2^-126, NaN
 
 
 class PackFields(NamedTuple):

@@ -101,6 +101,8 @@ class RecurrentLayer:
         self._matrices = [self._read_matrices(mode, direction, quantized) for direction in directions]
         self._fields: dict[tuple[int, int], list[_PlacedDirection]] = {}
         self._run = compiled_layer()
+        if num_threads > 1:
+            Team.compile()
 
     def __call__(self, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
         """Return y, h_n and, for an LSTM, c_n.

@@ -12,11 +12,16 @@ from typing import Any
 from numba.core.registry import cpu_target
 
 
+def compiled_for() -> tuple[str, str, str]:
+    """Return LLVM's names of the kind of machine and of the processor, and the list of its features."""
+    codegen: Any = cpu_target.target_context.codegen  # pyright: ignore[reportAttributeAccessIssue] a cached property
+    return codegen().magic_tuple()
+
+
 @functools.cache
 def features() -> frozenset[str]:
     """Return LLVM's names of the features that are on, such as "avx512f"."""
-    codegen: Any = cpu_target.target_context.codegen  # pyright: ignore[reportAttributeAccessIssue] a cached property
-    listed: str = codegen().magic_tuple()[2]
+    listed = compiled_for()[2]
     return frozenset(name[1:] for name in listed.split(",") if name.startswith("+"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,12 @@ class Team:
         self._helpers = helpers
         self._calls: list[Future[int]] = []
 
+    @staticmethod
+    def compile() -> None:
+        """Compile what a team runs, before the first one is needed."""
+        compiled_share()
+        compiled_helper()
+
     def __enter__(self) -> int:
         if self._helpers == 0:
             return 0
@@ -37,11 +44,12 @@ class Team:
         offset = -memory.ctypes.data % 64  # so that each word has a cache line of its own
         self._words = memory[offset : offset + TEAM_BYTES].view(np.int64)
         self._words[SHARE], self._words[THREADS] = compiled_share(), self._helpers + 1
-        self._calls = [_pool().submit(_help, self._words) for _ in range(self._helpers)]
+        with contextlib.suppress(RuntimeError):  # no more threads can be started: fewer help, or nobody
+            self._calls.extend(_pool().submit(_help, self._words) for _ in range(self._helpers))
         return self._words.ctypes.data
 
     def __exit__(self, *error: object) -> None:
-        if self._calls:
+        if self._helpers:
             self._words[TICKET] = NO_MORE
         for call in self._calls:
             call.cancel()

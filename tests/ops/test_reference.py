@@ -150,6 +150,9 @@ def test_integers_of_quantized_activations():
     q, s = reference.quantize_activations(torch.tensor([*rows, [1e-40, -1e-44, 0, 0, 0]]))
     assert q.tolist() == [[127, 0, 2, -2, -127], [0] * 5, [127, -127, 42, 0, 0], [0] * 5, [0] * 5]
     assert s[:2, 0].tolist() == [1, 0]
+    rows = [[1, math.nan], [math.inf, 0], [1, -math.inf], [math.inf, math.nan], [0, -127]]
+    _, s = reference.quantize_activations(torch.tensor(rows))
+    assert s.isnan().flatten().tolist() == [True] * 4 + [False]
     q, _ = reference.quantize_activations(torch.tensor([[2e-36, 1e-36]]))  # 1 / s is still below the largest float32
     assert q.tolist() == [[127, 64]]
     many = torch.randn(1000, 9) * torch.logspace(-30, 30, 1000)[:, None]

@@ -84,6 +84,7 @@ def closing_lines(results: dict[str, Any]) -> list[str]:
     models = results["models"]
     dense, sparse, kernel = (models[kind] for kind in ("dense", "sparse", "dense_weights_in_our_kernel"))
     int8 = models["int8_weights"]
+    smaller = dense["file_bytes"] / int8["file_bytes"]
     changes = [row["bits_per_character"] - sparse["bits_per_character"] for row in (int8, models["int8"])]
     speed = dense["us_per_character"] / sparse["us_per_character"]
     size = dense["file_bytes"] / sparse["file_bytes"]
@@ -97,8 +98,8 @@ def closing_lines(results: dict[str, Any]) -> list[str]:
         f"Its layer alone runs at {layer:.1f}x the speed. Of that, {slow_path:.1f}x is nn.GRU's slow path at batch 1 "
         f"(what our kernel gains with the dense weights) and {layer / slow_path:.1f}x the zeros. "
         f"Embedding, decoder and sampling take {rest:.0f} µs.",
-        f"With the layer's weights in int8 the file is {dense['file_bytes'] / int8['file_bytes']:.1f}x smaller than that "
-        f"of nn.GRU (embedding and decoder stay in float32), at {changes[0]:+.4f} bits per character to the sparse model; "
-        f"with activations in int8 too at {changes[1]:+.4f}.",
+        f"With the layer's weights in int8 (embedding and decoder stay in float32) the file is {smaller:.1f}x smaller "
+        f"than that of nn.GRU, at {changes[0]:+.4f} bits per character to the sparse model; with activations in int8 "
+        f"too at {changes[1]:+.4f}.",
         f"Measured on this machine ({results['machine']['processor']}): one thread, batch 1, one run, one seed.",
     ]

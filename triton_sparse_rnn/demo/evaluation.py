@@ -86,6 +86,6 @@ def check_rounding(exact: nn.Module, reference: nn.Module, converted: nn.Module,
     ours, theirs = (float((model(ids)[0] - scores).square().mean().sqrt()) for model in (converted, reference))
     if not ours <= 2 * theirs + 1e-6 * float(scores.abs().max()):  # NaN is no success
         raise WrongResultError(
-            f"the model with rounded activations is not the one of the reference: {ours:.1e} from the model that rounds "
-            f"none, the reference is {theirs:.1e} from it"
+            f"the model with rounded activations is not the one of the reference: it is {ours:.1e} from the model that "
+            f"rounds none, the reference {theirs:.1e}"
         )

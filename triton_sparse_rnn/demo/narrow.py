@@ -38,9 +38,9 @@ NARROW = {
 def convert_narrow(trained: CharacterModel, ids: Tensor) -> dict[str, CharacterModel]:
     """Return the model in each way of NARROW, each one checked on ids [T, B].
 
-    What is rounded is allowed to make a difference, what computes with it is not: a model with rounded weights must say
-    what nn.GRU says with the same weights. With rounded activations no nn.GRU compares, so there it is the same model on
-    backend "reference", plain torch.
+    Rounding may make a difference, what computes with the rounded numbers may not: a model with rounded weights must
+    say what nn.GRU says with the same ones. No nn.GRU rounds activations; there it is the same model in plain torch,
+    backend "reference", that is compared.
 
     Raises:
         WrongResultError: a model says something else.

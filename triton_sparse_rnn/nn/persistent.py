@@ -219,7 +219,7 @@ class PersistentLayer(nn.Module):
         Compiling takes up to seconds, which a service should not spend on its first request. For a whole model:
 
             for module in model.modules():
-                if isinstance(module, PersistentLayer):
+                if hasattr(module, "warm_up"):
                     module.warm_up()
         """
         with torch.inference_mode():

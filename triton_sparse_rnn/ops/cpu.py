@@ -53,6 +53,7 @@ def prepare_layer(
     layer = make()
 
     def run(x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
+        batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
         if x.dtype == torch.float32:
             return layer(_plain(x), [_plain(state) for state in states], batch_sizes)
         # Made again for its biases, which are cast: what was written into them since counts.

@@ -48,7 +48,7 @@ def test_what_is_not_finite_reaches_only_what_depends_on_it(mode, value):
 
 def _layer(mode, seed, B):
     torch.manual_seed(seed)
-    layer = Layer(mode, 8, 18, (5, 3), (4, 3), density=0.3)
+    layer = Layer(mode, 8, 17, (5, 3), (4, 3), density=0.3)
     return layer, *layer.random_inputs([B] * 3)
 
 

@@ -16,9 +16,21 @@ UNITS = 50
 
 @cfunc(types.void(types.CPointer(types.int64), types.int64, types.int64))
 def count_units(counts, first, end):
+    for unit in range(first, end):
+        counts[unit] += 1
+
+
+@cfunc(types.void(types.CPointer(types.int64), types.int64, types.int64))
+def count_units_slowly(counts, first, end):
     yield_processor()  # so that helpers come by, on one core as well
     for unit in range(first, end):
         counts[unit] += 1
+
+
+@njit(nogil=True)
+def offer_often(team, kernel, fields, count, times):
+    for _ in range(times):
+        run_kernel(team, kernel, fields, count)
 
 
 @pytest.fixture
@@ -51,7 +63,7 @@ class Helpers:
 
 def offer(words, counts, units):
     share = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(int(words[SHARE]))  # without the GIL
-    share(words.ctypes.data, count_units.address, counts.ctypes.data, units)
+    share(words.ctypes.data, count_units_slowly.address, counts.ctypes.data, units)
 
 
 @pytest.mark.parametrize("helpers", [0, 1, 3])
@@ -88,12 +100,19 @@ def test_a_dismissed_helper_takes_nothing(words):
 
 def test_alone_and_in_a_team(words):
     """run_kernel calls the kernel itself where there is no team."""
-
-    @njit
-    def run(team, kernel, fields, count):
-        run_kernel(team, kernel, fields, count)
-
     counts = np.zeros(UNITS, np.int64)
-    run(0, count_units.address, counts.ctypes.data, UNITS)
-    run(words.ctypes.data, count_units.address, counts.ctypes.data, UNITS)
+    offer_often(0, count_units.address, counts.ctypes.data, UNITS, 1)
+    offer_often(words.ctypes.data, count_units.address, counts.ctypes.data, UNITS, 1)
     assert (counts == 2).all()
+
+
+@pytest.mark.parametrize("units", [1, 15, 16, 17, 49])
+def test_offers_in_quick_succession(words, units):
+    """Nobody takes a chunk twice or one too many, however often two threads reach for the last one."""
+    counts = np.zeros(UNITS, np.int64)
+    crowd = Helpers(words, 2)
+    try:
+        offer_often(words.ctypes.data, count_units.address, counts.ctypes.data, units, 50_000)
+    finally:
+        crowd.dismiss()
+    assert counts.tolist() == [50_000] * units + [0] * (UNITS - units)

@@ -131,7 +131,7 @@ FORK = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
 from cpu_layers import Layer
-from triton_sparse_rnn.kernels.cpu import recurrent_layer
+from triton_sparse_rnn.kernels.cpu import recurrent_layer, threads
 recurrent_layer._SHARED_BYTES = 0
 layer = Layer("GRU", 21, 150, (5, 3), (4, 3))
 inputs = layer.random_inputs([3] * 20)
@@ -141,7 +141,8 @@ same = lambda: all(map(torch.equal, shared(*inputs, None), expected))
 child = os.fork()
 if child == 0:
     signal.alarm(30)  # a child that hangs is ended
-    os._exit(0 if same() and same() else 1)
+    answer = threads._pool().submit(lambda: 7).result(timeout=20)  # by a thread of its own
+    os._exit(0 if same() and same() and answer == 7 else 1)
 _, status = os.waitpid(child, 0)
 sys.exit(0 if status == 0 and same() else 1)
 """
