@@ -47,7 +47,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         OSError: the system does not tell, as others than Linux do not.
     """
     gc.collect()
-    with contextlib.suppress(AttributeError):  # another C library than glibc
+    with contextlib.suppress(AttributeError, TypeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)  # or freed memory that malloc keeps would be used again, unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten: see proc(5)
     before = _status_bytes("VmRSS")
