@@ -52,21 +52,6 @@ class Direction(NamedTuple):
     weight_hr: BlockMatrix | None
 
 
-class _Arguments(NamedTuple):
-    """Sizes and addresses of a call; those of c are those of h where there is no c."""
-
-    T: int
-    N: int
-    B: int
-    x: int
-    sizes: int
-    h0: int
-    c0: int
-    y: int
-    h_n: int
-    c_n: int
-
-
 class _PlacedDirection(NamedTuple):
     """LayerFields and MatrixFields of a direction, and where its part of the states and of y begins."""
 
@@ -94,6 +79,8 @@ class RecurrentLayer:
             num_threads: the most that work on a call, the calling one among them.
         """
         self._directions = directions
+        self._has_dense = any(isinstance(direction.weight_ih, Tensor) for direction in directions)
+        self._nothing_projected = (None,) * len(directions)
         self._num_threads = num_threads
         self._step_bytes = sum(direction.weight_hh.nbytes for direction in directions)
         matrices = [matrix for direction in directions for matrix in direction if isinstance(matrix, BlockMatrix)]
@@ -112,6 +99,8 @@ class RecurrentLayer:
             states: h0 and, for an LSTM, c0.
             batch_sizes: [T]; None where every step has B rows.
         """
+        if not self._has_dense:
+            return self.run(x, self._nothing_projected, states, batch_sizes)
         return self.run(x, [_dense_projection(x, direction) for direction in self._directions], states, batch_sizes)
 
     def run(
@@ -121,24 +110,27 @@ class RecurrentLayer:
 
         Behind its N * G * H numbers there is room for a vector.
         """
+        # Of a single step most of the time is spent here: no line is without its price.
         N, (D, B, P) = x.shape[0], states[0].shape
-        y, ends = torch.empty((N, D * P), dtype=x.dtype, device=x.device), list(map(torch.empty_like, states))
+        y, ends = x.new_empty(N, D * P), [*map(torch.empty_like, states)]
         if N == 0:
             return [y, *(state.clone() for state in states)]
         T, sizes = (N // B, 0) if batch_sizes is None else (batch_sizes.shape[0], batch_sizes.data_ptr())
-        arguments = _Arguments(
-            T, N, B, x.data_ptr(), sizes, states[0].data_ptr(), states[-1].data_ptr(),
-            y.data_ptr(), ends[0].data_ptr(), ends[-1].data_ptr(),
+        places = (
+            x.data_ptr(), y.data_ptr(), states[0].data_ptr(), states[-1].data_ptr(),
+            ends[0].data_ptr(), ends[-1].data_ptr(),
         )  # fmt: skip
         if self._num_threads > 1 and T * self._step_bytes >= _SHARED_BYTES:
             with Team(self._num_threads - 1) as team:
-                self._run_directions(team, arguments, projected)
+                self._run_directions(team, T, N, B, sizes, places, projected)
         else:
-            self._run_directions(0, arguments, projected)
+            self._run_directions(0, T, N, B, sizes, places, projected)
         return [y, *ends]
 
-    def _run_directions(self, team: int, arguments: _Arguments, projected: Sequence[Tensor | None]) -> None:
-        T, N, B, x, sizes, h0, c0, y, h_n, c_n = arguments
+    def _run_directions(
+        self, team: int, T: int, N: int, B: int, sizes: int, places: tuple[int, ...], projected: Sequence[Tensor | None]
+    ) -> None:
+        x, y, h0, c0, h_n, c_n = places  # c0 and c_n are those of h where there is no c
         directions = self._fields.get((N, B)) or self._place_fields(N, B)
         for (_, fields, h_bytes, c_bytes, y_bytes), dense in zip(directions, projected, strict=True):
             enough_memory = self._run(

@@ -17,7 +17,7 @@ from triton_sparse_rnn.sparse.blocks import to_blocks
 
 BLOCK_SIZES = ((16, 1), (16, 4), (16, 16), (16, 32))
 MATRIX_PARTS = ("values", "columns", "starts", "scales")
-DENSE_INPUT_ABOVE = 0.8  # the fraction of stored blocks above which an input weight is faster as an ordinary matrix
+NOT_PRUNED_ABOVE = 0.95  # the fraction of stored blocks above which an input weight stays an ordinary matrix
 LITTLE_TO_SKIP_ABOVE = 0.5  # the fraction of stored blocks above which a user is told so
 # The fraction of zeros from which a GRU layer on the CPU is faster than another engine: {engine: {H: fraction}}.
 BREAK_EVEN_ZEROS = {"nn.GRU": {256: 0.0, 512: 0.0, 1024: 0.0}}
@@ -99,8 +99,8 @@ def store_weights(
 ) -> dict[str, BlockMatrix | Tensor]:
     """Return copies of all weights by name: matrices in blocks, biases as they are.
 
-    A weight_ih of which more than DENSE_INPUT_ABOVE would be stored stays an ordinary matrix, whatever `block_size`,
-    unless `dtype` is another than its own.
+    A weight_ih of which more than NOT_PRUNED_ABOVE would be stored stays an ordinary matrix, unless `block_size` is
+    given or `dtype` is another than its own.
 
     Args:
         dense: an nn.RNN, nn.GRU or nn.LSTM.
@@ -125,7 +125,8 @@ def store_weights(
         gates = gate_count(dense, name)
         size = choose_block_size(weight, gates, dtype) if block_size is None else block_size
         density = kept_blocks(weight, gates, size).double().mean().item()
-        kept_dense = name.startswith("weight_ih") and dtype == weight.dtype and density > DENSE_INPUT_ABOVE
+        as_it_is = block_size is None and dtype == weight.dtype
+        kept_dense = as_it_is and name.startswith("weight_ih") and density > NOT_PRUNED_ABOVE
         if not name.startswith("weight_hr"):  # a Pruner leaves it dense unless it is told to include it
             warn_if_dense(name, weight, size, density, kept_dense=kept_dense)
         weights[name] = (

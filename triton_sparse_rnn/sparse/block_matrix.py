@@ -80,28 +80,27 @@ class BlockMatrix:
         _check_gates(gates, weight.shape[0])
         dtype = check_storage_dtype(weight.dtype if dtype is None else dtype)
         block_size = check_block_size(block_size)
-        weight, scales = weight.detach(), None
-        stored = weight
-        if dtype == torch.int8:
-            stored, scales = quantize_rows(weight)
-        groups = to_blocks(_split_gates(stored, gates), block_size).transpose(
-            0, 1
-        )  # [groups, G, block columns, BR, BC]
+        weight = weight.detach()
+        groups = to_blocks(_split_gates(weight, gates), block_size).transpose(0, 1)  # [groups, G, columns, BR, BC]
         # What is zero is decided before rounding: a tiny weight that a narrow dtype rounds to 0 stays in its block.
-        kept = to_blocks(_split_gates(weight, gates), block_size).transpose(0, 1).ne(0).flatten(-2).any(-1)
+        kept = groups.ne(0).flatten(-2).any(-1)
         ends = kept.sum(-1).flatten().cumsum(0)
         blocks = groups[kept]
-        values = blocks.to(dtype)
-        if dtype.is_floating_point and not torch.equal(values.isinf(), blocks.isinf()):
-            raise ValueError(f"weight holds values beyond {torch.finfo(dtype).max:.3g}, the largest number of {dtype}")
-        return cls(
-            values=values.transpose(1, 2).contiguous(),
+        matrix = cls(
+            values=blocks.transpose(1, 2),
             columns=kept.nonzero()[:, 2].to(torch.int32),
             starts=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
             shape=(weight.shape[0], weight.shape[1]),
             gates=gates,
-            scales=scales,
         )
+        if dtype == torch.int8:
+            scales = row_scales(weight)
+            blocks = (blocks / matrix._by_block(scales, padding=1)).round_().clamp_(-127, 127)
+            matrix = dataclasses.replace(matrix, scales=scales)
+        values = blocks.to(dtype)
+        if dtype.is_floating_point and not torch.equal(values.isinf(), blocks.isinf()):
+            raise ValueError(f"weight holds values beyond {torch.finfo(dtype).max:.3g}, the largest number of {dtype}")
+        return dataclasses.replace(matrix, values=values.transpose(1, 2).contiguous())
 
     @classmethod
     def from_bsr(cls, matrix: Tensor, *, shape: tuple[int, int] | None = None, gates: int = 1) -> BlockMatrix:
@@ -217,11 +216,15 @@ class BlockMatrix:
     def scaled_blocks(self) -> Tensor:
         """The stored blocks [NB, BR, BC], upright and with scales applied."""
         blocks = self.values.transpose(1, 2)
-        if self.scales is None:
-            return blocks
+        return blocks if self.scales is None else blocks * self._by_block(self.scales)
+
+    def _by_block(self, rows: Tensor, padding: float = 0) -> Tensor:
+        """A number for each row of the matrix, as [NB, BR, 1] for each row of each block."""
         BR = self.block_size[0]
-        groups = to_blocks(self.scales.view(self.gates, -1, 1), (BR, 1)).transpose(0, 1)  # [groups, G, 1, BR, 1]
-        return blocks * groups.reshape(-1, BR)[self.block_rows].unsqueeze(-1)
+        gates = rows.view(self.gates, -1)
+        missing = -gates.shape[1] % BR
+        groups = torch.nn.functional.pad(gates, (0, missing), value=padding).unflatten(1, (-1, BR)).transpose(0, 1)
+        return groups.reshape(-1, BR)[self.block_rows].unsqueeze(-1)
 
     @property
     def block_rows(self) -> Tensor:
@@ -269,18 +272,18 @@ def check_storage_dtype(dtype: torch.dtype, name: str = "dtype") -> torch.dtype:
     return dtype
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row to integers -127..127 times one scale: returns weights [R, C] (not yet int8) and scales [R].
+def row_scales(weight: Tensor) -> Tensor:
+    """Return the scales [R] with which the rows of a weight [R, C] become integers -127..127.
 
     Raises:
         ValueError: a weight is not finite, which no int8 can say.
     """
-    if not weight.isfinite().all():
+    low, high = weight.aminmax(dim=1)
+    largest = torch.maximum(-low, high).to(torch.promote_types(weight.dtype, torch.float32))
+    if not largest.isfinite().all():
         raise ValueError("weight holds NaN or infinity, which int8 cannot store; use a floating-point weight_dtype")
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    scales = weight.abs().amax(dim=1).to(dtype) / 127
-    safe = scales.where(scales > 0, 1)
-    return (weight.to(dtype) / safe[:, None]).round().clamp(-127, 127), safe
+    scales = largest / 127
+    return scales.where(scales > 0, 1)
 
 
 def _split_gates(weight: Tensor, gates: int) -> Tensor:
