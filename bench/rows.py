@@ -49,6 +49,7 @@ def _entries(path: Path) -> Iterator[tuple[tuple[str, str, str], float, dict[str
         for entry in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]:
             suite = Path(entry["fullname"].partition("::")[0]).stem
             contender = entry["extra_info"].get("contender", entry["name"])
-            yield (suite, entry["group"], contender), entry["stats"]["median"] * 1e6, entry["extra_info"]
+            statistic = entry["extra_info"].get("statistic", "median")
+            yield (suite, entry["group"], contender), entry["stats"][statistic] * 1e6, entry["extra_info"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not JSON that pytest --benchmark-json wrote ({error!r})") from error

@@ -15,6 +15,19 @@ def test_says_what_runs_here_and_why_the_rest_does_not(monkeypatch: pytest.Monke
     assert ["reference", "runs", "here"] in lines
 
 
+def test_what_the_cpu_kernels_are_compiled_for(monkeypatch: pytest.MonkeyPatch):
+    for features, expected in (
+        ({"avx512f", "avx512vnni"}, "AVX-512 with vpdpbusd"),
+        ({"avx2", "fma"}, "AVX2"),
+        (set(), "generic"),
+    ):
+        monkeypatch.setattr("triton_sparse_rnn.kernels.cpu.target.features", lambda found=features: frozenset(found))
+        assert doctor.kernel_target() == expected
+        assert f"CPU kernels    {expected}" in doctor.diagnosis()
+    monkeypatch.setattr(dispatch, "unavailable_reason", lambda backend: "numba is gone")
+    assert doctor.kernel_target() == "none"
+
+
 def test_reference_runs_everywhere():
     assert doctor.backend_reasons()["reference"] is None
     assert set(doctor.backend_reasons()) == set(dispatch.BACKENDS)

@@ -119,7 +119,7 @@ def test_a_weight_that_a_converted_layer_keeps_dense():
     layer = pruned(nn.LSTM(20, 32, proj_size=7))
     nn.init.ones_(layer.get_parameter("weight_ih_l0"))
     layer.get_parameter("weight_ih_l0").data[0, 0] = 0
-    converted = to_sparse(layer.eval(), block_size=(16, 1))
+    converted = to_sparse(layer.eval())
     ih, hh, hr = sparsity_report(converted).weights
     assert (ih.block_size, ih.stored_blocks, ih.low_blocks) == (None, 0, None)
     assert ih.stored_bytes == ih.dense_bytes == 4 * 128 * 20

@@ -57,6 +57,17 @@ def backend_reasons() -> dict[str, str | None]:
     return {backend: unavailable_reason(backend) for backend in BACKENDS}
 
 
+def kernel_target() -> str:
+    """Return for which vectors backend "cpu" compiles its kernels here."""
+    from triton_sparse_rnn.ops.dispatch import unavailable_reason
+
+    if unavailable_reason("cpu") is not None:
+        return "none"
+    from triton_sparse_rnn.kernels.cpu import target
+
+    return target.vector_path() + (" with vpdpbusd" if target.multiplies_bytes() else "")
+
+
 def diagnosis() -> str:
     """Return it all as text."""
     import torch
@@ -70,6 +81,7 @@ def diagnosis() -> str:
             ["  system", processor["system"]],
             ["  processor", f"{processor['processor']}, {processor['usable_cores']} usable cores"],
             ["  instructions", " ".join(processor["vector_instructions"])],
+            ["  CPU kernels", kernel_target()],
             ["  torch threads", str(torch.get_num_threads())],
             ["  CUDA device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"],
         ]

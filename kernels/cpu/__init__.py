@@ -1,11 +1,17 @@
 """Recurrent layers on a processor, as vector code that numba compiles at first use.
 
 support.py         what can run here; the only module that callers may import without numba
+target.py          what the processor can do
 vector_code.py     floats and indices as Python expressions that emit LLVM instructions
-gates.py           tanh, sigmoid and the cells, on vectors
+stored_weights.py  how the weights of a block are read as vectors, in each dtype
 block_products.py  rows of blocks times inputs: what every kernel is made of
-projection.py      the input projection of many rows
-layer.py           scratch, the time loop and the batch, the same for every cell
+gates.py           tanh, sigmoid and the cells, on vectors
+pack.py            kernel: inputs in the order in which products read them, quantised if asked for
+products.py        kernel: many rows times a matrix
+step.py            kernel: one time step of every cell
+compilation.py     compiles kernels and keeps them
 intrinsics.py      what numba functions do with addresses
-gru.py             the step of a GRU, and its launcher: a file like this for each cell
+layer.py           the time loop and the batch, the same for every cell
+team.py            work shared by threads; threads.py has the threads
+recurrent_layer.py the launcher: a layer ready to run
 """

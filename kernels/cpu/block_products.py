@@ -25,7 +25,7 @@ from triton_sparse_rnn.kernels.cpu.stored_weights import (
     load_integers,
     load_weights,
 )
-from triton_sparse_rnn.kernels.cpu.vector_code import INT8, INT16, Accumulator, Index, Integers, Vector, VectorCode
+from triton_sparse_rnn.kernels.cpu.vector_code import INT8, Accumulator, Index, Integers, Vector, VectorCode
 
 _CHAINS = 4  # sums in flight at least, because a multiply-add waits for the one before it in the same sum
 _COLUMNS_UNROLLED = 8  # of a wide block; the rest of it is a loop, so that code does not grow with BC
@@ -37,7 +37,6 @@ class Tile(NamedTuple):
 
     rows: int
     inputs: Index  # address
-    input_bytes: Index  # of one of them
     scales: Index  # address of a float32 for each input that is quantised
 
 
@@ -175,17 +174,5 @@ class _QuadSums:
         if self.layout.quad == QUAD:
             first = quad[0].input // QUAD * tile.rows
             return [code.load_broadcast_int32(tile.inputs, first + i) for i in range(tile.rows)]
-        if tile.rows == 1:
-            return [self._spread_inputs(quad)]
         bytes_of = [code.load_bytes(tile.inputs, column.input * tile.rows, tile.rows) for column in quad]
         return code.broadcast_int32s(code.interleave(bytes_of + [bytes_of[0].type(None)] * (QUAD - len(quad))))
-
-    def _spread_inputs(self, quad: Sequence[_Column]) -> Integers:
-        """The four bytes of a single input, taken from its two tables of int16."""
-        code, tile = self.code, self.tile
-        words = []
-        for n, column in enumerate(quad):
-            table = tile.inputs + tile.input_bytes * (2 * (n % 2))
-            words.append(code.load_index(table, column.input, INT16))
-        low, high = (functools.reduce(Index.__or__, words[n : n + 2], code.index(0)) for n in (0, 2))
-        return code.broadcast_index(low | high << 16)

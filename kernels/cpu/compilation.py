@@ -38,6 +38,9 @@ def fingerprint() -> str:
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
+fingerprint()  # now, while the files are those that are being imported
+
+
 def kernel_address(layout: PackFormat | BlockFormat | StepFormat) -> int:
     """Return the address of the kernel that packs rows, multiplies by a matrix or takes a step.
 
@@ -55,10 +58,10 @@ def compiled_layer() -> Callable[..., bool]:
 
 
 @functools.cache
-def compiled_share() -> int:
-    """Return the address of `team.share_work`, compiled."""
+def compiled_share() -> Any:
+    """Return `team.share_work`, as a numba cfunc."""
     with _compiling:
-        return _cached(cfunc, types.void(*[types.int64] * 4))(make_share_work(fingerprint())).address
+        return _cached(cfunc, types.void(*[types.int64] * 4))(make_share_work(fingerprint()))
 
 
 @functools.cache

@@ -87,6 +87,7 @@ class MatrixFields(NamedTuple):
     padded_scales: int
 
 
+FLOAT_BYTES = 4
 _LAYER_WORDS, _MATRIX_WORDS = len(LayerFields._fields), len(MatrixFields._fields)
 KERNEL_BYTES = 8 * max(len(fields._fields) for fields in (PackFields, ProductFields, StepFields))
 
@@ -108,7 +109,7 @@ def make_run_layer(fingerprint: str) -> Callable[..., bool]:
         ih = MatrixFields(*load_tuple(layer + 8 * _LAYER_WORDS, _MATRIX_WORDS))
         hh = MatrixFields(*load_tuple(layer + 8 * (_LAYER_WORDS + _MATRIX_WORDS), _MATRIX_WORDS))
         hr = MatrixFields(*load_tuple(layer + 8 * (_LAYER_WORDS + 2 * _MATRIX_WORDS), _MATRIX_WORDS))
-        H_bytes, P_bytes, state_bytes = hh.row_bytes, 4 * hh.inputs, fields.state_bytes
+        H_bytes, P_bytes, state_bytes = hh.row_bytes, FLOAT_BYTES * hh.inputs, fields.state_bytes
         memory = allocate(fields.scratch_bytes + 64)
         if memory == 0:
             return False

@@ -12,9 +12,6 @@ reads neighbours. With quad = 4 the four bytes of columns 4 k, ..., 4 k + 3 of a
     rows   a0 a1 a2 a3 ...     quad = 1   a0 b0 a1 b1 a2 b2 a3 b3 ...
            b0 b1 b2 b3 ...     quad = 4   a0 a1 a2 a3 b0 b1 b2 b3 ...
 
-Where a product takes four bytes from anywhere in a single row, that row becomes two tables of int16, each as long as
-padded columns, a0 a1 a2 ... and 256 a0, 256 a1, 256 a2 ...: a pair of bytes is the sum of one number of each.
-
 A row v is quantised to q = round(v * (1 / s)) with s = max |v| / 127, ties to even, all in float32. The scale of a row
 that holds NaN or infinity is NaN. A row with a scale below 2^-126 counts as zeros.
 """
@@ -28,7 +25,7 @@ from llvmlite import ir
 
 from triton_sparse_rnn.kernels.cpu.block_products import INPUT_OFFSET
 from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
-from triton_sparse_rnn.kernels.cpu.vector_code import INT8, INT16, INT32, Accumulator, Index, Vector, VectorCode
+from triton_sparse_rnn.kernels.cpu.vector_code import INT8, INT32, Accumulator, Index, Vector, VectorCode
 
 _WIDTH = 16  # columns at a time
 _INFINITY, _SMALLEST, _NAN = 0x7F800000, 0x00800000, 0x7FC00000  # bits of float32: infinity, 2^-126, NaN
@@ -52,13 +49,12 @@ class PackFormat(NamedTuple):
     quad: int
     quantized: bool
     offset: int  # added to a quantised number
-    spread: bool  # a single row is two tables
 
     @classmethod
     def for_product(cls, layout: BlockFormat) -> PackFormat:
         """How a product with such a matrix reads its inputs."""
         offset = INPUT_OFFSET if layout.multiplies_quads else 0
-        return cls(layout.tile_rows, layout.quad, layout.quantized, offset, layout.spreads_inputs)
+        return cls(layout.tile_rows, layout.quad, layout.quantized, offset)
 
 
 def emit_pack(builder: Any, layout: PackFormat, address: Any, first: Any, end: Any) -> None:
@@ -77,9 +73,9 @@ def emit_pack(builder: Any, layout: PackFormat, address: Any, first: Any, end: A
         for part, begin, stop in ((code, zero, whole), (one, whole, fields.columns)):
             with part.loop(begin, stop, part.width) as column:
                 vectors = [part.load(source + column * 4, zero) for source in sources]
-                _store(layout, part, [*zip(vectors, scales, strict=True)], target, fields.padded, column)
+                _store(layout, part, [*zip(vectors, scales, strict=True)], target, column)
         with one.loop(fields.columns, fields.padded) as column:
-            _store(layout, one, [(one.constant(0.0), scale) for scale in scales], target, fields.padded, column)
+            _store(layout, one, [(one.constant(0.0), scale) for scale in scales], target, column)
 
 
 def _scale_of_row(code: VectorCode, one: VectorCode, source: Index, columns: Index) -> Vector:
@@ -103,7 +99,6 @@ def _store(
     code: VectorCode,
     rows: Sequence[tuple[Vector, Vector | None]],
     target: Index,
-    padded: Index,
     column: Index,
 ) -> None:
     """Store some columns of all rows of a tile."""
@@ -112,11 +107,7 @@ def _store(
         code.store_elements(code.interleave([vector.value for vector, _ in rows]), target, column * tile)
         return
     row_bytes = [_quantized(layout, vector, scale) for vector, scale in rows]
-    if tile == 1 and layout.spread:
-        words = code.builder.zext(row_bytes[0], ir.VectorType(INT16, code.width))
-        code.store_elements(words, target, column)
-        code.store_elements(code.builder.shl(words, code.splat_constant(8, INT16)), target + padded * 2, column)
-    elif layout.quad == 1:
+    if layout.quad == 1:
         code.store_elements(code.interleave(row_bytes), target, column * tile)
     elif code.width == 1:
         for i, byte in enumerate(row_bytes):

@@ -44,9 +44,7 @@ def emit_product(builder: Any, layout: BlockFormat, address: Any, first: Any, en
     fields = code.fields(ProductFields, code.index(address))
     matrix = BlockAddresses(fields.matrix_starts, fields.matrix_columns, fields.matrix_values)
     for row, tile_rows in code.row_tiles(fields.rows, layout.tile_rows):
-        tile = Tile(
-            tile_rows, fields.inputs + fields.input_bytes * row, fields.input_bytes, fields.input_scales + row * 4
-        )
+        tile = Tile(tile_rows, fields.inputs + fields.input_bytes * row, fields.input_scales + row * 4)
         outputs = [fields.output + fields.output_bytes * (row + i) for i in range(tile_rows)]
         with code.loop(code.index(first), code.index(end)) as vector, code.loop(code.index(0), fields.gates) as gate:
             place = gate * fields.gate_bytes

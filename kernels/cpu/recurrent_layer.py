@@ -26,19 +26,17 @@ import torch
 from torch import Tensor
 
 from triton_sparse_rnn.kernels.cpu.compilation import compiled_layer, kernel_address
-from triton_sparse_rnn.kernels.cpu.layer import KERNEL_BYTES, LayerFields, MatrixFields
+from triton_sparse_rnn.kernels.cpu.layer import FLOAT_BYTES, KERNEL_BYTES, LayerFields, MatrixFields
 from triton_sparse_rnn.kernels.cpu.pack import PackFormat
 from triton_sparse_rnn.kernels.cpu.step import StepFormat
 from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 from triton_sparse_rnn.kernels.cpu.threads import Team
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
-_FLOAT_BYTES = 4
 _LINE_BYTES = 64  # a cache line: where a part of scratch begins, so that its vectors do not lie across two
 _PROJECTED_BYTES = 1 << 18  # held at a time: read again while in the second-level cache; 64 KB to 1 MB are as fast
 _SHARED_BYTES = 1 << 22  # of weights read in a call, from which on it is worth the 20 us that calling for help takes
 _BATCH_SHAPES_KEPT = 64
-_ROWS_OF_TABLES = 3  # that the tables of a single quantised row take more than its bytes (pack.py)
 _NO_MATRIX = MatrixFields(*[0] * len(MatrixFields._fields))._replace(padded_bias=-1, padded_scales=-1)
 
 
@@ -153,14 +151,15 @@ class RecurrentLayer:
 
     def _place_fields(self, N: int, B: int) -> list[_PlacedDirection]:
         """Lay out each direction for batches of B and N rows in all, and keep that."""
-        if len(self._fields) == _BATCH_SHAPES_KEPT:
-            self._fields.clear()
-        self._fields[N, B] = placed = []
+        placed = []
         for d, matrices in enumerate(self._matrices):
             fields = _place(matrices, N, B, d, len(self._matrices))
-            h_bytes, c_bytes = matrices[1].inputs * _FLOAT_BYTES, matrices[1].row_bytes
+            h_bytes, c_bytes = matrices[1].inputs * FLOAT_BYTES, matrices[1].row_bytes
             address = fields.ctypes.data
             placed.append(_PlacedDirection(fields, address, d * B * h_bytes, d * B * c_bytes, d * h_bytes))
+        if len(self._fields) >= _BATCH_SHAPES_KEPT:
+            self._fields.clear()
+        self._fields[N, B] = placed  # whole: other threads may be reading
         return placed
 
 
@@ -172,15 +171,15 @@ def _place(matrices: list[MatrixFields], N: int, B: int, direction: int, directi
     projected_bytes = hh.gates * projected_gate_bytes
     tiles = max(1, _PROJECTED_BYTES // (projected_bytes * 8 * B))  # of 8 steps
     window = 0 if is_dense else min(N, tiles * 8 * B)
-    input_bytes = _FLOAT_BYTES * max(hh.padded_inputs, hr.padded_inputs)
+    input_bytes = FLOAT_BYTES * max(hh.padded_inputs, hr.padded_inputs)
     state_bytes = _whole_lines(max(hh.gate_bytes, hr.gate_bytes, input_bytes))
 
     parts = {"projected": window * projected_bytes, "h": B * state_bytes, "h_next": B * state_bytes}
     parts |= {"c": B * state_bytes, "hidden": B * state_bytes, "kernel": KERNEL_BYTES}
     for name, matrix, rows in (("ih", ih, window), ("hh", hh, B), ("hr", hr, B)):
         constant_bytes = matrix.gates * matrix.gate_bytes
-        parts[f"{name} packed"] = (rows + _ROWS_OF_TABLES) * matrix.input_bytes
-        parts[f"{name} packed_scales"] = rows * _FLOAT_BYTES
+        parts[f"{name} packed"] = rows * matrix.input_bytes
+        parts[f"{name} packed_scales"] = rows * FLOAT_BYTES
         parts[f"{name} padded_bias"] = 0 if matrix.padded_bias < 0 else constant_bytes
         parts[f"{name} padded_scales"] = 0 if matrix.padded_scales < 0 else constant_bytes
     ends = list(itertools.accumulate(map(_whole_lines, parts.values())))
@@ -190,8 +189,8 @@ def _place(matrices: list[MatrixFields], N: int, B: int, direction: int, directi
         reverse=direction,
         has_cell_state=hh.gates == 4,
         has_projection=hr.product != 0,
-        x_bytes=ih.inputs * _FLOAT_BYTES,
-        y_bytes=directions * hh.inputs * _FLOAT_BYTES,
+        x_bytes=ih.inputs * FLOAT_BYTES,
+        y_bytes=directions * hh.inputs * FLOAT_BYTES,
         state_bytes=state_bytes,
         projected_bytes=projected_bytes,
         projected_gate_bytes=projected_gate_bytes,
@@ -229,11 +228,11 @@ def _matrix_fields(matrix: BlockMatrix, bias: Tensor, quantized: bool, mode: str
         bias=bias.data_ptr(),
         gates=gates,
         vectors=groups * layout.parts,
-        row_bytes=rows * _FLOAT_BYTES,
-        gate_bytes=groups * BR * _FLOAT_BYTES,
+        row_bytes=rows * FLOAT_BYTES,
+        gate_bytes=groups * BR * FLOAT_BYTES,
         inputs=matrix.shape[1],
         padded_inputs=padded_inputs,
-        input_bytes=padded_inputs * (1 if quantized else _FLOAT_BYTES),
+        input_bytes=padded_inputs * (1 if quantized else FLOAT_BYTES),
         quantized=quantized,
         packed=0,
         packed_scales=0,

@@ -68,7 +68,7 @@ def emit_step(builder: Any, format: StepFormat, address: Any, first: Any, end: A
     code = VectorCode(builder, layout.width)
     fields = code.fields(StepFields, code.index(address))
     for row, rows in code.row_tiles(fields.rows, layout.tile_rows):
-        tile = Tile(rows, fields.inputs + fields.input_bytes * row, fields.input_bytes, fields.input_scales + row * 4)
+        tile = Tile(rows, fields.inputs + fields.input_bytes * row, fields.input_scales + row * 4)
         if rows == 1 and not layout.quantized:  # reading weights takes longer than cells do: these fill its gaps
             with code.loop(code.index(first), code.index(end)) as vector:
                 products = [

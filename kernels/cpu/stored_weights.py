@@ -56,11 +56,6 @@ class BlockFormat(NamedTuple):
         """Neighbouring inputs that lie together: QUAD where vpdpbusd takes them from one block, else 1."""
         return QUAD if self.multiplies_quads and self.BC % QUAD == 0 else 1
 
-    @property
-    def spreads_inputs(self) -> bool:
-        """Whether a single row of inputs is two tables (pack.py), for vpdpbusd to take bytes from any columns."""
-        return self.multiplies_quads and self.quad == 1
-
 
 class BlockAddresses(NamedTuple):
     """Where the tensors of a BlockMatrix begin."""

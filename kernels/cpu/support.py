@@ -30,14 +30,14 @@ def unsupported_reason(name: str, weight: BlockMatrix | Tensor, *, quantized: bo
 
     Args:
         name: of the weight, for the answer.
-        weight: [rows, columns], whole in an ordinary tensor only if it multiplies x.
+        weight: [rows, columns], in an ordinary tensor only if it multiplies x.
         quantized: whether its inputs are.
     """
     values = weight.values if isinstance(weight, BlockMatrix) else weight
     if not values.is_cpu:
         return f"{name} is on {values.device}, not on the CPU"
     if isinstance(weight, Tensor):
-        return None if values.dtype == torch.float32 else f"{name} is dense and {values.dtype}, not torch.float32"
+        return None
     if values.dtype not in WEIGHT_DTYPES:
         return f"{name} is stored as {values.dtype}, and only {', '.join(map(str, WEIGHT_DTYPES))} run here"
     if quantized and values.dtype != torch.int8:

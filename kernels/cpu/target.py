@@ -43,4 +43,4 @@ def converts_half() -> bool:
 
 def multiplies_bytes() -> bool:
     """Whether vpdpbusd adds four products of bytes to each of sixteen int32."""
-    return "avx512vnni" in features()
+    return vector_path() == "AVX-512" and "avx512vnni" in features()

@@ -1,4 +1,4 @@
-"""Work shared by threads without a barrier: nobody waits for a thread that the system does not run.
+"""Work shared by threads without a barrier: a thread is waited for only while it has a piece of the work.
 
 The calling thread offers the vectors of a kernel in chunks and takes them itself, one after another. Helpers take
 chunks too when they come by. A step is done when all chunks are; a helper that sleeps holds none, so the caller goes on

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,7 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # the threads of a pool s
 class Team:
     """Helpers for one call of a layer, to be used in a `with`, which gives the address of the words they share, or 0.
 
-    Whoever does not come in time is not waited for.
+    A helper that has not taken up work is not waited for.
     """
 
     def __init__(self, helpers: int) -> None:
@@ -43,9 +42,15 @@ class Team:
         memory = np.zeros(TEAM_BYTES + 64, np.uint8)
         offset = -memory.ctypes.data % 64  # so that each word has a cache line of its own
         self._words = memory[offset : offset + TEAM_BYTES].view(np.int64)
-        self._words[SHARE], self._words[THREADS] = compiled_share(), self._helpers + 1
-        with contextlib.suppress(RuntimeError):  # no more threads can be started: fewer help, or nobody
-            self._calls.extend(_pool().submit(_help, self._words) for _ in range(self._helpers))
+        self._words[SHARE], self._words[THREADS] = compiled_share().address, self._helpers + 1
+        try:
+            for _ in range(self._helpers):
+                self._calls.append(_pool().submit(_help, self._words))
+        except RuntimeError:  # no more threads can be started: fewer help, or nobody
+            pass
+        except BaseException:  # Ctrl-C: those who were called must not wait for ever
+            self.__exit__()
+            raise
         return self._words.ctypes.data
 
     def __exit__(self, *error: object) -> None:

@@ -40,12 +40,6 @@ class Index:
     def __floordiv__(self, other: Index | int) -> Index:
         return self if other == 1 else Index(self.builder, self.builder.udiv(self.value, _int64(other)))
 
-    def __or__(self, other: Index) -> Index:
-        return Index(self.builder, self.builder.or_(self.value, other.value))
-
-    def __lshift__(self, bits: int) -> Index:
-        return Index(self.builder, self.builder.shl(self.value, INT64(bits)))
-
     def __mod__(self, other: Index | int) -> Index:
         return Index(self.builder, self.builder.urem(self.value, _int64(other)))
 
@@ -200,10 +194,6 @@ class VectorCode:
 
     def load_broadcast_int32(self, address: Index, index: Index) -> Integers:
         return Integers(self, self.broadcast(self.builder.load(self._at(address, index, INT32))))
-
-    def broadcast_index(self, index: Index) -> Integers:
-        """The lower half of an index, in every lane."""
-        return Integers(self, self.broadcast(self.builder.trunc(index.value, INT32)))
 
     def load_bytes(self, address: Index, index: Index, count: int) -> Any:
         """LLVM's vector of int8 from `index` on."""

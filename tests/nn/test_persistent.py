@@ -298,6 +298,19 @@ def test_assigned_tensors_are_checked(cell, backend, name, change, message, call
     assert_same_bits(ours(x), convert(make_pruned(cell), backend)(x))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_indices_that_were_loaded_in_place_are_checked(backend):
+    ours = convert(make_pruned(nn.GRU), backend)
+    x = torch.randn(4, 2, 5)
+    expected = ours(x)
+    state = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    ours.load_state_dict(state | {"weight_hh_l0_columns": state["weight_hh_l0_columns"] + 1000})
+    with pytest.raises(ValueError, match="columns must lie in"):
+        ours(x)
+    ours.load_state_dict(state)
+    assert_same_bits(ours(x), expected)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_weights_that_hooks_compute_are_refused(cell):
     pruned, normed = make_pruned(cell), make_pruned(cell)

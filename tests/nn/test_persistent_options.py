@@ -38,8 +38,8 @@ def make_half_pruned(cell, **options) -> Any:
 
 def convert_half_pruned(layer: Any, **options: Any) -> Any:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "weight_ih_l.* stays dense")
-        return convert(layer, **options)
+        warnings.filterwarnings("ignore", ".*little to skip")
+        return convert(layer, block_size=None, **options)
 
 
 def convert_quantized(layer: Any, **options: Any) -> Any:

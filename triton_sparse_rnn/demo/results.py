@@ -29,13 +29,17 @@ CHECKED = (256, 8)  # T, B of the comparison between trained and converted model
 NARROW_CHECKED = 64  # T of that with narrow weights, which takes plain torch for comparison
 
 
-def convert_and_check(trained: CharacterModel, text: Text) -> tuple[CharacterModel, Comparison]:
+def convert_and_check(
+    trained: CharacterModel, text: Text, block_size: tuple[int, int] | None = None
+) -> tuple[CharacterModel, Comparison]:
     """Return the model with its layer converted, and how far its outputs are from the trained one's.
+
+    `block_size` is that of `to_sparse`.
 
     Raises:
         WrongResultError: farther than rounding explains.
     """
-    converted = cast(CharacterModel, to_sparse(trained.eval()))
+    converted = cast(CharacterModel, to_sparse(trained.eval(), block_size=block_size))
     return converted, check_same_outputs(trained, converted, _check_ids(text))
 
 
@@ -68,7 +72,7 @@ def measure(
     save_file({name: tensor.contiguous() for name, tensor in dense.state_dict().items()}, folder / DENSE_FILE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a dense weight is converted: said in the name of the row
-        unpruned, _ = convert_and_check(dense, text)
+        unpruned, _ = convert_and_check(dense, text, block_size=(16, 32))  # or torch would multiply by weight_ih
     models = {"dense": dense, "sparse": converted, **narrow, "dense_weights_in_our_kernel": unpruned}
     rows = _time_rows(models, text, settings)
     described = {

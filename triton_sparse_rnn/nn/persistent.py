@@ -112,13 +112,13 @@ class PersistentLayer(nn.Module):
         Args:
             dense: an instance of the dense class, on any device. What is zero in its weights is not stored, wherever
                 the zeros come from. A weight_ih that was not pruned stays an ordinary matrix, multiplied by torch on
-                its own threads, unless block_size is given or weight_dtype is another than its own. weight_hr of an
-                LSTM, which a Pruner prunes only on request, goes to blocks too.
+                its own threads, unless weight_dtype is another than its own or block_size has 16 rows or more.
+                weight_hr of an LSTM, which a Pruner prunes only on request, goes to blocks too.
             weight_dtype: how weights are stored: torch.float32, float64, float16, bfloat16 or int8 (symmetric, one
                 scale per row); None for the dtype of `dense`. Inputs, outputs and biases keep that dtype.
             block_size: (BR, BC); None takes, weight by weight, the one with the fewest bytes of 16x1, 16x4, 16x16 and
-                16x32. Take the pruner's own size, or None. Given, it holds for every weight, dense ones too: on one
-                thread of a CPU the kernel for blocks is faster than torch even where all of them are stored.
+                16x32. Take the pruner's own size, or None. A size of 16 rows or more holds for dense weights too: on
+                one thread of a CPU the kernel for blocks is faster than torch even where all of them are stored.
             backend: "triton", "cpu" or "reference", or None for the fastest that fits, decided at each call.
             activation_dtype: torch.int8, with weight_dtype=torch.int8, rounds the inputs of every product to 8 bits,
                 one scale for each row of x and h at each step (ops/reference.py has the equations): faster, and less
@@ -270,6 +270,11 @@ class PersistentLayer(nn.Module):
                 self._buffers[name] = tensor.to(moved.device)
         self._plan = None  # share_memory() moves what the same tensors hold
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Load, and look at the weights anew: indices may have been written into the tensors that were checked."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._plan = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made again at the next call."""

@@ -99,8 +99,8 @@ def store_weights(
 ) -> dict[str, BlockMatrix | Tensor]:
     """Return copies of all weights by name: matrices in blocks, biases as they are.
 
-    A weight_ih of which more than NOT_PRUNED_ABOVE would be stored stays an ordinary matrix, unless `block_size` is
-    given or `dtype` is another than its own.
+    A weight_ih of which more than NOT_PRUNED_ABOVE would be stored stays an ordinary matrix, unless `dtype` is another
+    than its own or `block_size` asks for blocks of 16 rows or more.
 
     Args:
         dense: an nn.RNN, nn.GRU or nn.LSTM.
@@ -125,7 +125,7 @@ def store_weights(
         gates = gate_count(dense, name)
         size = choose_block_size(weight, gates, dtype) if block_size is None else block_size
         density = kept_blocks(weight, gates, size).double().mean().item()
-        as_it_is = block_size is None and dtype == weight.dtype
+        as_it_is = dtype == weight.dtype and (block_size is None or block_size[0] < 16)
         kept_dense = as_it_is and name.startswith("weight_ih") and density > NOT_PRUNED_ABOVE
         if not name.startswith("weight_hr"):  # a Pruner leaves it dense unless it is told to include it
             warn_if_dense(name, weight, size, density, kept_dense=kept_dense)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,8 @@ def prepare_layer(
 
     def make() -> RecurrentLayer:
         wide = [
-            Direction(w.weight_ih, w.weight_hh, _float(w.bias_ih), _float(w.bias_hh), w.weight_hr) for w in directions
+            Direction(_float(w.weight_ih), w.weight_hh, _float(w.bias_ih), _float(w.bias_hh), w.weight_hr)
+            for w in directions
         ]
         return RecurrentLayer(mode, wide, quantized=activation_dtype is not None, num_threads=num_threads)
 
@@ -56,15 +59,16 @@ def prepare_layer(
         batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
         if x.dtype == torch.float32:
             return layer(_plain(x), [_plain(state) for state in states], batch_sizes)
-        # Made again for its biases, which are cast: what was written into them since counts.
+        # Made again for what is cast in it: whatever was written into that since counts.
         results = make()(_plain(x).float(), [_plain(state).float() for state in states], batch_sizes)
         return [result.to(x.dtype) for result in results]
 
     return run
 
 
-def _float(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.float()
+def _float(weight: Any) -> Any:
+    """Return a tensor in float32; blocks, which are widened as they are read, and None as they are."""
+    return weight.float() if isinstance(weight, Tensor) else weight
 
 
 def _plain(tensor: Tensor) -> Tensor:

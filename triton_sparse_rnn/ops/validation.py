@@ -84,6 +84,8 @@ def check_weights(
                 _check_blocks(name, weight, shape, device, indices)
                 check_activation_dtype(activation_dtype, weight.values.dtype)
             elif weight is not None:
+                if name != "weight_ih":
+                    raise ValueError(f"{name} must be in blocks, got an ordinary tensor")
                 _check_tensor(name, weight, shape, dtype, device)
                 check_activation_dtype(activation_dtype, weight.dtype)
         for name, bias in (("bias_ih", weights.bias_ih), ("bias_hh", weights.bias_hh)):

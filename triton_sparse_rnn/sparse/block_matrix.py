@@ -38,7 +38,7 @@ class BlockMatrix:
         starts: [ceil(H / BR) * G + 1], int32, where each row of blocks begins in `values`.
         shape: (rows, columns) of the matrix, rows = G * H.
         gates: G, the number of matrices [H, columns] stacked in it.
-        scales: [rows], for int8 only: a stored weight is its int8 value times the scale of its row.
+        scales: [rows], float32, for int8 only: a stored weight is its int8 value times the scale of its row.
 
     >>> weight = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 3.0, 0.0, 0.0]])
     >>> matrix = BlockMatrix.from_dense(weight, block_size=(2, 1))
@@ -199,8 +199,11 @@ class BlockMatrix:
             raise ValueError("values, columns, starts and scales must be contiguous and on one device")
         if (self.values.dtype == torch.int8) != (self.scales is not None):
             raise ValueError("scales belong to int8 values and to no others")
-        if self.scales is not None and (self.scales.shape != (self.shape[0],) or not self.scales.is_floating_point()):
-            raise ValueError(f"scales must be one floating-point number for each of {self.shape[0]} rows")
+        if self.scales is not None and (self.scales.shape != (self.shape[0],) or self.scales.dtype != torch.float32):
+            raise ValueError(
+                f"scales must be float32, one for each of {self.shape[0]} rows, got {self.scales.dtype} of shape "
+                f"{tuple(self.scales.shape)}"
+            )
         if indices:
             self._check_indices(block_columns)
 
@@ -273,13 +276,13 @@ def check_storage_dtype(dtype: torch.dtype, name: str = "dtype") -> torch.dtype:
 
 
 def row_scales(weight: Tensor) -> Tensor:
-    """Return the scales [R] with which the rows of a weight [R, C] become integers -127..127.
+    """Return the scales [R], float32, with which the rows of a weight [R, C] become integers -127..127.
 
     Raises:
         ValueError: a weight is not finite, which no int8 can say.
     """
     low, high = weight.aminmax(dim=1)
-    largest = torch.maximum(-low, high).to(torch.promote_types(weight.dtype, torch.float32))
+    largest = torch.maximum(-low, high).float()
     if not largest.isfinite().all():
         raise ValueError("weight holds NaN or infinity, which int8 cannot store; use a floating-point weight_dtype")
     scales = largest / 127

@@ -17,7 +17,7 @@ from numba.core import caching, config, event
 from triton_sparse_rnn.kernels.cpu import compilation
 from triton_sparse_rnn.kernels.cpu.pack import PackFields, PackFormat
 
-LAYOUT = PackFormat(tile_rows=1, quad=1, quantized=True, offset=11, spread=False)
+LAYOUT = PackFormat(tile_rows=1, quad=1, quantized=True, offset=11)
 OTHER = LAYOUT._replace(offset=12)
 
 

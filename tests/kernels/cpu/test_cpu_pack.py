@@ -11,11 +11,11 @@ from triton_sparse_rnn.kernels.cpu.pack import PackFields, PackFormat
 from triton_sparse_rnn.ops.reference import quantize_activations
 
 FORMATS = [
-    PackFormat(tile_rows=8, quad=1, quantized=False, offset=0, spread=False),
-    PackFormat(tile_rows=8, quad=4, quantized=True, offset=128, spread=False),
-    PackFormat(tile_rows=8, quad=1, quantized=True, offset=128, spread=True),
-    PackFormat(tile_rows=4, quad=1, quantized=True, offset=0, spread=False),
-    PackFormat(tile_rows=1, quad=1, quantized=True, offset=7, spread=False),
+    PackFormat(tile_rows=8, quad=1, quantized=False, offset=0),
+    PackFormat(tile_rows=8, quad=4, quantized=True, offset=128),
+    PackFormat(tile_rows=8, quad=1, quantized=True, offset=128),
+    PackFormat(tile_rows=4, quad=1, quantized=True, offset=0),
+    PackFormat(tile_rows=1, quad=1, quantized=True, offset=7),
 ]
 ROOM = 3  # floats between rows of the source
 
@@ -25,7 +25,7 @@ def pack(layout, rows, padded):
     columns = rows.shape[1]
     source = torch.full((len(rows), columns + ROOM), math.nan)
     source[:, :columns] = rows
-    size = padded * (len(rows) + 3 * (layout.spread and len(rows) % 2))  # two tables of two bytes, for the single row
+    size = padded * len(rows)
     target = torch.full((size + 8,), -99, dtype=torch.int8 if layout.quantized else torch.float32)
     scales = torch.full((len(rows) + 1,), -99.0)
     addresses = source.data_ptr(), 4 * (columns + ROOM), target.data_ptr(), scales.data_ptr()
@@ -41,16 +41,10 @@ def tiles(layout, rows):
     while size:
         while len(rows) - first >= size:
             tile = rows[first : first + size].unflatten(1, (-1, layout.quad))
-            parts.append(tables(tile) if layout.spread and size == 1 else tile.transpose(0, 1).flatten())
+            parts.append(tile.transpose(0, 1).flatten())
             first += size
         size //= 2
     return torch.cat(parts)
-
-
-def tables(row):
-    """A single row of bytes as int16 below 256, and as int16 times 256; in bytes."""
-    numbers = row.flatten().view(torch.uint8).to(torch.int32)
-    return torch.cat([numbers, numbers * 256]).to(torch.int16).view(torch.int8)
 
 
 def expected(layout, rows, padded):

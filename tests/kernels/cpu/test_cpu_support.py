@@ -57,7 +57,6 @@ def test_quantised_activations():
             "weight_hh is on meta, not on the CPU",
         ),
         (torch.ones(48, 16, device="meta"), False, "weight_hh is on meta"),
-        (torch.ones(48, 16, dtype=torch.bfloat16), False, "weight_hh is dense and torch.bfloat16"),
         (matrix(), True, "weight_hh is stored as torch.float32, and quantised activations need torch.int8"),
         (matrix(dtype=torch.int8, columns=MOST_COLUMNS + 1), True, "weight_hh has 65537 columns"),
     ],

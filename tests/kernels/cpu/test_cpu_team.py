@@ -38,7 +38,7 @@ def words():
     """Those of a team of the calling thread and three helpers."""
     memory = np.zeros(TEAM_BYTES + 64, np.uint8)
     words = memory[-memory.ctypes.data % 64 :][:TEAM_BYTES].view(np.int64)
-    words[SHARE], words[THREADS] = compiled_share(), 4
+    words[SHARE], words[THREADS] = compiled_share().address, 4
     return words
 
 
