@@ -112,15 +112,16 @@ class _ColumnSums:
 
     def __init__(self, code: VectorCode, layout: BlockFormat, matrix: BlockAddresses, tile: Tile, part: Index):
         self.code, self.layout, self.matrix, self.tile, self.part = code, layout, matrix, tile, part
-        self.columns_in_flight = max(1, _CHAINS // tile.rows)
+        self.chains = max(1, _CHAINS // tile.rows)
+        self.columns_in_flight = 2 * self.chains if tile.rows == 1 else self.chains  # fewer ends of loops to guess
         zero: Any = code.integers(0) if layout.quantized else code.constant(0.0)
-        self.sums = [[Accumulator(zero) for _ in range(self.columns_in_flight)] for _ in range(tile.rows)]
+        self.sums = [[Accumulator(zero) for _ in range(self.chains)] for _ in range(tile.rows)]
 
     def add(self, columns: Sequence[_Column]) -> None:
         for n, column in enumerate(columns):
             weights = self._weights(column.stored * self.layout.parts + self.part)
             for i, chains in enumerate(self.sums):
-                chains[n % self.columns_in_flight].add(weights * self._input(column.input * self.tile.rows + i))
+                chains[n % self.chains].add(weights * self._input(column.input * self.tile.rows + i))
 
     def totals(self) -> list[Any]:
         return [functools.reduce(operator.add, (chain.read() for chain in chains)) for chains in self.sums]

@@ -88,6 +88,7 @@ class MatrixFields(NamedTuple):
 
 
 FLOAT_BYTES = 4
+_INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from compiled code only: less to compile
 _LAYER_WORDS, _MATRIX_WORDS = len(LayerFields._fields), len(MatrixFields._fields)
 KERNEL_BYTES = 8 * max(len(fields._fields) for fields in (PackFields, ProductFields, StepFields))
 
@@ -177,7 +178,7 @@ def make_run_layer(fingerprint: str) -> Callable[..., bool]:
     return run_layer
 
 
-@njit
+@njit(**_INNER)
 def _multiply(team, kernel, matrix, scratch, rows, source, source_bytes, output, output_bytes):
     """W v + b for each row v."""
     inputs = _pack(kernel, matrix, scratch, rows, source, source_bytes)
@@ -190,7 +191,7 @@ def _multiply(team, kernel, matrix, scratch, rows, source, source_bytes, output,
     run_kernel(team, matrix.product, kernel, matrix.vectors)
 
 
-@njit
+@njit(**_INNER)
 def _pack(kernel, matrix, scratch, rows, source, source_bytes):
     """Return the address of rows as a product with the matrix reads them."""
     if rows == 1 and not matrix.quantized and source_bytes >= matrix.input_bytes:
@@ -203,6 +204,6 @@ def _pack(kernel, matrix, scratch, rows, source, source_bytes):
     return packed
 
 
-@njit
+@njit(**_INNER)
 def _padded(scratch, offset, address):
     return address if offset < 0 else scratch + offset

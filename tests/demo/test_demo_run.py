@@ -107,8 +107,8 @@ def test_no_number_is_shown_for_a_wrong_conversion(
 ):
     convert = demo_results.to_sparse
 
-    def convert_wrongly(model: CharacterModel) -> Any:
-        converted: Any = convert(model)
+    def convert_wrongly(model: CharacterModel, **options: Any) -> Any:
+        converted: Any = convert(model, **options)
         converted.rnn.bias_hh_l0 += 0.01
         return converted
 

@@ -20,7 +20,11 @@ MATRIX_PARTS = ("values", "columns", "starts", "scales")
 NOT_PRUNED_ABOVE = 0.95  # the fraction of stored blocks above which an input weight stays an ordinary matrix
 LITTLE_TO_SKIP_ABOVE = 0.5  # the fraction of stored blocks above which a user is told so
 # The fraction of zeros from which a GRU layer on the CPU is faster than another engine: {engine: {H: fraction}}.
-BREAK_EVEN_ZEROS = {"nn.GRU": {256: 0.0, 512: 0.0, 1024: 0.0}}
+# Measured by bench/bench_cpu_break_even.py; 0 is the lowest that was.
+BREAK_EVEN_ZEROS = {
+    "nn.GRU": {256: 0.0, 512: 0.0, 1024: 0.0, 2048: 0.0},
+    "onnxruntime, the best of the others in float32,": {256: 0.0, 512: 0.03, 1024: 0.26, 2048: 0.04},
+}
 BREAK_EVEN_MACHINE = "one thread, batch 1, AMD Zen 4"
 
 
@@ -189,7 +193,8 @@ def warn_if_dense(
         return
     zeros = weight.eq(0).float().mean().item()
     rows, columns = block_size
-    consequence = "stays dense and runs as a dense matrix product" if kept_dense else "runs as a dense product"
+    consequence = "runs as a dense product" if density > NOT_PRUNED_ABOVE else "gains little"
+    consequence = "stays dense and runs as a dense matrix product" if kept_dense else consequence
     advice = (
         f"prune it first, in blocks of ({rows}, {columns})"
         if zeros <= 1 - LITTLE_TO_SKIP_ABOVE
