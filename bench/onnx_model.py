@@ -17,7 +17,7 @@ ATTRIBUTES = {
 
 def onnx_model(layer: nn.RNNBase, T: int, B: int) -> bytes:
     """Return a model with input x [T, B, I] and output y [T, B, H], float32, for one layer in one direction."""
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto, helper, numpy_helper  # pyright: ignore[reportMissingImports] - it is in the extra "bench"
 
     weight_ih, weight_hh, bias_ih, bias_hh = (_reorder(p, GATE_ORDER[layer.mode]) for p in layer.parameters())
     constants = {
