@@ -167,7 +167,7 @@ def _build(
     # What computes is the machine's affair and stays as the layer has it; what is computed comes from the file.
     kept = ("backend", "num_threads") if isinstance(layer, PersistentLayer) else ()
     options: dict[str, Any] = {option: getattr(layer, option) for option in kept}
-    options["activation_dtype"] = _ACTIVATION_DTYPES[described.get("activation_dtype")]
+    options["activation_dtype"] = _ACTIVATION_DTYPES[described["activation_dtype"]]
     try:
         config: Any = layer
         built = _CLASSES[described["class"]][1](config, weights, dtype=dtype, **options)

@@ -231,3 +231,10 @@ def test_a_pruned_projection_does_not_read_its_input():
     assert not convert(layer)(x, (h, c))[0].isnan().any()
     c[0, 0, 1] = float("nan")
     assert convert(layer)(x, (h, c))[0].isnan().all()
+
+
+def test_int8_weights_of_a_double_layer_run_as_float():
+    layer = make_pruned(nn.GRU).double()
+    x = torch.randn(4, 2, 5)
+    results = [convert(layer, backend, weight_dtype=torch.int8).float()(x)[0] for backend in (None, "reference")]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)

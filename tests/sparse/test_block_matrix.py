@@ -92,7 +92,7 @@ def test_int8_storage_is_off_by_half_a_step_at_most(source):
     weight[2] *= 100
     matrix = BlockMatrix.from_dense(weight, (2, 3), gates=3, dtype=torch.int8)
     assert matrix.scales is not None
-    assert matrix.scales.dtype == torch.promote_types(source, torch.float32)
+    assert matrix.scales.dtype == torch.float32
     assert (matrix.values.dtype, matrix.scales.shape) == (torch.int8, (15,))
     steps = weight.double().abs().amax(1) / 127
     errors = (matrix.to_dense().double() - weight.double()).abs()
@@ -256,8 +256,8 @@ def replace_item(tensor, index, value):
         (lambda m: {"starts": m.starts.to("meta")}, "on one device"),
         (lambda m: {"scales": torch.ones(10)}, "scales belong to int8"),
         (lambda m: {"values": m.values.to(torch.int8)}, "scales belong to int8"),
-        (lambda m: {"values": m.values.to(torch.int8), "scales": torch.ones(9)}, "scales must be one"),
-        (lambda m: {"values": m.values.to(torch.int8), "scales": torch.ones(10).int()}, "scales must be one"),
+        (lambda m: {"values": m.values.to(torch.int8), "scales": torch.ones(9)}, "scales must be float32, one"),
+        (lambda m: {"values": m.values.to(torch.int8), "scales": torch.ones(10).int()}, "scales must be float32, one"),
     ],
 )
 def test_check_refuses_what_does_not_fit(change, message):
