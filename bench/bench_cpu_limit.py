@@ -15,9 +15,9 @@ from numba import njit
 from torch import Tensor
 
 from bench.budgets import assert_within_budget
-from bench.workloads import GATES, Workload
+from bench.workloads import Workload
 from triton_sparse_rnn.kernels.cpu.recurrent_layer import Direction, RecurrentLayer
-from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 
 WORKLOADS = [
     Workload(cell=cell, H=H, T=100, sparsity=0.9, block_size=block_size)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn.doctor import processor_name
+from triton_sparse_rnn.sparse.block_matrix import GATES
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask
 
 LAYERS = {
@@ -21,7 +22,6 @@ LAYERS = {
     "RNN_TANH": functools.partial(nn.RNN, nonlinearity="tanh"),
     "RNN_RELU": functools.partial(nn.RNN, nonlinearity="relu"),
 }
-GATES = {"GRU": 3, "LSTM": 4, "RNN_TANH": 1, "RNN_RELU": 1}
 PACKAGES = ("torch", "numba", "onnxruntime", "openvino")
 
 

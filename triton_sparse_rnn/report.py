@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES, BlockMatrix
-from triton_sparse_rnn.sparse.blocks import check_block_size
+from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS, check_block_size
 from triton_sparse_rnn.tables import align
 
 GATE_NAMES = {1: "h", 3: "rzn", 4: "ifgo"}  # by G: RNN, GRU, LSTM
-VECTOR_ROWS = 16  # of float32 in a vector of 512 bits
 _MATRIX = re.compile(r"(?P<prefix>.*)weight_(?P<kind>ih|hh|hr)(?P<suffix>(_l\d+(_reverse)?)?)")
 _BLOCKS = re.compile(r".*weight_(ih|hh|hr)_l\d+(_reverse)?_(values|columns|starts|scales)")  # see PersistentLayer
 _HEADINGS = ["weight", "gate", "shape", "density", "non-zero", "blocks", "bytes", "MAC/step"]

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from triton_sparse_rnn.kernels.cpu.block_products import Tile, block_row_products
 from triton_sparse_rnn.kernels.cpu.gates import gru_cell, lstm_cell, relu, tanh
-from triton_sparse_rnn.kernels.cpu.stored_weights import BlockAddresses, BlockFormat
+from triton_sparse_rnn.kernels.cpu.products import gate_products
+from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 from triton_sparse_rnn.kernels.cpu.vector_code import Index, Vector, VectorCode
+from triton_sparse_rnn.sparse.block_matrix import GATES
 
 _CELLS = 8  # of vectors of units, run after their sums: each waits for its own results, several fill the time
-GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}
 
 
 class StepFields(NamedTuple):
@@ -68,13 +68,12 @@ def emit_step(builder: Any, format: StepFormat, address: Any, first: Any, end: A
     code = VectorCode(builder, layout.width)
     fields = code.fields(StepFields, code.index(address))
     for row, rows in code.row_tiles(fields.rows, layout.tile_rows):
-        tile = Tile(rows, fields.inputs + fields.input_bytes * row, fields.input_scales + row * 4)
         if rows == 1 and not layout.quantized:  # reading weights takes longer than cells do: these fill its gaps
             with code.loop(code.index(first), code.index(end)) as vector:
-                products = [
-                    _recurrent_product(code, format, fields, tile, vector, code.index(gate)) for gate in range(gates)
+                recurrent = [
+                    gate_products(code, layout, fields, row, 1, vector, code.index(gate))[0] for gate in range(gates)
                 ]
-                _advance(code, mode, fields, row, vector, [sums for (sums,) in products])
+                _advance(code, mode, fields, row, vector, recurrent)
             continue
         together = max(1, _CELLS // rows)
         sums = code.stack(together * gates * rows)
@@ -82,30 +81,12 @@ def emit_step(builder: Any, format: StepFormat, address: Any, first: Any, end: A
             chunk_end = code.smaller(chunk + together, code.index(end))
             with code.loop(chunk, chunk_end) as vector, code.loop(code.index(0), fields.gates) as gate:
                 place = ((vector - chunk) * gates + gate) * rows
-                for i, product in enumerate(_recurrent_product(code, format, fields, tile, vector, gate)):
+                for i, product in enumerate(gate_products(code, layout, fields, row, rows, vector, gate)):
                     code.store(product, sums, place + i)
             with code.loop(chunk, chunk_end) as vector:
                 for i in range(rows):
                     recurrent = [code.load(sums, ((vector - chunk) * gates + gate) * rows + i) for gate in range(gates)]
                     _advance(code, mode, fields, row + i, vector, recurrent)
-
-
-def _recurrent_product(
-    code: VectorCode, format: StepFormat, fields: StepFields, tile: Tile, vector: Index, gate: Index
-) -> list[Vector]:
-    """W h + b of one gate of a vector of units, for each row of the tile."""
-    mode, layout = format
-    constants = gate * fields.gate_bytes
-    return block_row_products(
-        code,
-        layout,
-        BlockAddresses(fields.matrix_starts, fields.matrix_columns, fields.matrix_values),
-        tile,
-        row=vector // layout.parts * GATES[mode] + gate,
-        part=vector % layout.parts,
-        start=code.load(fields.bias + constants, vector),
-        scale=code.load(fields.scales + constants, vector) if layout.dtype == "int8" else None,
-    )
 
 
 def _advance(

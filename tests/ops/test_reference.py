@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_sparse_rnn.ops import reference
-from triton_sparse_rnn.ops.layer_weights import GATES, LayerWeights
-from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.ops.layer_weights import LayerWeights
+from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 
 
 class LargestTensor(TorchDispatchMode):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_sparse_rnn.ops.layer_weights import GATES, LayerWeights
+from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.ops.validation import (
     check_activation_dtype,
     check_batch_sizes,
@@ -12,7 +12,7 @@ from triton_sparse_rnn.ops.validation import (
     check_num_threads,
     check_weights,
 )
-from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 
 B, I, H, P = 3, 4, 5, 2
 CPU = torch.device("cpu")

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from triton_sparse_rnn.ops.layer_weights import GATES
-from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
-from triton_sparse_rnn.sparse.blocks import to_blocks
+from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS, to_blocks
 
 BLOCK_SIZES = ((16, 1), (16, 4), (16, 16), (16, 32))
 MATRIX_PARTS = ("values", "columns", "starts", "scales")
@@ -129,7 +128,7 @@ def store_weights(
         gates = gate_count(dense, name)
         size = choose_block_size(weight, gates, dtype) if block_size is None else block_size
         density = kept_blocks(weight, gates, size).double().mean().item()
-        as_it_is = dtype == weight.dtype and (block_size is None or block_size[0] < 16)
+        as_it_is = dtype == weight.dtype and (block_size is None or block_size[0] < VECTOR_ROWS)
         kept_dense = as_it_is and name.startswith("weight_ih") and density > NOT_PRUNED_ABOVE
         if not name.startswith("weight_hr"):  # a Pruner leaves it dense unless it is told to include it
             warn_if_dense(name, weight, size, density, kept_dense=kept_dense)

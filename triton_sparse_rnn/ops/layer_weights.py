@@ -7,9 +7,8 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 
-GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}  # by nn.RNNBase.mode
 TENSORS_PER_MATRIX = 4
 TENSORS_PER_DIRECTION = 3 * TENSORS_PER_MATRIX + 2
 

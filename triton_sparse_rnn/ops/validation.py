@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_sparse_rnn.ops.layer_weights import GATES, LayerWeights
-from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.ops.layer_weights import LayerWeights
+from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 
 
 def check_batch_sizes(batch_sizes: Tensor, rows: int, batch_size: int) -> None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+VECTOR_ROWS = 16  # of float32 in a vector of 512 bits: blocks of fewer rows leave part of it empty
+
 
 def check_block_size(block_size: tuple[int, int], name: str = "block_size") -> tuple[int, int]:
     """Return block_size as a pair of plain ints, or raise naming the argument.

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_sparse_rnn.kernels.cpu.recurrent_layer import Direction, RecurrentLayer
-from triton_sparse_rnn.ops.layer_weights import GATES, LayerWeights
-from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.ops.layer_weights import LayerWeights
+from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask
 
 MODES = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM", "LSTM projected")  # the last one has proj_size, where H allows it
