@@ -1,0 +1,241 @@
+"""The recurrence of one call: which kernel runs it, in how many launches, and whether it can.
+
+In this order, the first that is possible:
+
+    on chip       the weights stay in registers (resident.py): in one program, or in many that exchange h
+    streamed      too large for that: weights are read from the L2 cache at every step, programs exchange h
+    step by step  one launch a step, where the programs that would exchange h cannot all be resident at a time
+
+A launch takes as many steps as its exchange may hold.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_sparse_rnn.kernels.exchange import BETWEEN, INTERPRETED, NONE, WITHIN, new_exchange
+from triton_sparse_rnn.kernels.resident import launch_resident
+from triton_sparse_rnn.kernels.row_blocks import RowBlocks
+from triton_sparse_rnn.kernels.streamed import choose_streamed_tile, launch_streamed
+from triton_sparse_rnn.kernels.tiles import Choice, Device, choose_tile, gates_are_tied, longest_list, pack_tiles
+
+SPIN_LIMIT = 2**21  # polls, about a second, before a program gives up waiting for h
+MOST_PROGRAMS_PER_SM = 16  # 32 on some GPUs, but not on all
+_EXCHANGE_BYTES = 2**26  # of one launch: longer sequences take several
+
+
+class Call(NamedTuple):
+    """What all launches of a call share; see resident.py."""
+
+    sums: Tensor
+    y: Tensor
+    c: Tensor
+    starts: Tensor | None
+    lengths: Tensor | None
+    T: int
+
+
+class Way(NamedTuple):
+    """A way to run the steps of a call.
+
+    Attributes:
+        launch: launch_resident or launch_streamed, with the arguments that are the same in every call.
+        exchange_mode: of exchange.py.
+        programs: that must be resident at once.
+        num_warps: of a program.
+    """
+
+    launch: Callable[..., Any]
+    exchange_mode: int
+    programs: int
+    num_warps: int
+
+
+class TimeLoop:
+    """The recurrent weights of a layer, or of a stack of layers, ready to run."""
+
+    def __init__(self, mode: str, weights: RowBlocks, *, device: torch.device, bias: Tensor | None = None) -> None:
+        """Read the indices, which waits for the device.
+
+        Args:
+            mode: nn.RNNBase.mode.
+            weights: of all directions; or of all layers, from tiles.stack_layers.
+            device: where the tensors are.
+            bias: [D, H, SLOTS] of a stack, whose chains are layers (WAVEFRONT in resident.py); else None.
+        """
+        self.spin_limit = SPIN_LIMIT
+        self.weights = weights
+        self._mode, self._bias = mode, bias
+        self._limits = device_limits(device)
+        self._longest = longest_list(weights)
+        self._tied = bias is None and gates_are_tied(weights)
+        # Written by a kernel that gave up: in memory of the host, which looks at it without waiting.
+        self.status = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._packed: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._choices: dict[int, Choice | None] = {}
+        self._can: dict[Any, bool] = {}
+
+    def run(self, call: Call, h: Tensor) -> Tensor | None:
+        """Run all steps and write y, and c of an LSTM in place.
+
+        Returns h_n [D, B, H]; None, and nothing has run, if a stack's programs cannot all be resident.
+        """
+        for way in self._ways(h.shape[1], call.T):
+            if self._can_be_resident(way, call, h):
+                try:
+                    return self._run_steps(way, call, h)
+                except RuntimeError as error:
+                    if "cooperative" not in str(error):
+                        raise
+                    self._can[_compiled_as(way, call, h)] = False  # the driver counts too, and has the last word
+        return None
+
+    def choose(self, batch_size: int) -> Choice | None:
+        """Return how the weights are kept on chip; None if they are not."""
+        if batch_size not in self._choices:
+            self._choices[batch_size] = choose_tile(
+                self._mode,
+                self.weights.hidden_size,
+                self._longest,
+                self.weights.values.element_size(),
+                directions=self.weights.directions,
+                batch_size=batch_size,
+                tied=self._tied,
+                skips=self.weights.skips,
+                chains_wait=self._bias is not None,
+                device=self._limits,
+            )
+        return self._choices[batch_size]
+
+    def describe(self, batch_size: int) -> str:
+        """Say where the weights are, which tile and how many programs."""
+        choice = self.choose(batch_size)
+        if choice is None:
+            return f"{self.weights.groups * self.weights.directions} programs, weights read at every step"
+        programs = choice.programs * choice.directions * choice.resident_slices
+        return f"{programs} programs of {choice.tile}, {choice.on_chip_bytes / 1e6:.2g} MB of weights on chip"
+
+    def raise_if_failed(self) -> None:
+        """Raise RuntimeError, once, if a program of an earlier call waited in vain."""
+        if self.status[0]:
+            self.status.zero_()
+            raise RuntimeError(
+                "an earlier call of this layer gave up: a program waited for states that another one did not write in "
+                f"{self.spin_limit} polls. What that call returned holds NaN; this one has not run. Something else may "
+                "hold the GPU (a debugger, another process); call again, or convert with backend='reference'"
+            )
+
+    def _ways(self, B: int, T: int) -> list[Way]:
+        """The fastest first."""
+        choice = self.choose(B)
+        if choice is None:
+            ways = [] if self._bias is not None else [self._streamed(B, mode) for mode in (BETWEEN.value, NONE.value)]
+        else:
+            weights, columns = self._pack(choice)
+            skips = self.weights.skips
+            arguments = {"weights": weights, "columns": columns, "skips": skips, "bias": self._bias}
+            on_chip = functools.partial(launch_resident, self._mode, choice, **arguments)
+            programs, num_warps = choice.programs * choice.directions * choice.resident_slices, choice.tile.num_warps
+            if self._bias is not None:
+                return [Way(on_chip, BETWEEN.value, programs, num_warps)]
+            if choice.programs == 1:
+                return [Way(on_chip, WITHIN.value, programs, num_warps)]
+            between, none = (Way(on_chip, mode, programs, num_warps) for mode in (BETWEEN.value, NONE.value))
+            ways = [between, self._streamed(B, BETWEEN.value), none]
+        return ways[-1:] if T == 1 else ways
+
+    def _streamed(self, B: int, exchange_mode: int) -> Way:
+        tile = choose_streamed_tile(B, exchange_mode, self.weights.skips)
+        launch = functools.partial(launch_streamed, self._mode, tile, weight_hh=self.weights)
+        programs = self.weights.groups * self.weights.directions * -(-B // tile.rows)
+        return Way(launch, exchange_mode, programs, tile.num_warps)
+
+    def _can_be_resident(self, way: Way, call: Call, h: Tensor) -> bool:
+        """Whether all programs of a launch that exchange h are on the device at a time; if not, some wait for ever."""
+        if way.exchange_mode != BETWEEN.value:
+            return True
+        if INTERPRETED:
+            return False  # programs run one after another
+        key = _compiled_as(way, call, h)
+        if key not in self._can:
+            exchange = h.new_empty(1, dtype=torch.int32)
+            compiled = self._launch(way, call, h, h, exchange, 0, 2, only_compile=True)
+            self._can[key] = way.programs <= self._limits.sms * programs_per_sm(compiled, way.num_warps, h.device)
+        return self._can[key]
+
+    def _run_steps(self, way: Way, call: Call, h: Tensor) -> Tensor:
+        """Launch for as many steps as the exchange may hold, until all are done."""
+        D, B, H = h.shape
+        most = 1 if way.exchange_mode == NONE.value else max(1, _EXCHANGE_BYTES // (4 * D * (H + 1) * B) - 1)
+        for first in range(0, call.T, most):
+            steps = min(most, call.T - first)
+            exchange = None if way.exchange_mode == NONE.value else new_exchange(D, steps, H, B, h.device)
+            h_n = torch.empty_like(h)
+            self._launch(way, call, h, h_n, exchange, first, steps)
+            h = h_n
+        return h
+
+    def _launch(
+        self, way: Way, call: Call, h: Tensor, h_n: Tensor, exchange: Tensor | None, first: int, steps: int, **rest: Any
+    ) -> Any:
+        return way.launch(
+            way.exchange_mode, **call._asdict(), h_in=h, h_n=h_n, exchange=exchange, status=self.status,
+            spin_limit=self.spin_limit, first=first, steps=steps, **rest,
+        )  # fmt: skip
+
+    def _pack(self, choice: Choice) -> tuple[Tensor, Tensor]:
+        """Return the weights in the order of a tile; made at the first call of a batch size that takes this tile.
+
+        Raises:
+            RuntimeError: that first call is captured in a CUDA graph.
+        """
+        tile, device = choice.tile, self.weights.values.device
+        key = tile.groups, tile.ko, tile.tied, choice.tiles
+        if key not in self._packed:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a CUDA graph is being captured, and the weights have not been arranged for this batch size yet, "
+                    "which waits for the GPU; call the layer once with that batch size before the capture"
+                )
+            packed = pack_tiles(self.weights, tile, choice.tiles)
+            if device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # a later call may be on another stream
+            self._packed[key] = packed
+        return self._packed[key]
+
+
+@functools.cache
+def device_limits(device: torch.device) -> Device:
+    """What `choose_tile` needs to know; of an H200 where Triton interprets."""
+    if device.type != "cuda":
+        return Device(sms=132)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(
+        sms=properties.multi_processor_count,
+        registers=properties.regs_per_multiprocessor,
+        threads=properties.max_threads_per_multi_processor,
+    )
+
+
+def programs_per_sm(compiled: Any, num_warps: int, device: torch.device) -> int:
+    """How many programs of a compiled kernel are on one multiprocessor at a time."""
+    compiled._init_handles()
+    properties = torch.cuda.get_device_properties(device)
+    warp_registers = -(-compiled.n_regs * 32 // 256) * 256  # given out by 256
+    shared = compiled.metadata.shared + 1024  # what the driver takes for itself
+    return min(
+        properties.regs_per_multiprocessor // (warp_registers * num_warps),
+        properties.max_threads_per_multi_processor // (32 * num_warps),
+        properties.shared_memory_per_multiprocessor // shared,
+        MOST_PROGRAMS_PER_SM,
+    )
+
+
+def _compiled_as(way: Way, call: Call, h: Tensor) -> tuple[Any, ...]:
+    """What a compiled kernel depends on, in one layer."""
+    return way.launch.func, h.shape[1], call.starts is not None, call.y.dtype  # type: ignore[attr-defined]
