@@ -195,7 +195,12 @@ def test_dense_weights_are_converted_with_a_warning():
         (nn.GRU(2, 2), {"block_size": 4}, TypeError, "block_size must be two integers"),
         (nn.GRU(2, 2), {"block_size": (0, 4)}, ValueError, "block_size must be at least"),
         (nn.GRU(2, 2), {"weight_dtype": "half"}, ValueError, "weight_dtype must be one of"),
-        (nn.GRU(2, 2), {"backend": "triton"}, BackendUnavailableError, "backend 'triton' cannot run this layer"),
+        (
+            nn.GRU(2, 2),
+            {"backend": "triton", "weight_dtype": torch.int8},
+            BackendUnavailableError,
+            "backend 'triton' cannot run this layer",
+        ),
         (
             nn.LSTM(2, 2).double(),
             {"backend": "cpu"},

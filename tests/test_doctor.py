@@ -1,8 +1,13 @@
 import os
+import re
+import types
 
 import pytest
+import torch
+import triton
 
 from triton_sparse_rnn import doctor
+from triton_sparse_rnn.kernels import exchange
 from triton_sparse_rnn.ops import dispatch
 
 
@@ -26,6 +31,31 @@ def test_what_the_cpu_kernels_are_compiled_for(monkeypatch: pytest.MonkeyPatch):
         assert f"CPU kernels    {expected}" in doctor.diagnosis()
     monkeypatch.setattr(dispatch, "unavailable_reason", lambda backend: "numba is gone")
     assert doctor.kernel_target() == "none"
+
+
+def test_what_runs_the_gpu_kernels(monkeypatch: pytest.MonkeyPatch):
+    reason = None
+    monkeypatch.setattr(dispatch, "unavailable_reason", lambda backend: reason)
+    version = re.escape(triton.__version__)
+    for interpreted, expected in (
+        (True, f"interpreted on the CPU by Triton {version}, as TRITON_INTERPRET=1 asks"),
+        (False, f"compiled by Triton {version} for CUDA "),
+    ):
+        monkeypatch.setattr(exchange, "INTERPRETED", interpreted)
+        assert re.match(expected, doctor.gpu_kernels())
+        assert re.search(f"GPU kernels +{expected}", doctor.diagnosis())
+    reason = "there is none"
+    assert doctor.gpu_kernels() == "none"
+
+
+def test_the_cuda_device(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor.cuda_device() == "none that torch can use"
+    found = types.SimpleNamespace(name="Abacus 3000", multi_processor_count=132, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {1: found}.get)
+    assert doctor.cuda_device() == "Abacus 3000, 132 SMs, compute capability 9.0"
 
 
 def test_reference_runs_everywhere():

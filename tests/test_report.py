@@ -169,13 +169,39 @@ def test_lines_about_low_blocks():
     text = str(sparsity_report(layer, block_size=(4, 1)))
     assert text.endswith(
         """
-A block of fewer than 16 rows takes as many vector multiply-adds as one of 16:
+A block of fewer than 16 rows takes as many vector multiply-adds as one of 16, and on a GPU as many bytes too:
 weight            blocks  of all  bytes  vector MAC/step
 weight_ih_l0    0 of 4x1    0.0%    100                0
   would be     0 of 16x1    0.0%     28                0
 weight_hh_l0   32 of 4x1    4.2%    740               32
-  would be    32 of 16x1   16.7%  2,204               32"""
+  would be    32 of 16x1   16.7%  2,204               32
+
+On a GPU each gate of 16 units takes as long as the one with the most blocks; a Pruner with balanced=True makes them \
+equal:
+  weight_hh_l0  6.00 times the mean"""
     )
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("block_size", [(16, 1), (16, 4), (4, 1), (24, 3)])
+def test_the_fullest_gate_of_a_unit_group(weight_dtype: torch.dtype, block_size: tuple[int, int]):
+    layer = nn.LSTM(4, 48, 2, bias=False)
+    for name, weight in layer.named_parameters():
+        weight.data[(slice(None), slice(12, None)) if "hh" in name else slice(1, None)] = 0
+    layer.get_parameter("weight_hh_l1").data.view(4, 48, 48)[2, :24, :36] = 1
+    converted = to_sparse(layer.eval(), block_size=block_size, weight_dtype=weight_dtype, backend="reference")
+    report = sparsity_report(converted)
+    fullest = {weight.name: weight.fullest_group for weight in report.weights}
+    assert fullest["weight_hh_l0"] == 1
+    assert fullest["weight_hh_l1"] == 36 / (12 + 24 * 2 / 12)  # 2 of 12 have 24 more
+    assert str(report).endswith("makes them equal:\n  weight_hh_l1  2.25 times the mean")
+    assert str(report).count("times the mean") == 1  # input weights are not multiplied step by step
+
+
+def test_no_blocks_are_even():
+    layer = nn.GRU(4, 32)
+    nn.init.zeros_(layer.get_parameter("weight_hh_l0"))
+    assert sparsity_report(layer).weights[1].fullest_group == 1
 
 
 def test_nothing_recurrent():

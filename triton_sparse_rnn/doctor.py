@@ -68,6 +68,33 @@ def kernel_target() -> str:
     return target.vector_path() + (" with vpdpbusd" if target.multiplies_bytes() else "")
 
 
+def cuda_device() -> str:
+    """Return the name, the size and the compute capability of the current CUDA device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    capability = f"compute capability {device.major}.{device.minor}"
+    return f"{device.name}, {device.multi_processor_count} SMs, {capability}"
+
+
+def gpu_kernels() -> str:
+    """Return what runs the kernels of backend "triton" here."""
+    from triton_sparse_rnn.ops.dispatch import unavailable_reason
+
+    if unavailable_reason("triton") is not None:
+        return "none"
+    import torch
+    import triton
+
+    from triton_sparse_rnn.kernels.exchange import INTERPRETED
+
+    if INTERPRETED:
+        return f"interpreted on the CPU by Triton {triton.__version__}, as TRITON_INTERPRET=1 asks"
+    return f"compiled by Triton {triton.__version__} for CUDA {torch.version.cuda}"
+
+
 def diagnosis() -> str:
     """Return it all as text."""
     import torch
@@ -83,7 +110,8 @@ def diagnosis() -> str:
             ["  instructions", " ".join(processor["vector_instructions"])],
             ["  CPU kernels", kernel_target()],
             ["  torch threads", str(torch.get_num_threads())],
-            ["  CUDA device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"],
+            ["  CUDA device", cuda_device()],
+            ["  GPU kernels", gpu_kernels()],
         ]
     )
     lines += ["", "Backends, the fastest first"]

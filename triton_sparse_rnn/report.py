@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from triton_sparse_rnn.kernels.row_blocks import row_blocks
 from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES, BlockMatrix
 from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS, check_block_size
 from triton_sparse_rnn.tables import align
 
 GATE_NAMES = {1: "h", 3: "rzn", 4: "ifgo"}  # by G: RNN, GRU, LSTM
+UNEVEN_ABOVE = 1.2  # of WeightReport.fullest_group: from where on a user is told so
 _MATRIX = re.compile(r"(?P<prefix>.*)weight_(?P<kind>ih|hh|hr)(?P<suffix>(_l\d+(_reverse)?)?)")
 _BLOCKS = re.compile(r".*weight_(ih|hh|hr)_l\d+(_reverse)?_(values|columns|starts|scales)")  # see PersistentLayer
 _HEADINGS = ["weight", "gate", "shape", "density", "non-zero", "blocks", "bytes", "MAC/step"]
@@ -71,6 +73,8 @@ class WeightReport:
         stored_bytes: of the whole block storage, row starts and scales included.
         dense_bytes: of the weight without block storage.
         low_blocks: where BR is less than VECTOR_ROWS, the weight in these blocks and in VECTOR_ROWS x BC; else None.
+        fullest_group: in blocks of 16 x 1, those of the fullest gate of a unit group as a multiple of the mean. On a
+            GPU the others wait for it at every step.
     """
 
     name: str
@@ -80,6 +84,7 @@ class WeightReport:
     stored_bytes: int
     dense_bytes: int
     low_blocks: tuple[BlockCount, BlockCount] | None = None
+    fullest_group: float = 1.0
 
     @property
     def nonzero(self) -> int:
@@ -179,6 +184,7 @@ class SparsityReport:
             f"  MAC/step  {self.multiply_accumulates:,} in blocks, {self.dense_multiply_accumulates:,} dense"
             f" ({self.dense_multiply_accumulates / max(1, self.multiply_accumulates):.2f}x)",
             *self._low_block_lines(),
+            *self._uneven_lines(),
         ]
 
     def _low_block_lines(self) -> list[str]:
@@ -190,9 +196,23 @@ class SparsityReport:
         if len(rows) == 1:
             return []
         heading = (
-            f"A block of fewer than {VECTOR_ROWS} rows takes as many vector multiply-adds as one of {VECTOR_ROWS}:"
+            f"A block of fewer than {VECTOR_ROWS} rows takes as many vector multiply-adds as one of {VECTOR_ROWS}, "
+            "and on a GPU as many bytes too:"
         )
         return ["", heading, *align(rows, right=range(1, 5))]
+
+    def _uneven_lines(self) -> list[str]:
+        """About recurrent weights, as only they are multiplied step by step."""
+        rows = [
+            [f"  {weight.name}", f"{weight.fullest_group:.2f} times the mean"]
+            for weight in self.weights
+            if "weight_hh" in weight.name and weight.fullest_group > UNEVEN_ABOVE
+        ]
+        heading = (
+            "On a GPU each gate of 16 units takes as long as the one with the most blocks; "
+            "a Pruner with balanced=True makes them equal:"
+        )
+        return ["", heading, *align(rows, right=())] if rows else []
 
     def _other_lines(self) -> list[str]:
         if not self.others:
@@ -323,7 +343,9 @@ def _report_blocks(name: str, stored: BlockMatrix, dense_bytes: int) -> WeightRe
         for g, gate in enumerate(GATE_NAMES[gates])
     )
     low_blocks = (_count_blocks(stored), _count_blocks(_taller(stored))) if BR < VECTOR_ROWS else None
-    return WeightReport(name, (rows, columns), (BR, BC), parts, stored.nbytes, dense_bytes, low_blocks)
+    return WeightReport(
+        name, (rows, columns), (BR, BC), parts, stored.nbytes, dense_bytes, low_blocks, _fullest_group(stored)
+    )
 
 
 def _report_kept_dense(name: str, weight: Tensor, gates: int) -> WeightReport:
@@ -342,6 +364,14 @@ def _taller(stored: BlockMatrix) -> BlockMatrix:
     wide = dense if dense.is_floating_point() else dense.float()
     taller = BlockMatrix.from_dense(wide, (VECTOR_ROWS, stored.block_size[1]), gates=stored.gates)
     return dataclasses.replace(taller, values=taller.values.to(dense.dtype), scales=stored.scales)
+
+
+def _fullest_group(stored: BlockMatrix) -> float:
+    """See WeightReport."""
+    if stored.values.dtype == torch.int8:
+        stored = dataclasses.replace(stored, values=stored.values.to(torch.float16), scales=None)
+    counts = row_blocks(stored).starts.diff()
+    return int(counts.max()) * len(counts) / int(counts.sum()) if counts.any() else 1.0
 
 
 def _count_blocks(matrix: BlockMatrix) -> BlockCount:

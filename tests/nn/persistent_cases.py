@@ -7,13 +7,17 @@ import pytest
 import torch
 from torch import nn
 
+from triton_sparse_rnn.kernels.exchange import INTERPRETED
 from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask
 
 BLOCK_SIZE = (4, 1)
 CELLS = [nn.RNN, nn.GRU, nn.LSTM]
 CELLS_AND_BACKENDS = [(cell, backend) for cell in CELLS for backend in ("reference", "cpu")]
-every_cell_and_backend = pytest.mark.parametrize(("cell", "backend"), CELLS_AND_BACKENDS)
+every_cell_on_the_cpu = pytest.mark.parametrize(("cell", "backend"), CELLS_AND_BACKENDS)
+# Without its interpreter "triton" takes no tensors on the CPU; with it one cell must do, as it takes its time.
+INTERPRETED_CELLS = [(nn.LSTM, "triton")] if INTERPRETED else []
+every_cell_and_backend = pytest.mark.parametrize(("cell", "backend"), CELLS_AND_BACKENDS + INTERPRETED_CELLS)
 
 
 def make_pruned(cell: type[nn.RNNBase], *sizes: int, **options: Any) -> Any:

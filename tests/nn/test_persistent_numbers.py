@@ -14,6 +14,7 @@ from persistent_cases import (
     assert_same_bits,
     convert,
     every_cell_and_backend,
+    every_cell_on_the_cpu,
     make_pruned,
     make_states,
     tensors_of,
@@ -32,7 +33,7 @@ def test_other_dtypes(cell, dtype):
     assert_as_exact_as_nn(ours(x, hx), layer, x, hx)
 
 
-@every_cell_and_backend
+@every_cell_on_the_cpu
 @pytest.mark.parametrize("T", [1, 50])
 def test_float32_over_many_steps(cell, backend, T):
     layer = make_pruned(cell, 9, 33)
@@ -135,6 +136,8 @@ def test_same_bits_in_every_copy_process_and_thread(cell, backend):
     assert_same_bits(ours(x), expected)
     assert_same_bits(copy.deepcopy(ours)(x), expected)
     assert_same_bits(pickle.loads(pickle.dumps(ours))(x), expected)
+    if backend == "triton":
+        return  # Triton's interpreter runs in one thread only
     with ThreadPoolExecutor(4) as pool:
         for result in pool.map(lambda _: [ours(x) for _ in range(5)][-1], range(8)):
             assert_same_bits(result, expected)
@@ -150,7 +153,7 @@ def test_same_bits_in_every_copy_process_and_thread(cell, backend):
     assert_same_bits([torch.from_numpy(array) for array in forked], expected)
 
 
-@every_cell_and_backend
+@every_cell_on_the_cpu
 def test_rows_of_a_batch_do_not_depend_on_each_other(cell, backend):
     ours = convert(make_pruned(cell, 6, 20), backend)
     x = torch.randn(7, 13, 6)

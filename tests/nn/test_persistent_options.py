@@ -11,7 +11,7 @@ from persistent_cases import (
     assert_as_exact_as_nn,
     assert_same_bits,
     convert,
-    every_cell_and_backend,
+    every_cell_on_the_cpu,
     make_pruned,
     make_states,
     tensors_of,
@@ -169,7 +169,7 @@ def test_threads_are_an_attribute():
     assert "num_threads" not in repr(convert(make_pruned(nn.GRU)))
 
 
-@every_cell_and_backend
+@every_cell_on_the_cpu
 def test_threads_change_no_result(cell, backend):
     x = torch.randn(6, 3, 5)
     one, two = (convert(make_pruned(cell, num_layers=2), backend, num_threads=n) for n in (1, 2))

@@ -161,8 +161,11 @@ def test_shapes_are_those_of_torch_nn(num_layers, bidirectional, proj_size):
 
 
 def test_a_layer_without_a_kernel_is_named_with_the_reason():
-    with pytest.warns(UserWarning, match=r"backend 'reference', .* because of x\. backend='reference' asks for this"):
-        warn_if_slow("of x")
+    with pytest.warns(
+        UserWarning,
+        match=r"backend 'reference', .* 'triton' cannot run it because of x\. backend='reference' asks for this",
+    ):
+        warn_if_slow("triton", "of x")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from triton_sparse_rnn.errors import BackendUnavailableError
+from triton_sparse_rnn.ops import triton
 from triton_sparse_rnn.ops.dispatch import BACKENDS, PREPARE_LAYER, check_backend, choose_backend, unavailable_reason
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
@@ -39,9 +40,27 @@ def test_the_fastest_that_fits(mode, dtype, device, weights, chosen):
             choose_backend("cpu", mode, dtype, device, weights)
 
 
+@pytest.mark.parametrize(
+    ("device", "chosen"), [("cuda", "triton"), ("cuda:1", "triton"), ("cpu", "cpu"), ("meta", "reference")]
+)
+def test_only_cuda_tensors_take_triton_by_themselves(monkeypatch, device, chosen):
+    """Triton's interpreter, which would run this layer on the CPU, is taken by name alone."""
+    if device.startswith("cuda"):
+        monkeypatch.setattr(triton, "unsupported_reason", lambda *layer: None)
+    assert choose_backend(None, "GRU", torch.float32, torch.device(device), make_weights()) == chosen
+
+
+def test_cuda_tensors_that_triton_does_not_take(monkeypatch):
+    monkeypatch.setattr(triton, "availability", lambda: "it is gone")
+    device = torch.device("cuda")
+    assert choose_backend(None, "GRU", torch.float32, device, make_weights()) == "reference"
+    with pytest.raises(BackendUnavailableError, match=r"'triton' cannot run this layer: it is gone\. backend=None"):
+        choose_backend("triton", "GRU", torch.float32, device, make_weights())
+
+
 def test_every_available_backend_can_run():
-    assert {name for name in BACKENDS if unavailable_reason(name) is None} == set(PREPARE_LAYER)
-    assert unavailable_reason("triton")
+    assert set(BACKENDS) == set(PREPARE_LAYER)
+    assert {name for name in BACKENDS if unavailable_reason(name) is None} >= {"cpu", "reference"}
 
 
 def test_names_of_backends():

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from triton_sparse_rnn.errors import BackendUnavailableError
+from triton_sparse_rnn.kernels.exchange import INTERPRETED
 from triton_sparse_rnn.ops import reference
 from triton_sparse_rnn.ops.layer_weights import (
     GATES,
@@ -19,6 +20,8 @@ from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 I, H = 3, 5
 MODES_AND_BACKENDS = [*((mode, backend) for mode in GATES for backend in ("reference", "cpu")), ("LSTM", None)]
+if INTERPRETED:  # else "triton" takes no tensors on the CPU; of one cell, as interpreting takes its time
+    MODES_AND_BACKENDS.append(("GRU", "triton"))
 
 
 def make_weights(
@@ -133,7 +136,7 @@ def test_a_named_backend_runs_or_raises():
     with pytest.raises(BackendUnavailableError, match=r"backend 'cpu' cannot run this layer: .*torch.float64"):
         recurrent_layer(*make_arguments("RNN_TANH", "cpu", dtype=torch.float64))
     with pytest.raises(BackendUnavailableError, match="backend 'triton' cannot run this layer"):
-        recurrent_layer(*make_arguments(backend="triton"))
+        recurrent_layer(*make_arguments("LSTM", "triton", proj_size=2))
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,8 @@ def run_layers(layers: list[RunLayer], x: Tensor, states: list[Tensor], batch_si
     D = states[0].shape[0] // len(layers)
     ends = []
     for k, run_layer in enumerate(layers):
-        x, *end = run_layer(x, [state[k * D : (k + 1) * D] for state in states], batch_sizes)
+        # A slice of a fake CUDA tensor, as in an export on a machine without a GPU, would need torch built for CUDA.
+        x, *end = run_layer(x, [state.narrow(0, k * D, D) for state in states], batch_sizes)
         ends.append(end)
     return [x, *(torch.cat(parts) for parts in zip(*ends, strict=True))]
 

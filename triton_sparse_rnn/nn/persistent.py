@@ -145,7 +145,8 @@ class PersistentLayer(nn.Module):
         if backend is None and "reference" in (backends := persistent.chosen_backends()):
             directions = persistent._layer_weights(backends.index("reference"))
             place = dense.mode, dtype, persistent.device
-            warn_if_slow(unsupported_reason("cpu", *place, directions, activation_dtype))
+            wanted = "triton" if persistent.device.type == "cuda" else "cpu"
+            warn_if_slow(wanted, unsupported_reason(wanted, *place, directions, activation_dtype))
         return persistent
 
     def to_dense(self) -> nn.RNNBase:
@@ -355,9 +356,12 @@ class PersistentLayer(nn.Module):
             "num_threads": (self.num_threads, 1),
         }
         changed = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
-        backends = "/".join(sorted(set(self.chosen_backends())))
         stored = describe_storage(self.stored_weights())
-        return ", ".join([str(self.input_size), str(self.hidden_size), *changed, *stored, f"backend={backends!r}"])
+        backend = self.backend or "/".join(sorted(set(self.chosen_backends())))
+        runs = [f"backend={backend!r}"]
+        if (plan := self._plan) is not None and plan.holds(self):
+            runs += [f"kernels={text!r}" for text in plan.descriptions()]
+        return ", ".join([str(self.input_size), str(self.hidden_size), *changed, *stored, *runs])
 
 
 class PersistentRNN(PersistentLayer):

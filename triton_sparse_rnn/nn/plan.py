@@ -12,7 +12,8 @@ from triton_sparse_rnn.nn.calls import CallLayout
 from triton_sparse_rnn.ops.dispatch import PREPARE_LAYER, choose_backend
 from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
 from triton_sparse_rnn.ops.operators import is_observed
-from triton_sparse_rnn.ops.validation import check_num_threads, check_weights
+from triton_sparse_rnn.ops.triton import PreparedLayer, PreparedStack, stack_layers
+from triton_sparse_rnn.ops.validation import check_not_capturing, check_num_threads, check_weights
 
 if TYPE_CHECKING:
     from triton_sparse_rnn.nn.persistent import PersistentLayer
@@ -72,6 +73,14 @@ class Plan(NamedTuple):
             return None
         return states
 
+    def descriptions(self) -> list[str]:
+        """How the layers run that say so: tile, programs, bytes on chip; each form once."""
+        return list(
+            dict.fromkeys(
+                layer.describe() for layer in self.layers if isinstance(layer, (PreparedLayer, PreparedStack))
+            )
+        )
+
 
 def make_plan(module: PersistentLayer, layout: CallLayout, layers: list[list[LayerWeights]]) -> Plan:
     """Check the weights of every layer and let its backend prepare it.
@@ -83,7 +92,9 @@ def make_plan(module: PersistentLayer, layout: CallLayout, layers: list[list[Lay
     Raises:
         ValueError: weights do not fit together, or a setting is wrong.
         BackendUnavailableError: the module names a backend that cannot run a layer.
+        RuntimeError: a CUDA graph is being captured.
     """
+    check_not_capturing(layout.device)
     backend, activation_dtype, num_threads = settings = module.backend, module.activation_dtype, module.num_threads
     buffers = list(module._buffers.values())
     tensors = [tensor for tensor in buffers if tensor is not None]
@@ -98,4 +109,5 @@ def make_plan(module: PersistentLayer, layout: CallLayout, layers: list[list[Lay
         chosen = choose_backend(backend, module.mode, *place, directions, activation_dtype)
         options = {"dtype": layout.dtype, "activation_dtype": activation_dtype, "num_threads": num_threads}
         plan.layers.append(PREPARE_LAYER[chosen](module.mode, directions, **options))
+    plan.layers[:] = stack_layers(plan.layers)
     return plan

@@ -199,9 +199,10 @@ def warn_if_dense(
         if zeros <= 1 - LITTLE_TO_SKIP_ABOVE
         else f"its zeros do not fill blocks: prune with block_size=({rows}, {columns})"
     )
+    measured = "" if weight.is_cuda else f" ({break_even_text()})"
     warnings.warn(
         f"{name} is {zeros:.0%} zeros and {density:.0%} of its {rows}x{columns} blocks hold other weights, so there is "
-        f"little to skip and it {consequence}; {advice}. ({break_even_text()})",
+        f"little to skip and it {consequence}; {advice}.{measured}",
         stacklevel=4,
     )
 
@@ -215,10 +216,15 @@ def break_even_text() -> str:
     return f"A GRU layer on the CPU breaks even {'; '.join(engines)}: {BREAK_EVEN_MACHINE}."
 
 
-def warn_if_slow(reason: str | None) -> None:
-    """Say so when a layer gets no kernel of its own."""
+def warn_if_slow(backend: str, reason: str | None) -> None:
+    """Say so when a layer gets no kernel of its own.
+
+    Args:
+        backend: the fast one of the device.
+        reason: why it cannot run the layer.
+    """
     warnings.warn(
-        f"the layer will run on backend 'reference', plain torch, and slower than torch.nn: backend 'cpu' cannot "
+        f"the layer will run on backend 'reference', plain torch, and slower than torch.nn: backend {backend!r} cannot "
         f"run it because {reason}. backend='reference' asks for this and says nothing",
         stacklevel=3,
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
+from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer, plain
 
 
 def unsupported_reason(
@@ -58,9 +58,9 @@ def prepare_layer(
     def run(x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
         batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
         if x.dtype == torch.float32:
-            return layer(_plain(x), [_plain(state) for state in states], batch_sizes)
+            return layer(plain(x), [plain(state) for state in states], batch_sizes)
         # Made again for what is cast in it: whatever was written into that since counts.
-        results = make()(_plain(x).float(), [_plain(state).float() for state in states], batch_sizes)
+        results = make()(plain(x).float(), [plain(state).float() for state in states], batch_sizes)
         return [result.to(x.dtype) for result in results]
 
     return run
@@ -69,8 +69,3 @@ def prepare_layer(
 def _float(weight: Any) -> Any:
     """Return a tensor in float32; blocks, which are widened as they are read, and None as they are."""
     return weight.float() if isinstance(weight, Tensor) else weight
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """As it lies in memory: contiguous, and without a minus sign that torch has put off."""
-    return (tensor.resolve_neg() if tensor.is_neg() else tensor).contiguous()

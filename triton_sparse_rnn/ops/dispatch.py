@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from triton_sparse_rnn.errors import BackendUnavailableError
-from triton_sparse_rnn.ops import cpu, reference
+from triton_sparse_rnn.ops import cpu, reference, triton
 from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
 
 BACKENDS = ("triton", "cpu", "reference")  # the fastest first
@@ -23,7 +23,7 @@ def check_backend(backend: str | None) -> str | None:
 def unavailable_reason(backend: str) -> str | None:
     """Why a backend cannot run on this machine at all; None if it can."""
     if backend == "triton":
-        return "this version has no Triton kernels yet"
+        return triton.availability()
     if backend == "cpu":
         from triton_sparse_rnn.kernels.cpu.support import availability
 
@@ -42,9 +42,10 @@ def unsupported_reason(
     """Why a backend cannot run this layer here; None if it can."""
     if (reason := unavailable_reason(backend)) is not None:
         return reason
-    if backend == "cpu":
-        return cpu.unsupported_reason(mode, dtype, device, directions, activation_dtype)
-    return None
+    if backend == "reference":
+        return None
+    twin = triton if backend == "triton" else cpu
+    return twin.unsupported_reason(mode, dtype, device, directions, activation_dtype)
 
 
 def choose_backend(
@@ -70,7 +71,8 @@ def choose_backend(
     """
     layer = mode, dtype, device, directions, activation_dtype
     if check_backend(backend) is None:
-        return next(name for name in BACKENDS if unsupported_reason(name, *layer) is None)
+        fitting = BACKENDS if device.type == "cuda" else BACKENDS[1:]  # Triton's interpreter is taken only by name
+        return next(name for name in fitting if unsupported_reason(name, *layer) is None)
     assert backend is not None
     if (reason := unsupported_reason(backend, *layer)) is not None:
         raise BackendUnavailableError(
@@ -80,4 +82,8 @@ def choose_backend(
 
 
 # prepare_layer(mode, directions, *, dtype, activation_dtype, num_threads) -> RunLayer, for a layer that is supported.
-PREPARE_LAYER: dict[str, Callable[..., RunLayer]] = {"cpu": cpu.prepare_layer, "reference": reference.prepare_layer}
+PREPARE_LAYER: dict[str, Callable[..., RunLayer]] = {
+    "triton": triton.prepare_layer,
+    "cpu": cpu.prepare_layer,
+    "reference": reference.prepare_layer,
+}

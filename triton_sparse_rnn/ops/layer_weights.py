@@ -68,6 +68,11 @@ def unpack_layer_weights(
     return directions
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """As a kernel reads it from memory: contiguous, and without a minus sign that torch has put off."""
+    return (tensor.resolve_neg() if tensor.is_neg() else tensor).contiguous()
+
+
 def _pack(matrix: BlockMatrix | Tensor | None) -> list[Tensor | None]:
     if isinstance(matrix, BlockMatrix):
         return [matrix.values, matrix.columns, matrix.starts, matrix.scales]

@@ -39,6 +39,19 @@ def check_num_threads(num_threads: int) -> int:
     return num_threads
 
 
+def check_not_capturing(device: torch.device) -> None:
+    """Raise RuntimeError while a CUDA graph is captured: weights are prepared for kernels by operations that wait."""
+    if device.type != "cuda":
+        return
+    with torch.cuda.device(device):
+        capturing = torch.cuda.is_current_stream_capturing()
+    if capturing:
+        raise RuntimeError(
+            "a CUDA graph is being captured, and a converted layer cannot prepare its weights meanwhile: call it once, "
+            "with an input of that size, before the capture"
+        )
+
+
 def check_activation_dtype(activation_dtype: torch.dtype | None, weight_dtype: torch.dtype) -> torch.dtype | None:
     """Return activation_dtype, or raise ValueError unless activations can have it where weights have weight_dtype."""
     if activation_dtype not in (None, torch.int8):
