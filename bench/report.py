@@ -3,6 +3,7 @@
     pytest bench --benchmark-json=run-1.json          (several processes: run-2.json, ...)
     python -m bench.report run-*.json
     python -m bench.report run-*.json --break-even --plot ratios.png --plot-peers peers.png
+    python -m bench.report core.json --gpu            (or --gpu-goals; files of bench/gpu_check.sh)
 
 A ratio is the median time of the baseline, the layer of torch.nn, over that of a contender, in one process; with
 several files it is the median of these ratios, and the smallest and largest are shown beside it. The largest error is
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.break_even import break_even_table
+from bench.gpu_report import gpu_goals, gpu_table
 from bench.plots import plot_peers, plot_ratios
 from bench.rows import Row, read_rows
 
@@ -55,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables; write the plots if asked for."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON of pytest --benchmark-json")
-    parser.add_argument("--break-even", action="store_true", help="print from which sparsity on ours is faster instead")
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument("--break-even", action="store_true", help="instead print from which sparsity on ours is faster")
+    others.add_argument("--gpu", action="store_true", help="instead print a line for each layer of the GPU suites")
+    others.add_argument("--gpu-goals", action="store_true", help="instead print which goals on a GPU are met")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the ratios of whole sequences at batch 1")
     parser.add_argument("--plot-peers", type=Path, metavar="PNG", help="also draw the times of ours and of the peers")
     options = parser.parse_args(arguments)
@@ -64,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 2
-    print(break_even_table(rows) if options.break_even else tables(rows))
+    prints = {"break_even": break_even_table, "gpu": gpu_table, "gpu_goals": gpu_goals}
+    print(next((make for name, make in prints.items() if getattr(options, name)), tables)(rows))
     if options.plot:
         plot_ratios(rows, options.plot)
     if options.plot_peers:
