@@ -55,7 +55,7 @@ class Row:
 
     def cells(self) -> list[str]:
         """As text."""
-        return [str(self.tile), self.mode, self.dtype, f"sm_{self.arch}"]
+        return [self.tile.named(self.tile.most_tiles(self.arch)), self.mode, self.dtype, f"sm_{self.arch}"]
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,13 @@ def rows(architectures: Sequence[int] = ARCHITECTURES) -> Iterator[Row]:
 
 def variants(row: Row) -> dict[str, dict[str, bool]]:
     """Ways in which a row is launched, each with constants of its own; the first is the one that the table shows."""
-    ways = {"": {}}
-    if row.dtype != "float16":  # it differs from bfloat16 in how weights are widened, and in nothing else
+    ways: dict[str, dict[str, bool]] = {"": {}}
+    if row.dtype == "float16":  # it differs from bfloat16 in how weights are widened, and in nothing else
+        return ways
+    if not row.tile.tied:
         ways["ragged, skips"] = {"RAGGED": True, "SKIPS": True}
-        if row.tile.groups == 1 and not row.tile.tied:
-            ways["wavefront"] = {"RAGGED": True, "WAVEFRONT": True}
+    if row.tile.groups == 1 and not row.tile.tied:
+        ways["wavefront"] = {"RAGGED": True, "WAVEFRONT": True}
     return ways
 
 
@@ -110,7 +112,7 @@ def compile_tile(row: Row, **constants: bool) -> MachineCode:
             **flags,
             "CELL": CELLS[row.mode],
             "GROUPS": tile.groups,
-            "TILES": tile.most_tiles(skips=flags["SKIPS"]),
+            "TILES": tile.most_tiles(row.arch, skips=flags["SKIPS"]),
             "KO": tile.ko,
             "ROWS": tile.rows,
             "EXCHANGE": exchange_of(tile),

@@ -27,6 +27,7 @@ from torch import Tensor
 from triton_sparse_rnn.kernels.row_blocks import UNITS, RowBlocks, without_minus_zero
 
 MOST_ROUNDS = 4  # launches one after another of slices that are not resident together, before streaming is chosen
+TARGETS = (80, 90, 100)  # A100, H100 and H200, B200: those whose machine code was read
 MOST_SLICES = 65535  # of a launch: they are the third axis of its grid
 MOST_REGISTERS = 255  # that a thread may have
 SLOTS = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 4, "LSTM": 4}  # gate slots by nn.RNNBase.mode
@@ -38,11 +39,13 @@ class Device:
 
     Attributes:
         sms: streaming multiprocessors.
+        target: the one of TARGETS that its compute capability comes after.
         registers: of one of them, 32 bits each.
         threads: of one of them.
     """
 
     sms: int
+    target: int = 90
     registers: int = 65536
     threads: int = 2048
 
@@ -64,6 +67,7 @@ class Tile:
         ko: rows of columns of a tile.
         tiles: the most that fit.
         registers: of a thread, at most, for any cell and target.
+        elsewhere: tiles on sm_80 and sm_100, where fewer fit than on sm_90.
     """
 
     slots: int
@@ -75,6 +79,7 @@ class Tile:
     tiles: int
     registers: int
     tied: bool = False
+    elsewhere: tuple[int, int] | None = None
 
     @property
     def lanes(self) -> int:
@@ -88,12 +93,15 @@ class Tile:
 
     @property
     def columns(self) -> int:
-        """Columns of a slot that fit."""
-        return self.most_tiles(skips=False) * self.tile_columns
+        """Columns of a slot that fit, on sm_90."""
+        return self.tiles * self.tile_columns
 
-    def most_tiles(self, *, skips: bool) -> int:
-        """Tiles that fit; to look for weights that are not stored takes registers too."""
-        return self.tiles - 1 if skips and self.registers == MOST_REGISTERS else self.tiles
+    def most_tiles(self, target: int = 90, *, skips: bool = False) -> int:
+        """Tiles that fit on one of TARGETS; to look for weights that are not stored takes registers too."""
+        tiles = (
+            {80: self.elsewhere[0], 90: self.tiles, 100: self.elsewhere[1]}[target] if self.elsewhere else self.tiles
+        )
+        return tiles - 1 if skips and self.registers == MOST_REGISTERS else tiles
 
     @property
     def pack(self) -> int:
@@ -108,22 +116,27 @@ class Tile:
         return min(by_registers, device.threads // 32 // self.num_warps)
 
     def __str__(self) -> str:
+        return self.named(self.tiles)
+
+    def named(self, tiles: int) -> str:
+        """Describe a program with so many tiles."""
         tied = ", tied" if self.tied else ""
-        return f"{self.groups * UNITS} units x {self.columns} columns x {self.rows} rows, {self.num_warps} warps{tied}"
+        columns = tiles * self.tile_columns
+        return f"{self.groups * UNITS} units x {columns} columns x {self.rows} rows, {self.num_warps} warps{tied}"
 
 
 # The best first. Many unit groups are for a program that holds a layer alone.
 TABLE: tuple[Tile, ...] = (
     Tile(slots=4, itemsize=4, groups=2, rows=1, num_warps=4, ko=1, tiles=8, registers=168),
-    Tile(slots=4, itemsize=4, groups=4, rows=1, num_warps=4, ko=1, tiles=8, registers=255),
-    Tile(slots=4, itemsize=4, groups=8, rows=1, num_warps=8, ko=1, tiles=8, registers=255),
+    Tile(slots=4, itemsize=4, groups=4, rows=1, num_warps=4, ko=1, tiles=7, registers=255),
+    Tile(slots=4, itemsize=4, groups=8, rows=1, num_warps=8, ko=1, tiles=7, registers=255),
     Tile(slots=4, itemsize=4, groups=16, rows=1, num_warps=8, ko=1, tiles=4, registers=255),
     Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=4, tiles=2, registers=96),
     Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=4, tiles=4, registers=168),
     Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=4, tiles=8, registers=255),
     Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=8, ko=8, tiles=8, registers=255),
     Tile(slots=4, itemsize=4, groups=1, rows=2, num_warps=4, ko=4, tiles=8, registers=255),
-    Tile(slots=4, itemsize=4, groups=1, rows=2, num_warps=8, ko=8, tiles=7, registers=255),
+    Tile(slots=4, itemsize=4, groups=1, rows=2, num_warps=8, ko=8, tiles=7, registers=255, elsewhere=(7, 6)),
     Tile(slots=4, itemsize=4, groups=1, rows=4, num_warps=4, ko=4, tiles=6, registers=255),
     Tile(slots=4, itemsize=4, groups=1, rows=4, num_warps=8, ko=8, tiles=7, registers=255),
     Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=8, tiles=5, registers=255, tied=True),
@@ -133,15 +146,15 @@ TABLE: tuple[Tile, ...] = (
     Tile(slots=4, itemsize=2, groups=16, rows=1, num_warps=8, ko=1, tiles=3, registers=255),
     Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=1, registers=72),
     Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=2, registers=168),
-    Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=5, registers=255),
-    Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=8, ko=8, tiles=5, registers=255),
-    Tile(slots=4, itemsize=2, groups=1, rows=2, num_warps=4, ko=4, tiles=5, registers=255),
-    Tile(slots=4, itemsize=2, groups=1, rows=4, num_warps=4, ko=4, tiles=4, registers=255),
-    Tile(slots=4, itemsize=2, groups=1, rows=4, num_warps=8, ko=8, tiles=4, registers=255),
+    Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=5, registers=255, elsewhere=(4, 3)),
+    Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=8, ko=8, tiles=5, registers=255, elsewhere=(4, 3)),
+    Tile(slots=4, itemsize=2, groups=1, rows=2, num_warps=4, ko=4, tiles=5, registers=255, elsewhere=(4, 3)),
+    Tile(slots=4, itemsize=2, groups=1, rows=4, num_warps=4, ko=4, tiles=4, registers=255, elsewhere=(3, 2)),
+    Tile(slots=4, itemsize=2, groups=1, rows=4, num_warps=8, ko=8, tiles=4, registers=255, elsewhere=(3, 2)),
     Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=6, registers=255, tied=True),
     Tile(slots=1, itemsize=4, groups=4, rows=1, num_warps=4, ko=1, tiles=8, registers=88),
-    Tile(slots=1, itemsize=4, groups=8, rows=1, num_warps=4, ko=1, tiles=16, registers=255),
-    Tile(slots=1, itemsize=4, groups=16, rows=1, num_warps=8, ko=1, tiles=16, registers=255),
+    Tile(slots=1, itemsize=4, groups=8, rows=1, num_warps=4, ko=1, tiles=14, registers=255),
+    Tile(slots=1, itemsize=4, groups=16, rows=1, num_warps=8, ko=1, tiles=14, registers=255),
     Tile(slots=1, itemsize=4, groups=1, rows=1, num_warps=4, ko=16, tiles=2, registers=112),
     Tile(slots=1, itemsize=4, groups=1, rows=1, num_warps=4, ko=16, tiles=6, registers=255),
     Tile(slots=1, itemsize=4, groups=1, rows=2, num_warps=4, ko=16, tiles=6, registers=255),
@@ -152,7 +165,7 @@ TABLE: tuple[Tile, ...] = (
     Tile(slots=1, itemsize=2, groups=1, rows=1, num_warps=4, ko=16, tiles=1, registers=88),
     Tile(slots=1, itemsize=2, groups=1, rows=1, num_warps=4, ko=16, tiles=3, registers=255),
     Tile(slots=1, itemsize=2, groups=1, rows=2, num_warps=4, ko=8, tiles=4, registers=255),
-    Tile(slots=1, itemsize=2, groups=1, rows=4, num_warps=4, ko=8, tiles=3, registers=255),
+    Tile(slots=1, itemsize=2, groups=1, rows=4, num_warps=4, ko=8, tiles=3, registers=255, elsewhere=(3, 2)),
 )
 
 
@@ -215,9 +228,9 @@ def choose_tile(
     for tile in TABLE:
         alone = not chains_wait and (tile.groups > 1 or groups == 1)
         tiles = max(1, -(-columns // tile.tile_columns))
-        if tile.slots != SLOTS[mode] or tile.itemsize != itemsize or tile.tied > tied:
+        if tile.slots != SLOTS[mode] or tile.itemsize != itemsize or tile.tied > (tied and not skips):
             continue
-        if tiles > tile.most_tiles(skips=skips):
+        if tiles > tile.most_tiles(device.target, skips=skips):
             continue
         if tile.groups > 1 and (chains_wait or tile.groups < groups):
             continue

@@ -22,7 +22,16 @@ from triton_sparse_rnn.kernels.exchange import BETWEEN, INTERPRETED, NONE, WITHI
 from triton_sparse_rnn.kernels.resident import launch_resident
 from triton_sparse_rnn.kernels.row_blocks import RowBlocks
 from triton_sparse_rnn.kernels.streamed import choose_streamed_tile, launch_streamed
-from triton_sparse_rnn.kernels.tiles import Choice, Device, choose_tile, gates_are_tied, longest_list, pack_tiles
+from triton_sparse_rnn.kernels.tiles import (
+    H200,
+    TARGETS,
+    Choice,
+    Device,
+    choose_tile,
+    gates_are_tied,
+    longest_list,
+    pack_tiles,
+)
 
 SPIN_LIMIT = 2**21  # polls, about a second, before a program gives up waiting for h
 MOST_PROGRAMS_PER_SM = 16  # 32 on some GPUs, but not on all
@@ -118,7 +127,8 @@ class TimeLoop:
         if choice is None:
             return f"{self.weights.groups * self.weights.directions} programs, weights read at every step"
         programs = choice.programs * choice.directions * choice.resident_slices
-        return f"{programs} programs of {choice.tile}, {choice.on_chip_bytes / 1e6:.2g} MB of weights on chip"
+        tile = choice.tile.named(choice.tiles)
+        return f"{programs} programs of {tile}, {choice.on_chip_bytes / 1e6:.2g} MB of weights on chip"
 
     def raise_if_failed(self) -> None:
         """Raise RuntimeError, once, if a program of an earlier call waited in vain."""
@@ -213,10 +223,11 @@ class TimeLoop:
 def device_limits(device: torch.device) -> Device:
     """What `choose_tile` needs to know; of an H200 where Triton interprets."""
     if device.type != "cuda":
-        return Device(sms=132)
+        return H200
     properties = torch.cuda.get_device_properties(device)
     return Device(
         sms=properties.multi_processor_count,
+        target=max(target for target in TARGETS if target <= 10 * properties.major + properties.minor),
         registers=properties.regs_per_multiprocessor,
         threads=properties.max_threads_per_multi_processor,
     )

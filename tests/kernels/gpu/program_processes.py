@@ -221,9 +221,9 @@ def _wait(processes: list[Any], limit_s: float) -> None:
     """Wait until all have ended, or one has failed and others may wait for it, or the time is over."""
     deadline = time.monotonic() + limit_s
     while alive := [process.sentinel for process in processes if process.is_alive()]:
-        if not wait(alive, max(0.0, deadline - time.monotonic())):
-            return
         if any(process.exitcode not in (None, 0, DIED) for process in processes):
+            return
+        if not wait(alive, max(0.0, deadline - time.monotonic())):
             return
 
 

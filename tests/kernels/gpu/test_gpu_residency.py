@@ -128,9 +128,9 @@ def test_tables(monkeypatch, capsys):
     assert residency.main(["--arch", "90", "--markdown"]) == 1
     out, err = capsys.readouterr()
     assert "| tile | cell | weights | target | registers | spilled | shared | " in out
-    assert f"| {row.tile} | {row.mode} | float32 | sm_90 | 64 | 0 | 0 | 0 | 0 | 0 |" in out
+    assert f"| {row.cells()[0]} | {row.mode} | float32 | sm_90 | 64 | 0 | 0 | 0 | 0 | 0 |" in out
     assert "largest H, balanced mask" in out
-    assert err == f"PROBLEM: {row.tile}, {row.mode}, float32, sm_90: does not compile\n"
+    assert err == f"PROBLEM: {row.cells()[0]}, {row.mode}, float32, sm_90: does not compile\n"
 
 
 def test_it_says_why_nothing_can_be_compiled(monkeypatch, capsys):

@@ -10,6 +10,7 @@ from triton_sparse_rnn.kernels.tiles import (
     H200,
     SLOTS,
     TABLE,
+    TARGETS,
     Tile,
     choose_tile,
     gates_are_tied,
@@ -168,6 +169,16 @@ def test_a_small_layer_is_held_by_one_program_unless_layers_wait_for_each_other(
     assert stacked is not None
     assert stacked.programs == 4
     assert stacked.tile.groups == 1
+
+
+def test_fewer_tiles_fit_on_other_targets_and_where_weights_are_skipped():
+    tile = dataclasses.replace(TILE, tiles=5, elsewhere=(4, 3))
+    assert [tile.most_tiles(target) for target in TARGETS] == [4, 5, 3]
+    assert [tile.most_tiles(target, skips=True) for target in TARGETS] == [3, 4, 2]
+    assert dataclasses.replace(TILE, registers=100).most_tiles(80, skips=True) == TILE.tiles
+    assert choose_tile("GRU", 2560, 312, 2) is not None
+    assert choose_tile("GRU", 2560, 312, 2, skips=True) is None
+    assert choose_tile("GRU", 2560, 312, 2, device=dataclasses.replace(H200, target=100)) is None
 
 
 def test_tied_gates_fit_where_others_do_not():
