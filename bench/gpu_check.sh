@@ -10,6 +10,10 @@
 set -u
 
 usage="usage: bash bench/gpu_check.sh [--full] DIR"
+if [ "${1-}" = --help ]; then
+    echo "$usage"
+    exit 0
+fi
 full=no
 if [ "${1-}" = --full ]; then
     full=yes
@@ -19,18 +23,17 @@ if [ $# -ne 1 ] || [ -z "$1" ] || [ "${1#-}" != "$1" ]; then
     echo "$usage" >&2
     exit 2
 fi
-mkdir -p "$1" || exit 2
-dir=$(cd "$1" && pwd)
-cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
-limit=${GPU_CHECK_SECONDS:-530}
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-unset TRITON_INTERPRET
-
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu_check.sh: $python has no torch that finds an NVIDIA GPU, so there is nothing to check here" >&2
     exit 2
 fi
+mkdir -p "$1" || exit 2
+dir=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.." || exit 2
+limit=${GPU_CHECK_SECONDS:-530}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET
 
 failed=0
 say() { echo "$*" | tee -a "$dir/summary.txt"; }

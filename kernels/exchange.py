@@ -4,7 +4,8 @@ A layer's time loop runs inside one launch. Each program owns some hidden units,
 all the others have computed one step before. They meet in a buffer in the GPU's memory, the *exchange*, which has a
 slot for each step; in practice it is read and written in the L2 cache.
 
-    exchange [D, S + 1, H + 1, B], int32: the bits of float32 h, filled with SENTINEL before the launch
+    exchange [D, S + 1, H + 1, B], int32: the bits of float32 h, for D chains, S steps of this launch and B rows of the
+    batch; filled with SENTINEL by an earlier launch on the same stream, so that the filling needs no fence either
 
     slot        0            1            2                 S
              +------+     +------+     +------+         +------+
@@ -21,12 +22,17 @@ slot for each step; in practice it is read and written in the L2 cache.
         write     them into slot s + 1, each word once in the whole launch
 
 Who writes what: only the owner of a unit writes its words, once each; slot 0 with the h it was given, slot s + 1 after
-step s. Who reads what: any program, any word of slot s, at step s.
+step s. Who reads what: any program of the chain, any word of slot s, at step s. (Where the chains are layers, a program
+also reads slot s + 1 of the layer below; see WAVEFRONT in resident.py.)
+
+All programs must be on the GPU at a time, or one waits for another that cannot begin. time_loop.py sees to that before
+the launch, and the launch is a cooperative one, which the driver refuses if it were not so.
 
 Why that is enough, without a fence, a flag or a barrier between programs: what is handed over is one 32-bit word, and
 nothing else is ever concluded from having read it. A word is either SENTINEL or its final value, since a 32-bit strong
 access is never torn (PTX memory model: single-copy atomicity holds between strong operations; a plain ld or st is weak,
-so neither side uses one). No word is written twice in a launch, so no reader can be late either, and no buffer is
+so neither side uses one: reads are ld.relaxed, and the st.wt of `publish` is STG.STRONG in machine code, which
+residency.py checks). No word is written twice in a launch, so no reader can be late either, and no buffer is
 swapped. Program p may be several steps behind or ahead of another; what it waits for is exactly what it multiplies.
 
 The pattern that says "not yet" is a NaN, 0xFFFFFFFF, so h must never have these bits: every NaN is written as NAN,
@@ -34,7 +40,8 @@ The pattern that says "not yet" is a NaN, 0xFFFFFFFF, so h must never have these
 
 A reader does not wait for ever: after spin_limit polls it writes FAILED to `status` and goes on with what it has, which
 is the sentinel, a NaN. From there NaN spreads along the stored weights, as any NaN does. Others that wait look at
-`status` from time to time and give up as well, so a launch always ends; the host raises (`launch.py`).
+`status` from time to time and give up as well, so a launch always ends; the host raises at its next call
+(time_loop.py).
 
 Rows of a batch that have ended are handed over like any other, with the h they ended with, so nobody has to know which
 rows of others are still running.
@@ -42,13 +49,11 @@ rows of others are still running.
 A column of padding names row H. It would be shorter to let it name column 0 with a weight of 0, but 0 times infinity is
 NaN.
 
-A launch of one step needs none of this (EXCHANGE NONE: h is read where the caller left it), and neither does a layer
-that a single program holds (WITHIN: its threads meet at a barrier).
+A launch of one step needs none of this (EXCHANGE NONE: h is read where the caller left it). Where a single program
+holds a layer (WITHIN), it uses the same buffer, but nobody waits for a word: its threads meet at a barrier.
 """
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # Device code is Triton's language, which only looks like Python to a type checker.
-
-import os
 
 import torch
 import triton
@@ -64,7 +69,7 @@ NONE = tl.constexpr(0)  # one step: not at all
 WITHIN = tl.constexpr(1)  # one program holds the layer
 BETWEEN = tl.constexpr(2)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")  # as triton read it just now
+INTERPRETED: bool = triton.knobs.runtime.interpret  # by TRITON_INTERPRET, when kernels are decorated
 
 
 @triton.constexpr_function
@@ -88,20 +93,20 @@ def _wait_assembly(n):
     words, status, limit = 4 * n, f"${5 * n}", f"${6 * n}"
     lines = ["{", ".reg .pred waiting, again;", f".reg .b32 polls, flag; .reg .b64 address<{n}>;"]
     lines += ["mov.b32 polls, 0;", *(f"mov.b32 ${i}, ${words + i};" for i in range(n))]
-    lines += ["CHECK:", "setp.eq.b32 waiting, $0, -1;"]
-    lines += [f"setp.eq.or.b32 waiting, ${i}, -1, waiting;" for i in range(1, n)]
+    lines += ["CHECK:", f"setp.eq.b32 waiting, $0, {SENTINEL.value};"]
+    lines += [f"setp.eq.or.b32 waiting, ${i}, {SENTINEL.value}, waiting;" for i in range(1, n)]
     lines += ["@!waiting bra DONE;", "add.u32 polls, polls, 1;"]
     lines += [f"setp.ge.u32 again, polls, {limit};", "@again bra FAIL;"]
     lines += ["and.b32 flag, polls, 63;", "setp.ne.u32 again, flag, 0;", "@again bra LOAD;"]
     lines += [f"ld.relaxed.sys.global.b32 flag, [{status}];", "setp.ne.u32 again, flag, 0;", "@again bra DONE;"]
     lines += ["LOAD:", *_load_assembly(n), "bra CHECK;"]
-    lines += ["FAIL:", f"st.relaxed.sys.global.b32 [{status}], 1;", "DONE:", "}"]
+    lines += ["FAIL:", f"st.relaxed.sys.global.b32 [{status}], {FAILED.value};", "DONE:", "}"]
     return "\n".join(lines)
 
 
 @triton.constexpr_function
 def _constraints(n, more):
-    """Of the operands; outputs are early, since inputs are read after they are written."""
+    """Of the operands: outputs, which are early since inputs are read after them; columns, bases, strides, and more."""
     return ",".join(["=&r"] * n + [letter for letter in "rlr" + more for _ in range(n)])
 
 

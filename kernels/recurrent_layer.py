@@ -141,6 +141,7 @@ class RecurrentStack:
         """Take layers for which `can_be_stacked`."""
         first = layers[0]
         self._layers = layers
+        self._one_by_one: set[int] = set()  # batch sizes whose last call ran layer by layer
         with on(first.device):
             weights = stack_layers(
                 [layer.time_loop.weights for layer in layers], [layer.input for layer in layers[1:] if layer.input]
@@ -159,7 +160,9 @@ class RecurrentStack:
                 call = new_call(self._layers[0], x, states, batch_sizes, width=H)
                 h_n = self.time_loop.run(call, states[0].float())
                 if h_n is not None:
+                    self._one_by_one.discard(B)
                     return results(call, h_n, states)
+            self._one_by_one.add(B)
         ends = []
         for k, layer in enumerate(self._layers):
             x, *end = layer(x, [state[k : k + 1] for state in states], batch_sizes)
@@ -168,7 +171,7 @@ class RecurrentStack:
 
     def describe(self, batch_size: int = 1) -> str:
         """Say how all layers run."""
-        if self.time_loop.choose(batch_size) is None:
+        if batch_size in self._one_by_one or self.time_loop.choose(batch_size) is None:
             return "; ".join(layer.describe(batch_size) for layer in self._layers)
         return f"{len(self._layers)} layers at once: {self.time_loop.describe(batch_size)}"
 

@@ -122,7 +122,8 @@ class Tile:
         """Describe a program with so many tiles."""
         tied = ", tied" if self.tied else ""
         columns = tiles * self.tile_columns
-        return f"{self.groups * UNITS} units x {columns} columns x {self.rows} rows, {self.num_warps} warps{tied}"
+        rows = f" x {self.rows} rows" if self.rows > 1 else ""
+        return f"{self.groups * UNITS} units x {columns} columns{rows}, {self.num_warps} warps{tied}"
 
 
 # The best first. Many unit groups are for a program that holds a layer alone.

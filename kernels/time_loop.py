@@ -20,7 +20,7 @@ from torch import Tensor
 
 from triton_sparse_rnn.kernels.exchange import BETWEEN, INTERPRETED, NONE, WITHIN, new_exchange
 from triton_sparse_rnn.kernels.resident import launch_resident
-from triton_sparse_rnn.kernels.row_blocks import RowBlocks
+from triton_sparse_rnn.kernels.row_blocks import UNITS, RowBlocks
 from triton_sparse_rnn.kernels.streamed import choose_streamed_tile, launch_streamed
 from triton_sparse_rnn.kernels.tiles import (
     H200,
@@ -33,7 +33,7 @@ from triton_sparse_rnn.kernels.tiles import (
     pack_tiles,
 )
 
-SPIN_LIMIT = 2**21  # polls, about a second, before a program gives up waiting for h
+SPIN_LIMIT = 2**21  # polls, about a second (an estimate), before a program gives up waiting for h
 MOST_PROGRAMS_PER_SM = 16  # 32 on some GPUs, but not on all
 _EXCHANGE_BYTES = 2**26  # of one launch: longer sequences take several
 
@@ -53,12 +53,14 @@ class Way(NamedTuple):
     """A way to run the steps of a call.
 
     Attributes:
+        text: for `describe`.
         launch: launch_resident or launch_streamed, with the arguments that are the same in every call.
         exchange_mode: of exchange.py.
         programs: that must be resident at once.
         num_warps: of a program.
     """
 
+    text: str
     launch: Callable[..., Any]
     exchange_mode: int
     programs: int
@@ -87,7 +89,8 @@ class TimeLoop:
         self.status = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._packed: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._choices: dict[int, Choice | None] = {}
-        self._can: dict[Any, bool] = {}
+        self._taken: dict[int, str] = {}  # text of the way that the last call took, by batch size
+        self._is_resident: dict[Any, bool] = {}
 
     def run(self, call: Call, h: Tensor) -> Tensor | None:
         """Run all steps and write y, and c of an LSTM in place.
@@ -97,11 +100,15 @@ class TimeLoop:
         for way in self._ways(h.shape[1], call.T):
             if self._can_be_resident(way, call, h):
                 try:
-                    return self._run_steps(way, call, h)
+                    h_n = self._run_steps(way, call, h)
                 except RuntimeError as error:
                     if "cooperative" not in str(error):
                         raise
-                    self._can[_compiled_as(way, call, h)] = False  # the driver counts too, and has the last word
+                    # The driver counts too, and has the last word.
+                    self._is_resident[_compiled_as(way, call, h)] = False
+                else:
+                    self._taken[h.shape[1]] = way.text
+                    return h_n
         return None
 
     def choose(self, batch_size: int) -> Choice | None:
@@ -122,13 +129,8 @@ class TimeLoop:
         return self._choices[batch_size]
 
     def describe(self, batch_size: int) -> str:
-        """Say where the weights are, which tile and how many programs."""
-        choice = self.choose(batch_size)
-        if choice is None:
-            return f"{self.weights.groups * self.weights.directions} programs, weights read at every step"
-        programs = choice.programs * choice.directions * choice.resident_slices
-        tile = choice.tile.named(choice.tiles)
-        return f"{programs} programs of {tile}, {choice.on_chip_bytes / 1e6:.2g} MB of weights on chip"
+        """Say how the last call of that batch size ran, or how one would be tried: where the weights are, programs."""
+        return self._taken.get(batch_size) or self._ways(batch_size, 2)[0].text
 
     def raise_if_failed(self) -> None:
         """Raise RuntimeError, once, if a program of an earlier call waited in vain."""
@@ -141,29 +143,41 @@ class TimeLoop:
             )
 
     def _ways(self, B: int, T: int) -> list[Way]:
-        """The fastest first."""
-        choice = self.choose(B)
+        """The fastest first. A stack's only one is on chip, and it has none if it does not fit."""
+        choice, chained = self.choose(B), self._bias is not None
         if choice is None:
-            ways = [] if self._bias is not None else [self._streamed(B, mode) for mode in (BETWEEN.value, NONE.value)]
+            ways = [] if chained else [self._streamed(B, mode) for mode in (BETWEEN.value, NONE.value)]
+        elif chained:
+            return [self._on_chip(choice, BETWEEN.value)]
+        elif choice.programs == 1:
+            return [self._on_chip(choice, WITHIN.value)]
         else:
-            weights, columns = self._pack(choice)
-            skips = self.weights.skips
-            arguments = {"weights": weights, "columns": columns, "skips": skips, "bias": self._bias}
-            on_chip = functools.partial(launch_resident, self._mode, choice, **arguments)
-            programs, num_warps = choice.programs * choice.directions * choice.resident_slices, choice.tile.num_warps
-            if self._bias is not None:
-                return [Way(on_chip, BETWEEN.value, programs, num_warps)]
-            if choice.programs == 1:
-                return [Way(on_chip, WITHIN.value, programs, num_warps)]
-            between, none = (Way(on_chip, mode, programs, num_warps) for mode in (BETWEEN.value, NONE.value))
-            ways = [between, self._streamed(B, BETWEEN.value), none]
+            ways = [self._on_chip(choice, BETWEEN.value), self._streamed(B, BETWEEN.value)]
+            ways += [self._on_chip(choice, NONE.value)]
         return ways[-1:] if T == 1 else ways
+
+    def _on_chip(self, choice: Choice, exchange_mode: int) -> Way:
+        programs, tile = choice.programs * choice.directions * choice.resident_slices, choice.tile
+        text = f"{_count(programs)} of {tile.named(choice.tiles)}"
+        if exchange_mode == NONE.value:
+            text = f"step by step: {text}"
+        else:
+            text = f"on chip: {text}, {choice.on_chip_bytes / 1e6:.2g} MB of weights"
+        return Way(text, functools.partial(self._launch_resident, choice), exchange_mode, programs, tile.num_warps)
+
+    def _launch_resident(self, choice: Choice, exchange_mode: int, **arguments: Any) -> Any:
+        weights, columns = self._pack(choice)
+        more = {"weights": weights, "columns": columns, "skips": self.weights.skips, "bias": self._bias}
+        return launch_resident(self._mode, choice, exchange_mode, **more, **arguments)
 
     def _streamed(self, B: int, exchange_mode: int) -> Way:
         tile = choose_streamed_tile(B, exchange_mode, self.weights.skips)
-        launch = functools.partial(launch_streamed, self._mode, tile, weight_hh=self.weights)
         programs = self.weights.groups * self.weights.directions * -(-B // tile.rows)
-        return Way(launch, exchange_mode, programs, tile.num_warps)
+        how = "step by step" if exchange_mode == NONE.value else "streamed"
+        rows = f" x {tile.rows} rows" if tile.rows > 1 else ""
+        text = f"{how}: {_count(programs)} of {UNITS} units{rows}, {tile.num_warps} warps, weights read at every step"
+        launch = functools.partial(launch_streamed, self._mode, tile, weight_hh=self.weights)
+        return Way(text, launch, exchange_mode, programs, tile.num_warps)
 
     def _can_be_resident(self, way: Way, call: Call, h: Tensor) -> bool:
         """Whether all programs of a launch that exchange h are on the device at a time; if not, some wait for ever."""
@@ -172,11 +186,13 @@ class TimeLoop:
         if INTERPRETED:
             return False  # programs run one after another
         key = _compiled_as(way, call, h)
-        if key not in self._can:
+        if key not in self._is_resident:
             exchange = h.new_empty(1, dtype=torch.int32)
             compiled = self._launch(way, call, h, h, exchange, 0, 2, only_compile=True)
-            self._can[key] = way.programs <= self._limits.sms * programs_per_sm(compiled, way.num_warps, h.device)
-        return self._can[key]
+            self._is_resident[key] = way.programs <= self._limits.sms * programs_per_sm(
+                compiled, way.num_warps, h.device
+            )
+        return self._is_resident[key]
 
     def _run_steps(self, way: Way, call: Call, h: Tensor) -> Tensor:
         """Launch for as many steps as the exchange may hold, until all are done."""
@@ -247,6 +263,10 @@ def programs_per_sm(compiled: Any, num_warps: int, device: torch.device) -> int:
     )
 
 
+def _count(programs: int) -> str:
+    return "1 program" if programs == 1 else f"{programs} programs"
+
+
 def _compiled_as(way: Way, call: Call, h: Tensor) -> tuple[Any, ...]:
     """What a compiled kernel depends on, in one layer."""
-    return way.launch.func, h.shape[1], call.starts is not None, call.y.dtype  # type: ignore[attr-defined]
+    return way.text, call.starts is not None, call.y.dtype

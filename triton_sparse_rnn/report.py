@@ -72,7 +72,7 @@ class WeightReport:
         block_size: (BR, BC); None of a weight that a converted layer keeps dense.
         stored_bytes: of the whole block storage, row starts and scales included.
         dense_bytes: of the weight without block storage.
-        low_blocks: where BR is less than VECTOR_ROWS, the weight in these blocks and in VECTOR_ROWS x BC; else None.
+        low_blocks: where BR is no multiple of VECTOR_ROWS, the weight in these blocks and in VECTOR_ROWS x BC; or None.
         fullest_group: in blocks of 16 x 1, those of the fullest gate of a unit group as a multiple of the mean. On a
             GPU the others wait for it at every step.
     """
@@ -196,7 +196,7 @@ class SparsityReport:
         if len(rows) == 1:
             return []
         heading = (
-            f"A block of fewer than {VECTOR_ROWS} rows takes as many vector multiply-adds as one of {VECTOR_ROWS}, "
+            f"A block of a few rows takes as many vector multiply-adds as one of the next multiple of {VECTOR_ROWS}, "
             "and on a GPU as many bytes too:"
         )
         return ["", heading, *align(rows, right=range(1, 5))]
@@ -210,7 +210,7 @@ class SparsityReport:
         ]
         heading = (
             "On a GPU each gate of 16 units takes as long as the one with the most blocks; "
-            "a Pruner with balanced=True makes them equal:"
+            "a Pruner with balanced=True makes them equal (what that costs in accuracy is not measured):"
         )
         return ["", heading, *align(rows, right=())] if rows else []
 
@@ -342,7 +342,7 @@ def _report_blocks(name: str, stored: BlockMatrix, dense_bytes: int) -> WeightRe
         GateReport(gate, (rows // gates, columns), nonzero[g], counts[g], counts[g] * block_bytes, counts[g] * BR * BC)
         for g, gate in enumerate(GATE_NAMES[gates])
     )
-    low_blocks = (_count_blocks(stored), _count_blocks(_taller(stored))) if BR < VECTOR_ROWS else None
+    low_blocks = (_count_blocks(stored), _count_blocks(_taller(stored))) if BR % VECTOR_ROWS else None
     return WeightReport(
         name, (rows, columns), (BR, BC), parts, stored.nbytes, dense_bytes, low_blocks, _fullest_group(stored)
     )

@@ -119,12 +119,13 @@ class PersistentLayer(nn.Module):
             block_size: (BR, BC); None takes, weight by weight, the one with the fewest bytes of 16x1, 16x4, 16x16 and
                 16x32. Take the pruner's own size, or None. A size of 16 rows or more holds for dense weights too: on
                 one thread of a CPU the kernel for blocks is faster than torch even where all of them are stored.
-            backend: "triton", "cpu" or "reference", or None for the fastest that fits, decided at each call.
+            backend: "triton" (NVIDIA GPUs; not int8, float64 or proj_size), "cpu" (not float64) or "reference", or None
+                for the fastest that fits, decided at each call.
             activation_dtype: torch.int8, with weight_dtype=torch.int8, rounds the inputs of every product to 8 bits,
                 one scale for each row of x and h at each step (ops/reference.py has the equations): faster, and less
                 exact. NaN or infinity in a row then reaches every unit. None keeps activations as they are.
-            num_threads: how many threads share the recurrence on backend "cpu"; other backends take those of torch.
-                More than 1 pays for large H on cores that are free.
+            num_threads: how many threads share the recurrence on backend "cpu"; "reference" takes those of torch, and
+                "triton" has none. More than 1 pays for large H on cores that are free.
         Raises:
             TypeError, ValueError: an argument is wrong, or a weight cannot be stored in weight_dtype.
             BackendUnavailableError: `backend` is named and cannot run this layer.

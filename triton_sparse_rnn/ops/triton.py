@@ -64,7 +64,7 @@ def unsupported_reason(
     if INTERPRETED and device.type != "cpu":
         return f"TRITON_INTERPRET=1 is set, and then it needs tensors on the CPU; these are on {device}"
     if not INTERPRETED and device.type != "cuda":
-        return f"it needs tensors on a CUDA device, these are on {device}"
+        return f"it needs tensors on a CUDA device, these are on {device}: move the module there first, with .cuda()"
     if not INTERPRETED and (reason := _too_old(device)) is not None:
         return reason
     if dtype == torch.float64:

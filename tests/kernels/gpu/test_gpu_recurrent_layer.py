@@ -12,6 +12,7 @@ from gpu_layers import assert_close, random_matrix
 from torch import Tensor
 
 from triton_sparse_rnn.kernels import tiles, time_loop
+from triton_sparse_rnn.kernels.exchange import INTERPRETED
 from triton_sparse_rnn.kernels.recurrent_layer import Direction, RecurrentLayer, RecurrentStack, can_be_stacked
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.ops.reference import recurrent_layer
@@ -84,6 +85,9 @@ def test_cells_in_both_directions_of_a_ragged_batch(way: str, mode: str):
     x, states, sizes = random_call(mode, 5, 37, 2, RAGGED)
     layer = RecurrentLayer(mode, directions, device=DEVICE)
     assert_close(layer(x, states, sizes), expected(mode, directions, x, states, sizes))
+    interpreted = "step by step: " if INTERPRETED else "on chip: "
+    begins = {"alone": "on chip: ", "many": interpreted, "streamed": interpreted.replace("on chip", "streamed")}
+    assert layer.describe(4).startswith(begins[way])
     assert ("read at every step" in layer.describe(4)) == (way == "streamed")
 
 
@@ -285,4 +289,5 @@ def test_a_stack_that_cannot_be_resident_runs_layer_by_layer(monkeypatch: pytest
         exact, *end = expected("LSTM", direction, exact, [state[k : k + 1] for state in states], sizes)
         ends.append(end)
     assert_close(results, [exact, *(torch.cat(parts) for parts in zip(*ends, strict=True))])
-    assert stack.describe().startswith("3 layers at once: ")
+    assert stack.describe(1).startswith("3 layers at once: on chip: ")
+    assert stack.describe(4).startswith("on chip: ")  # by itself, as it ran
