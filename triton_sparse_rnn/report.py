@@ -196,8 +196,8 @@ class SparsityReport:
         if len(rows) == 1:
             return []
         heading = (
-            f"A block of a few rows takes as many vector multiply-adds as one of the next multiple of {VECTOR_ROWS}, "
-            "and on a GPU as many bytes too:"
+            f"A block takes as many vector multiply-adds as one of the next multiple of {VECTOR_ROWS} rows, "
+            "and on a GPU as many bytes:"
         )
         return ["", heading, *align(rows, right=range(1, 5))]
 
@@ -210,7 +210,7 @@ class SparsityReport:
         ]
         heading = (
             "On a GPU each gate of 16 units takes as long as the one with the most blocks; "
-            "a Pruner with balanced=True makes them equal (what that costs in accuracy is not measured):"
+            "a Pruner with balanced=True makes them equal (accuracy not measured):"
         )
         return ["", heading, *align(rows, right=())] if rows else []
 
