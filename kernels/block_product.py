@@ -33,8 +33,8 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_sparse_rnn.kernels.exchange import INTERPRETED
-from triton_sparse_rnn.kernels.resident import NOT_STORED, UNITS, side_by_side
 from triton_sparse_rnn.kernels.row_blocks import RowBlocks
+from triton_sparse_rnn.kernels.steps import NOT_STORED, UNITS, side_by_side
 
 LISTS = tl.constexpr(4)  # of stored blocks, that a program works on side by side
 

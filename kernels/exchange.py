@@ -188,7 +188,7 @@ def publish(ptr, h, mask):
     tl.store(ptr, words, mask=mask, cache_modifier=".wt")  # a plain store is weak; this is STG.E.STRONG
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words", "slot_words", "zeros_from"])
 def fill_exchange(exchange_ptr, words, slot_words, zeros_from, BLOCK: tl.constexpr):
     """Write SENTINEL everywhere and 0 into row H of every slot.
 

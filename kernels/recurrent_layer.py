@@ -31,6 +31,8 @@ from triton_sparse_rnn.kernels.tiles import stack_layers
 from triton_sparse_rnn.kernels.time_loop import Call, TimeLoop
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 
+_MOST_SHAPES = 10000  # of calls that are remembered
+
 
 class Direction(NamedTuple):
     """The weights of one direction; see the top of the file."""
@@ -53,6 +55,7 @@ class RecurrentLayer:
             device: of all tensors; the CPU if Triton interprets.
         """
         self.mode, self.device = mode, device
+        self._shapes: set[Any] = set()  # of calls that have run
         with on(device):
             weights = [w.weight_ih if isinstance(w.weight_ih, Tensor) else row_blocks(w.weight_ih) for w in directions]
             blocks = [weight for weight in weights if isinstance(weight, RowBlocks)]
@@ -79,6 +82,7 @@ class RecurrentLayer:
         if N == 0:
             return [x.new_empty(0, D * H), *(state.clone() for state in states)]
         with on(self.device):
+            refuse_first_in_capture(self._shapes, x, states, batch_sizes)
             if N == B and self.input is not None:
                 return self._single_step(x, states)
             call = new_call(self, x, states, batch_sizes, width=D * H)
@@ -141,6 +145,7 @@ class RecurrentStack:
         """Take layers for which `can_be_stacked`."""
         first = layers[0]
         self._layers = layers
+        self._shapes: set[Any] = set()
         self._one_by_one: set[int] = set()  # batch sizes whose last call ran layer by layer
         with on(first.device):
             weights = stack_layers(
@@ -157,6 +162,7 @@ class RecurrentStack:
         (_, B, H), N = states[0].shape, len(x)
         if N > B:
             with on(self._layers[0].device):
+                refuse_first_in_capture(self._shapes, x, states, batch_sizes)
                 call = new_call(self._layers[0], x, states, batch_sizes, width=H)
                 h_n = self.time_loop.run(call, states[0].float())
                 if h_n is not None:
@@ -205,11 +211,29 @@ def new_call(layer: RecurrentLayer, x: Tensor, states: list[Tensor], batch_sizes
         T = len(batch_sizes)
         starts = (batch_sizes.cumsum(0) - batch_sizes).to(layer.device)
         # Sizes never increase, so row b has as many steps as there are sizes above b.
-        ends = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(B), right=True)
+        ends = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(B, device="cpu"), right=True)
         lengths = ends.to(layer.device, torch.int32)
     # The interpreter truncates to bfloat16 where a GPU rounds.
     y = x.new_empty(len(x), width, dtype=torch.float32 if INTERPRETED else x.dtype)
     return Call(layer.project(x), y, written_in_place(states), starts, lengths, T)
+
+
+def refuse_first_in_capture(shapes: set[Any], x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> None:
+    """Raise RuntimeError if a CUDA graph captures a call of a shape that has not run before; else note its shape.
+
+    What a first call does cannot be captured: it compiles and loads kernels, and arranges weights for them.
+    """
+    shape = x.shape, x.dtype, states[0].shape[1], batch_sizes is None
+    if shape in shapes:
+        return
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a CUDA graph is being captured, and this layer has not been called with x {tuple(x.shape)} before, which "
+            "compiles kernels and arranges weights; call it once, with an input of that size, before the capture"
+        )
+    if len(shapes) >= _MOST_SHAPES:
+        shapes.clear()
+    shapes.add(shape)
 
 
 def written_in_place(states: list[Tensor]) -> Tensor:

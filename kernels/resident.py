@@ -53,12 +53,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_sparse_rnn.kernels.cells import CELLS, GRU, LSTM, RNN_RELU, gru_cell, lstm_cell, rnn_cell
+from triton_sparse_rnn.kernels.cells import CELLS, GRU, LSTM
 from triton_sparse_rnn.kernels.exchange import BETWEEN, INTERPRETED, NONE, WITHIN, look, publish, wait
+from triton_sparse_rnn.kernels.steps import NOT_STORED, UNITS, advance, side_by_side, start_of
 from triton_sparse_rnn.kernels.tiles import Choice
-
-UNITS = tl.constexpr(16)  # hidden units of a unit group
-NOT_STORED = tl.constexpr(-(2**31))  # the bits of -0.0: a weight whose input is not read
 
 
 @triton.jit(do_not_specialize=["spin_limit", "first_slice", "first", "S", "T", "B", "H"])
@@ -295,7 +293,7 @@ def widen(weights, PORTABLE: tl.constexpr):
     elif weights.dtype == tl.bfloat16:
         out = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-            "=r,=r,r",
+            "=&r,=&r,r",
             [weights],
             dtype=tl.int32,
             is_pure=False,
@@ -304,60 +302,13 @@ def widen(weights, PORTABLE: tl.constexpr):
     else:
         out = tl.inline_asm_elementwise(
             "{ .reg .f16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
-            "=f,=f,r",
+            "=&f,=&f,r",
             [weights],
             dtype=tl.float32,
             is_pure=False,
             pack=2,
         )
     return out
-
-
-@triton.jit
-def side_by_side(parts, N: tl.constexpr):
-    """Stack N = 1, 2, 4 or 8 tensors [U, SLOTS] to [U, N, SLOTS]."""
-    if N == 1:
-        out = parts[0][:, None, :]
-    elif N == 2:
-        out = tl.permute(tl.join(parts[0], parts[1]), (0, 2, 1))
-    elif N == 4:
-        pairs = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
-        out = tl.permute(tl.reshape(pairs, (pairs.shape[0], pairs.shape[1], 4)), (0, 2, 1))
-    else:
-        tl.static_assert(N == 8)
-        low = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
-        high = tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7]))
-        pairs = tl.join(low, high)
-        out = tl.permute(tl.reshape(pairs, (pairs.shape[0], pairs.shape[1], 8)), (0, 2, 1))
-    return out
-
-
-@triton.jit
-def advance(gates, h, c, CELL: tl.constexpr):
-    """Apply the cell to gates [U, ROWS, SLOTS] and h, c [U, ROWS]; returns the new h and c."""
-    if CELL == GRU or CELL == LSTM:
-        pairs = tl.reshape(gates, (gates.shape[0], gates.shape[1], 2, 2))
-        even, odd = tl.split(pairs)
-        gate_0, gate_2 = tl.split(even)
-        gate_1, gate_3 = tl.split(odd)
-        if CELL == GRU:
-            h = gru_cell(gate_0, gate_1, gate_3, gate_2, h)
-        else:
-            h, c = lstm_cell(gate_0, gate_1, gate_2, gate_3, c)
-    else:
-        h = rnn_cell(tl.reshape(gates, (gates.shape[0], gates.shape[1])), CELL == RNN_RELU)
-    return h, c
-
-
-@triton.jit
-def start_of(t, T, starts_ptr, B, RAGGED: tl.constexpr):
-    """The first row of step t, int64; of the nearest step where there is no step t."""
-    t = tl.minimum(tl.maximum(t, 0), T - 1)
-    if RAGGED:
-        row = tl.load(starts_ptr + t)
-    else:
-        row = t.to(tl.int64) * B
-    return row
 
 
 def launch_resident(

@@ -55,8 +55,8 @@ from triton_sparse_rnn.kernels.block_product import (
 )
 from triton_sparse_rnn.kernels.cells import CELLS, GRU, LSTM
 from triton_sparse_rnn.kernels.exchange import BETWEEN, INTERPRETED, NONE, look, publish, wait
-from triton_sparse_rnn.kernels.resident import UNITS, advance, start_of
 from triton_sparse_rnn.kernels.row_blocks import RowBlocks
+from triton_sparse_rnn.kernels.steps import UNITS, advance, start_of
 
 # For EXCHANGE BETWEEN, where all programs must be resident at once: by rows. Not yet measured on a GPU.
 BETWEEN_TILES = (

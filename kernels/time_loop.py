@@ -85,8 +85,8 @@ class TimeLoop:
         self._limits = device_limits(device)
         self._longest = longest_list(weights)
         self._tied = bias is None and gates_are_tied(weights)
-        # Written by a kernel that gave up: in memory of the host, which looks at it without waiting.
-        self.status = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._device = device
+        self.status = new_status(device)
         self._packed: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._choices: dict[int, Choice | None] = {}
         self._taken: dict[int, str] = {}  # text of the way that the last call took, by batch size
@@ -99,16 +99,11 @@ class TimeLoop:
         """
         for way in self._ways(h.shape[1], call.T):
             if self._can_be_resident(way, call, h):
-                try:
-                    h_n = self._run_steps(way, call, h)
-                except RuntimeError as error:
-                    if "cooperative" not in str(error):
-                        raise
-                    # The driver counts too, and has the last word.
-                    self._is_resident[_compiled_as(way, call, h)] = False
-                else:
+                h_n = self._run_steps(way, call, h)
+                if h_n is not None:
                     self._taken[h.shape[1]] = way.text
                     return h_n
+                self._is_resident[_compiled_as(way, call, h)] = False
         return None
 
     def choose(self, batch_size: int) -> Choice | None:
@@ -133,13 +128,19 @@ class TimeLoop:
         return self._taken.get(batch_size) or self._ways(batch_size, 2)[0].text
 
     def raise_if_failed(self) -> None:
-        """Raise RuntimeError, once, if a program of an earlier call waited in vain."""
+        """Raise RuntimeError if a program of an earlier call waited in vain, and forget it.
+
+        Until then all waits are cut short: of calls under way, and in a graph that is replayed, whose message is NaN.
+        """
         if self.status[0]:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # or what still runs would set it again
             self.status.zero_()
             raise RuntimeError(
                 "an earlier call of this layer gave up: a program waited for states that another one did not write in "
-                f"{self.spin_limit} polls. What that call returned holds NaN; this one has not run. Something else may "
-                "hold the GPU (a debugger, another process); call again, or convert with backend='reference'"
+                f"{self.spin_limit} polls. What that call and those after it returned holds NaN; this one has not run. "
+                "Something else may hold the GPU (a debugger, another process); call again, or convert with "
+                "backend='reference'"
             )
 
     def _ways(self, B: int, T: int) -> list[Way]:
@@ -194,15 +195,23 @@ class TimeLoop:
             )
         return self._is_resident[key]
 
-    def _run_steps(self, way: Way, call: Call, h: Tensor) -> Tensor:
-        """Launch for as many steps as the exchange may hold, until all are done."""
+    def _run_steps(self, way: Way, call: Call, h: Tensor) -> Tensor | None:
+        """Launch for as many steps as the exchange may hold, until all are done.
+
+        Returns h_n; None, and nothing has run, if the driver refuses a cooperative launch: it counts programs too.
+        """
         D, B, H = h.shape
         most = 1 if way.exchange_mode == NONE.value else max(1, _EXCHANGE_BYTES // (4 * D * (H + 1) * B) - 1)
         for first in range(0, call.T, most):
             steps = min(most, call.T - first)
             exchange = None if way.exchange_mode == NONE.value else new_exchange(D, steps, H, B, h.device)
             h_n = torch.empty_like(h)
-            self._launch(way, call, h, h_n, exchange, first, steps)
+            try:
+                self._launch(way, call, h, h_n, exchange, first, steps)
+            except RuntimeError as error:
+                if first > 0 or "cooperative" not in str(error):
+                    raise
+                return None
             h = h_n
         return h
 
@@ -215,24 +224,29 @@ class TimeLoop:
         )  # fmt: skip
 
     def _pack(self, choice: Choice) -> tuple[Tensor, Tensor]:
-        """Return the weights in the order of a tile; made at the first call of a batch size that takes this tile.
-
-        Raises:
-            RuntimeError: that first call is captured in a CUDA graph.
-        """
+        """Return the weights in the order of a tile; made at the first call of a batch size that takes this tile."""
         tile, device = choice.tile, self.weights.values.device
         key = tile.groups, tile.ko, tile.tied, choice.tiles
         if key not in self._packed:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "a CUDA graph is being captured, and the weights have not been arranged for this batch size yet, "
-                    "which waits for the GPU; call the layer once with that batch size before the capture"
-                )
             packed = pack_tiles(self.weights, tile, choice.tiles)
             if device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # a later call may be on another stream
             self._packed[key] = packed
         return self._packed[key]
+
+
+_STATUS_MEMORY: list[Tensor] = []  # never freed: a kernel may still run when its layer is gone
+_STATUS_WORDS: list[Tensor] = []
+
+
+def new_status(device: torch.device) -> Tensor:
+    """Return one int32, 0, for kernels to say that they gave up: memory of the host, which it reads without waiting."""
+    if device.type != "cuda":
+        return torch.zeros(1, dtype=torch.int32, device="cpu")
+    if not _STATUS_WORDS:
+        _STATUS_MEMORY.append(torch.zeros(1024, 4, dtype=torch.int32, device="cpu", pin_memory=True))
+        _STATUS_WORDS.extend(_STATUS_MEMORY[-1][:, :1].unbind())  # 16 bytes apart, as kernels are compiled for
+    return _STATUS_WORDS.pop()
 
 
 @functools.cache

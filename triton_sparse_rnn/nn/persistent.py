@@ -220,14 +220,17 @@ class PersistentLayer(nn.Module):
     def warm_up(self) -> None:
         """Do now what the first call would do besides: check and prepare the weights, and compile kernels.
 
-        Compiling takes up to seconds, which a service should not spend on its first request. For a whole model:
+        Compiling takes up to seconds, which a service should not spend on its first request. It is done for batches of
+        one; on a GPU other batch sizes may take other kernels, so call the layer once with each. For a whole model:
 
             for module in model.modules():
                 if hasattr(module, "warm_up"):
                     module.warm_up()
         """
         with torch.inference_mode():
-            self.forward(self._marker.new_zeros(1, 1, self.input_size))
+            for steps in (1, 2):  # on a GPU these are different kernels
+                shape = (1, steps, self.input_size) if self.batch_first else (steps, 1, self.input_size)
+                self.forward(self._marker.new_zeros(shape))
 
     def _run(self, call: Call) -> tuple[Any, Any]:
         x, *states = cast([call.x, *call.states], self.dtype)

@@ -24,7 +24,8 @@ from triton_sparse_rnn.ops.layer_weights import (
 from triton_sparse_rnn.ops.validation import check_call, check_num_threads
 
 
-@torch.library.custom_op("triton_sparse_rnn::recurrent_layer", mutates_args=())
+# Unsafe in a CUDA graph of torch.compile: a first call, which prepares the layer, would run in the memory of the graph.
+@torch.library.custom_op("triton_sparse_rnn::recurrent_layer", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def recurrent_layer(
     x: Tensor,
     states: Sequence[Tensor],

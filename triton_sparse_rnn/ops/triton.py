@@ -94,8 +94,9 @@ class PreparedLayer:
     """A RecurrentLayer, and the tensors it was made from: after a write into one of them it is made again.
 
     The kernels read weights in an order of their own, so most of what they read is a copy. Writes show in the version
-    counters of the tensors. Not seen are those that do not count, as through `data`, and those into inference tensors,
-    which have no counter; `load_state_dict` of a module counts in any case, as it prepares its layers anew.
+    counters of the tensors; a CUDA graph goes on with the weights of its capture. Not seen are writes that do not
+    count, as through `data`, and those into inference tensors, which have no counter; `load_state_dict` of a module
+    counts in any case, as it prepares its layers anew.
     """
 
     def __init__(self, mode: str, directions: list[LayerWeights]) -> None:
@@ -110,6 +111,7 @@ class PreparedLayer:
         sizes = rows // G, hidden
         self._directions = unpack_layer_weights(self._tensors, mode, directions[0].weight_ih.shape[1], sizes)
         self._mode = mode
+        self._captured: list[object] = []
         self._counted = [tensor for tensor in self._tensors if tensor is not None and not tensor.is_inference()]
         self._make()
 
@@ -121,6 +123,7 @@ class PreparedLayer:
         """Return the layer as its weights are now."""
         if self._versions != [tensor._version for tensor in self._counted]:
             self._make()
+        _keep_for_capture(self._captured, self._layer)
         return self._layer
 
     def describe(self, batch_size: int = 1) -> str:
@@ -158,6 +161,7 @@ class PreparedStack:
     def __init__(self, layers: list[PreparedLayer]) -> None:
         """Take layers that `stack_layers` found to fit together."""
         self._layers = layers
+        self._captured: list[object] = []
         self._make([layer.kernels() for layer in layers])
 
     def __call__(self, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
@@ -165,6 +169,7 @@ class PreparedStack:
         kernels = [layer.kernels() for layer in self._layers]
         if not all(map(operator.is_, kernels, self._made_from)):
             self._make(kernels)
+        _keep_for_capture(self._captured, self._stack)
         return _call(self._stack, x, states, batch_sizes)
 
     def describe(self, batch_size: int = 1) -> str:
@@ -209,6 +214,13 @@ def prepare_layer(
     if layer is None or not layer.is_made_from(mode, directions):
         _PREPARED[key] = layer = PreparedLayer(mode, directions)
     return layer
+
+
+def _keep_for_capture(kept: list[object], layer: object) -> None:
+    """Keep what a CUDA graph that is being captured will read at every replay, also after weights were written to."""
+    device_is_there = torch.cuda.is_initialized()
+    if device_is_there and torch.cuda.is_current_stream_capturing() and not any(layer is other for other in kept):
+        kept.append(layer)
 
 
 def _call(

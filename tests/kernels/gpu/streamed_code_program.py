@@ -29,7 +29,8 @@ def pointer(name: str, weights: str) -> str:
 
 def jobs(architectures: list[int]) -> Iterator[tuple[str, Any, dict[str, Any], str, int, Any, bool]]:
     """Name, kernel, constants, dtype of weights, target, tile, and whether programs exchange h."""
-    for arch, mode, weights in itertools.product(architectures, ("RNN_TANH", "GRU", "LSTM"), ("fp32", "bf16")):
+    cells = (("RNN_TANH", "fp32"), ("GRU", "fp32"), ("LSTM", "bf16"))
+    for arch, (mode, weights) in itertools.product(architectures, cells):
         tiles = [(tile, True) for tile in streamed.BETWEEN_TILES]
         tiles += [(tile, False) for tile in block_product.TILES if tile.rows <= streamed._MOST_ROWS]
         for tile, between in tiles:

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from triton_sparse_rnn.kernels import tiles, time_loop
 from triton_sparse_rnn.kernels.exchange import INTERPRETED
-from triton_sparse_rnn.kernels.recurrent_layer import Direction, RecurrentLayer, RecurrentStack, can_be_stacked
+from triton_sparse_rnn.kernels.recurrent_layer import (
+    Direction,
+    RecurrentLayer,
+    RecurrentStack,
+    can_be_stacked,
+    refuse_first_in_capture,
+)
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.ops.reference import recurrent_layer
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
@@ -262,6 +268,43 @@ def test_a_wait_that_failed_is_told_once():
     with pytest.raises(RuntimeError, match="an earlier call of this layer gave up"):
         layer(x, states, None)
     assert_close(layer(x, states, None), expected("GRU", directions, x, states, sizes))
+
+
+def test_the_first_call_of_a_shape_cannot_be_captured(monkeypatch: pytest.MonkeyPatch):
+    shapes: set[object] = set()
+    x, h = torch.zeros(4, 3), [torch.zeros(1, 2, 5)]
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"not been called with x \(4, 3\) before, .* before the capture"):
+            refuse_first_in_capture(shapes, x, h, None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    refuse_first_in_capture(shapes, x, h, None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    refuse_first_in_capture(shapes, x, h, None)
+    with pytest.raises(RuntimeError, match="being captured"):
+        refuse_first_in_capture(shapes, x, h, torch.tensor([2, 2]))
+
+
+def test_a_refused_launch_is_tried_another_way(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(time_loop.TimeLoop, "_can_be_resident", lambda *_: True)
+    tried = []
+
+    def launch(self, way, *arguments, **options):
+        tried.append(way.text.partition(":")[0])
+        if way.exchange_mode == 2:
+            raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+        return launch_it(self, way, *arguments, **options)
+
+    launch_it = time_loop.TimeLoop._launch
+    monkeypatch.setattr(time_loop.TimeLoop, "_launch", launch)
+    directions = random_directions("LSTM", 4, 300, density=0.05)
+    x, states, sizes = random_call("LSTM", 4, 300, 1, (1, 1))
+    layer = RecurrentLayer("LSTM", directions, device=DEVICE)
+    assert_close(layer(x, states, None), expected("LSTM", directions, x, states, sizes))
+    assert tried == ["on chip", "streamed", "step by step", "step by step"]
+    assert layer.describe(1).startswith("step by step: 19 programs of 16 units x ")
 
 
 def test_which_layers_can_be_stacked():
