@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 from triton_sparse_rnn.kernels.machine_code import ARCHITECTURES, MachineCode, compile_for, uncompilable
+from triton_sparse_rnn.kernels.sass import Access
 from triton_sparse_rnn.kernels.tiles import H200, SLOTS, TABLE, UNITS, Tile, choose_tile
 from triton_sparse_rnn.tables import align
 
@@ -152,11 +153,22 @@ def problems(code: MachineCode, tile: Tile) -> list[str]:
         found.append(f"{programs} programs take {shared} bytes of shared memory, more than a multiprocessor has")
     if asynchronous := [name for name in code.opcodes if name.startswith(("LDGSTS", "UBLKCP", "UTMALDG"))]:
         found.append(f"copies asynchronously: {_counted(asynchronous)}")
-    if reloads := [a.opcode for a in code.accesses if a.in_time_loop and a.arguments & {"weights_ptr", "columns_ptr"}]:
+    if reloads := [access.opcode for access in code.accesses if access.in_time_loop and _reloads(access)]:
         found.append(f"loads weights or columns inside the time loop: {_counted(reloads)}")
     if unknown := [a.opcode for a in code.accesses if not a.arguments]:
         found.append(f"addresses that come from no argument: {_counted(unknown)}")
     return found + _exchange_problems(code, between=tile.groups == 1)
+
+
+def _reloads(access: Access) -> bool:
+    """Whether an access may be one to weights or columns.
+
+    Weights are loaded 16 bytes at a time. A word whose address may come from the exchange or from weights is one of the
+    exchange: Triton 3.6 makes such code, in registers that held weights' addresses before.
+    """
+    if "exchange_ptr" in access.arguments and access.opcode == "LDG.E":
+        return "columns_ptr" in access.arguments
+    return bool(access.arguments & {"weights_ptr", "columns_ptr"})
 
 
 def _exchange_problems(code: MachineCode, *, between: bool) -> list[str]:

@@ -67,6 +67,23 @@ def test_a_program_alone_reads_the_exchange_behind_its_barrier():
     assert problem == "reads the exchange through a cache that is not kept up to date: 1 LDG.E.CONSTANT"
 
 
+@pytest.mark.parametrize(
+    ("opcode", "arguments", "is_reload"),
+    [
+        ("LDG.E", {"exchange_ptr", "weights_ptr"}, False),
+        ("LDG.E.128", {"exchange_ptr", "weights_ptr"}, True),
+        ("LDG.E.128", {"weights_ptr"}, True),
+        ("LDG.E", {"weights_ptr"}, True),
+        ("LDG.E", {"exchange_ptr", "columns_ptr"}, True),
+        ("LDG.E.64", {"sums_ptr"}, False),
+    ],
+)
+def test_what_is_taken_for_a_load_of_weights(opcode, arguments, is_reload):
+    access = Access(opcode, frozenset(arguments), in_time_loop=True)
+    found = residency.problems(machine_code(POLL, PUBLISH, access), ALONE)
+    assert any("loads weights or columns" in problem for problem in found) == is_reload
+
+
 def test_shared_memory_bounds_the_programs():
     (problem,) = residency.problems(machine_code(POLL, PUBLISH, shared_bytes=64 * 1024), ALONE)
     assert problem == "8 programs take 532480 bytes of shared memory, more than a multiprocessor has"
