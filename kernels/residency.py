@@ -134,12 +134,13 @@ def exchange_of(tile: Tile) -> int:
     return WITHIN.value if tile.groups > 1 else BETWEEN.value
 
 
-def problems(code: MachineCode, tile: Tile) -> list[str]:
+def problems(code: MachineCode, tile: Tile, words: int | None = None) -> list[str]:
     """Say what is wrong with the machine code of a tile: what the kernel's proof or its speed relies on and is not so.
 
     Args:
         code: of resident_steps.
         tile: the row of the table that it was compiled for.
+        words: of the exchange that a thread reads in a step, where that is known.
     """
     found = []
     if code.spilled_bytes:
@@ -153,22 +154,29 @@ def problems(code: MachineCode, tile: Tile) -> list[str]:
         found.append(f"{programs} programs take {shared} bytes of shared memory, more than a multiprocessor has")
     if asynchronous := [name for name in code.opcodes if name.startswith(("LDGSTS", "UBLKCP", "UTMALDG"))]:
         found.append(f"copies asynchronously: {_counted(asynchronous)}")
-    if reloads := [access.opcode for access in code.accesses if access.in_time_loop and _reloads(access)]:
+    if reloads := [access.opcode for access in _reloads(code, words)]:
         found.append(f"loads weights or columns inside the time loop: {_counted(reloads)}")
     if unknown := [a.opcode for a in code.accesses if not a.arguments]:
         found.append(f"addresses that come from no argument: {_counted(unknown)}")
     return found + _exchange_problems(code, between=tile.groups == 1)
 
 
-def _reloads(access: Access) -> bool:
-    """Whether an access may be one to weights or columns.
+def _reloads(code: MachineCode, words: int | None) -> list[Access]:
+    """Accesses in the time loop that are, or may be, loads of weights or columns.
 
-    Weights are loaded 16 bytes at a time. A word whose address may come from the exchange or from weights is one of the
-    exchange: Triton 3.6 makes such code, in registers that held weights' addresses before.
+    Where an address may come from the exchange or from weights or columns (Triton 3.6 makes such code, in registers
+    that held the others' addresses before the loop), counting decides: if no more words are read than a thread needs of
+    the exchange, all of them are of the exchange.
     """
-    if "exchange_ptr" in access.arguments and access.opcode == "LDG.E":
-        return "columns_ptr" in access.arguments
-    return bool(access.arguments & {"weights_ptr", "columns_ptr"})
+    loads = [a for a in code.accesses if a.in_time_loop and a.arguments & {"weights_ptr", "columns_ptr"}]
+    of_exchange = [
+        a
+        for a in code.accesses
+        if a.in_time_loop and not a.writes and "exchange_ptr" in a.arguments and a.opcode == "LDG.E"
+    ]
+    if words is not None and len(of_exchange) <= words:
+        return [access for access in loads if access not in of_exchange]
+    return loads
 
 
 def _exchange_problems(code: MachineCode, *, between: bool) -> list[str]:
@@ -193,13 +201,15 @@ def examine(row: Row) -> Finding:
     for name, constants in variants(row).items():
         try:
             codes.append(compile_tile(row, **constants))
+            tiles = row.tile.most_tiles(row.arch, skips="SKIPS" in constants)
+            words = row.tile.pack * tiles * row.tile.rows
         except Exception as error:
             while error.__cause__:  # Triton's errors of a call hold the error of what was called
                 error = error.__cause__
             return Finding(
                 row, None, (f"{name or 'it'} does not compile: {type(error).__name__}: {str(error).strip()}",)
             )
-        found += [f"{name}: {problem}" if name else problem for problem in problems(codes[-1], row.tile)]
+        found += [f"{name}: {problem}" if name else problem for problem in problems(codes[-1], row.tile, words)]
     return Finding(row, codes[0], tuple(found))
 
 

@@ -68,20 +68,23 @@ def test_a_program_alone_reads_the_exchange_behind_its_barrier():
 
 
 @pytest.mark.parametrize(
-    ("opcode", "arguments", "is_reload"),
+    ("accesses", "words", "reloads"),
     [
-        ("LDG.E", {"exchange_ptr", "weights_ptr"}, False),
-        ("LDG.E.128", {"exchange_ptr", "weights_ptr"}, True),
-        ("LDG.E.128", {"weights_ptr"}, True),
-        ("LDG.E", {"weights_ptr"}, True),
-        ("LDG.E", {"exchange_ptr", "columns_ptr"}, True),
-        ("LDG.E.64", {"sums_ptr"}, False),
+        ([("LDG.E.128", {"weights_ptr"})], 1, "1 LDG.E.128"),
+        ([("LDG.E", {"columns_ptr"})], 1, "1 LDG.E"),
+        ([("LDG.E", {"exchange_ptr", "columns_ptr"})], 1, None),  # there is no other read of the exchange
+        ([("LDG.E", {"exchange_ptr", "columns_ptr"})], None, "1 LDG.E"),
+        ([("LDG.E", {"exchange_ptr", "columns_ptr"})] * 2, 1, "2 LDG.E"),
+        ([("LDG.E", {"exchange_ptr"}), ("LDG.E", {"exchange_ptr", "weights_ptr"})], 1, "1 LDG.E"),
+        ([("LDG.E.128", {"exchange_ptr", "weights_ptr"})], 1, "1 LDG.E.128"),
+        ([("LDG.E.64", {"sums_ptr"})], 1, None),
     ],
 )
-def test_what_is_taken_for_a_load_of_weights(opcode, arguments, is_reload):
-    access = Access(opcode, frozenset(arguments), in_time_loop=True)
-    found = residency.problems(machine_code(POLL, PUBLISH, access), ALONE)
-    assert any("loads weights or columns" in problem for problem in found) == is_reload
+def test_what_is_taken_for_a_load_of_weights(accesses, words, reloads):
+    found = [Access(opcode, frozenset(arguments), in_time_loop=True) for opcode, arguments in accesses]
+    problems = residency.problems(machine_code(*found, PUBLISH), ALONE, words)
+    told = [problem for problem in problems if "loads weights or columns" in problem]
+    assert told == ([f"loads weights or columns inside the time loop: {reloads}"] if reloads else [])
 
 
 def test_shared_memory_bounds_the_programs():
