@@ -12,7 +12,7 @@ RNN_TANH = tl.constexpr(0)
 RNN_RELU = tl.constexpr(1)
 GRU = tl.constexpr(2)
 LSTM = tl.constexpr(3)
-CELLS = {"RNN_TANH": 0, "RNN_RELU": 1, "GRU": 2, "LSTM": 3}
+CELLS = {"RNN_TANH": RNN_TANH.value, "RNN_RELU": RNN_RELU.value, "GRU": GRU.value, "LSTM": LSTM.value}
 
 
 @triton.jit

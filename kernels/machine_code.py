@@ -21,8 +21,9 @@ from typing import Any
 
 from triton_sparse_rnn.errors import BackendUnavailableError
 from triton_sparse_rnn.kernels import sass
+from triton_sparse_rnn.kernels.tiles import TARGETS
 
-ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
+ARCHITECTURES = TARGETS
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class RecurrentStack:
         first = layers[0]
         self._layers = layers
         self._shapes: set[Any] = set()
-        self._one_by_one: set[int] = set()  # batch sizes whose last call ran layer by layer
+        self._refused: set[tuple[int, bool]] = set()  # batch size, and whether ragged: not all programs can be resident
         with on(first.device):
             weights = stack_layers(
                 [layer.time_loop.weights for layer in layers], [layer.input for layer in layers[1:] if layer.input]
@@ -160,15 +160,15 @@ class RecurrentStack:
         """As RecurrentLayer, with states [L, B, H]."""
         self.time_loop.raise_if_failed()
         (_, B, H), N = states[0].shape, len(x)
-        if N > B:
+        kind = B, batch_sizes is not None
+        if N > B and kind not in self._refused and self.time_loop.choose(B) is not None:
             with on(self._layers[0].device):
                 refuse_first_in_capture(self._shapes, x, states, batch_sizes)
                 call = new_call(self._layers[0], x, states, batch_sizes, width=H)
                 h_n = self.time_loop.run(call, states[0].float())
                 if h_n is not None:
-                    self._one_by_one.discard(B)
                     return results(call, h_n, states)
-            self._one_by_one.add(B)
+            self._refused.add(kind)
         ends = []
         for k, layer in enumerate(self._layers):
             x, *end = layer(x, [state[k : k + 1] for state in states], batch_sizes)
@@ -177,7 +177,8 @@ class RecurrentStack:
 
     def describe(self, batch_size: int = 1) -> str:
         """Say how all layers run."""
-        if batch_size in self._one_by_one or self.time_loop.choose(batch_size) is None:
+        refused = any(batch_size == B for B, _ in self._refused)
+        if refused or self.time_loop.choose(batch_size) is None:
             return "; ".join(layer.describe(batch_size) for layer in self._layers)
         return f"{len(self._layers)} layers at once: {self.time_loop.describe(batch_size)}"
 

@@ -21,13 +21,12 @@ from dataclasses import dataclass
 
 from triton_sparse_rnn.kernels.machine_code import ARCHITECTURES, MachineCode, compile_for, uncompilable
 from triton_sparse_rnn.kernels.sass import Access
-from triton_sparse_rnn.kernels.tiles import H200, SLOTS, TABLE, UNITS, Tile, choose_tile
+from triton_sparse_rnn.kernels.tiles import H200, RESERVED_BYTES, SLOTS, TABLE, UNITS, Tile, choose_tile
 from triton_sparse_rnn.tables import align
 
 DTYPES = {4: ("float32",), 2: ("float16", "bfloat16")}  # by bytes of a weight
 TRITON_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # of a multiprocessor
-RESERVED_BYTES = 1024  # of these, that each program takes besides its own
 POINTERS = {
     "weights_ptr": "",
     "columns_ptr": "*i32",

@@ -29,6 +29,7 @@ from triton_sparse_rnn.kernels.row_blocks import UNITS, RowBlocks, without_minus
 MOST_ROUNDS = 4  # launches one after another of slices that are not resident together, before streaming is chosen
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200: those whose machine code was read
 MOST_SLICES = 65535  # of a launch: they are the third axis of its grid
+RESERVED_BYTES = 1024  # of shared memory, that each program takes besides its own
 MOST_REGISTERS = 255  # that a thread may have
 SLOTS = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 4, "LSTM": 4}  # gate slots by nn.RNNBase.mode
 
@@ -48,6 +49,11 @@ class Device:
     target: int = 90
     registers: int = 65536
     threads: int = 2048
+
+    def programs_per_sm(self, registers: int, num_warps: int) -> int:
+        """How many programs are on a multiprocessor, by threads and registers: these are given out by 256 to a warp."""
+        warp_registers = -(-registers * 32 // 256) * 256
+        return min(self.registers // warp_registers // num_warps, self.threads // 32 // num_warps)
 
 
 H200 = Device(sms=132)
@@ -110,10 +116,8 @@ class Tile:
         return max(1, slots * self.groups * self.ko // self.num_warps)
 
     def programs_per_sm(self, device: Device) -> int:
-        """How many are resident on a multiprocessor; registers are given out by 256 to a warp."""
-        warp_registers = -(-self.registers * 32 // 256) * 256
-        by_registers = device.registers // warp_registers // self.num_warps
-        return min(by_registers, device.threads // 32 // self.num_warps)
+        """How many are resident on a multiprocessor."""
+        return device.programs_per_sm(self.registers, self.num_warps)
 
     def __str__(self) -> str:
         return self.named(self.tiles)

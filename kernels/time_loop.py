@@ -24,6 +24,7 @@ from triton_sparse_rnn.kernels.row_blocks import UNITS, RowBlocks
 from triton_sparse_rnn.kernels.streamed import choose_streamed_tile, launch_streamed
 from triton_sparse_rnn.kernels.tiles import (
     H200,
+    RESERVED_BYTES,
     TARGETS,
     Choice,
     Device,
@@ -266,13 +267,10 @@ def device_limits(device: torch.device) -> Device:
 def programs_per_sm(compiled: Any, num_warps: int, device: torch.device) -> int:
     """How many programs of a compiled kernel are on one multiprocessor at a time."""
     compiled._init_handles()
-    properties = torch.cuda.get_device_properties(device)
-    warp_registers = -(-compiled.n_regs * 32 // 256) * 256  # given out by 256
-    shared = compiled.metadata.shared + 1024  # what the driver takes for itself
+    shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
     return min(
-        properties.regs_per_multiprocessor // (warp_registers * num_warps),
-        properties.max_threads_per_multi_processor // (32 * num_warps),
-        properties.shared_memory_per_multiprocessor // shared,
+        device_limits(device).programs_per_sm(compiled.n_regs, num_warps),
+        shared_bytes // (compiled.metadata.shared + RESERVED_BYTES),
         MOST_PROGRAMS_PER_SM,
     )
 

@@ -324,7 +324,8 @@ def test_a_stack_that_cannot_be_resident_runs_layer_by_layer(monkeypatch: pytest
     torch.manual_seed(0)
     monkeypatch.setattr(time_loop.TimeLoop, "_can_be_resident", lambda self, way, *_: way.exchange_mode != 2)
     directions = [random_directions("LSTM", I, 20) for I in (4, 20, 20)]
-    stack = RecurrentStack([RecurrentLayer("LSTM", direction, device=DEVICE) for direction in directions])
+    layers = [RecurrentLayer("LSTM", direction, device=DEVICE) for direction in directions]
+    stack = RecurrentStack(layers)
     x, states, sizes = random_call("LSTM", 4, 20, 3, RAGGED)
     results = stack(x, states, sizes)
     exact, ends = x, []
@@ -334,3 +335,7 @@ def test_a_stack_that_cannot_be_resident_runs_layer_by_layer(monkeypatch: pytest
     assert_close(results, [exact, *(torch.cat(parts) for parts in zip(*ends, strict=True))])
     assert stack.describe(1).startswith("3 layers at once: on chip: ")
     assert stack.describe(4).startswith("on chip: ")  # by itself, as it ran
+    projected = []
+    monkeypatch.setattr(layers[0], "project", lambda x, project=layers[0].project: projected.append(x) or project(x))
+    stack(x, states, sizes)
+    assert len(projected) == 1  # not once more for a launch of all layers, which is known to be refused
