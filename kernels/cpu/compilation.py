@@ -6,6 +6,7 @@ kernel are its description and a fingerprint of this folder's source, so a chang
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -17,18 +18,36 @@ from typing import Any
 from numba import cfunc, njit, types
 
 from triton_sparse_rnn.kernels.cpu import target
+from triton_sparse_rnn.kernels.cpu.gate_gradients import GateGradientFormat, emit_gate_gradients, make_go_back
 from triton_sparse_rnn.kernels.cpu.intrinsics import intrinsic
 from triton_sparse_rnn.kernels.cpu.layer import make_run_layer
+from triton_sparse_rnn.kernels.cpu.lstm_states import CellFormat, emit_cells
 from triton_sparse_rnn.kernels.cpu.pack import PackFormat, emit_pack
 from triton_sparse_rnn.kernels.cpu.products import emit_product
+from triton_sparse_rnn.kernels.cpu.sparse_products import (
+    PanelFormat,
+    SparseProductFormat,
+    emit_panels,
+    emit_sparse_product,
+)
 from triton_sparse_rnn.kernels.cpu.step import StepFormat, emit_step
 from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 from triton_sparse_rnn.kernels.cpu.team import make_help_out, make_share_work
 
+Format = PackFormat | BlockFormat | StepFormat | CellFormat | GateGradientFormat | PanelFormat | SparseProductFormat
+_EMITTERS: dict[type[Any], Callable[..., None]] = {
+    PackFormat: emit_pack,
+    BlockFormat: emit_product,
+    StepFormat: emit_step,
+    CellFormat: emit_cells,
+    GateGradientFormat: emit_gate_gradients,
+    PanelFormat: emit_panels,
+    SparseProductFormat: emit_sparse_product,
+}
 _compiling = threading.Lock()
 # A process that forks while another of its threads compiles would leave the child with locks that nobody gives back.
 os.register_at_fork(before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release)
-_layouts: dict[str, PackFormat | BlockFormat | StepFormat] = {}  # by what stands for them in compiled code
+_layouts: dict[str, Format] = {}  # by what stands for them in compiled code
 
 
 @functools.cache
@@ -41,8 +60,8 @@ def fingerprint() -> str:
 fingerprint()  # now, while the files are those that are being imported
 
 
-def kernel_address(layout: PackFormat | BlockFormat | StepFormat) -> int:
-    """Return the address of the kernel that packs rows, multiplies by a matrix or takes a step.
+def kernel_address(layout: Format) -> int:
+    """Return the address of the kernel that is compiled for this.
 
     It is void(address of its fields, first, end). Threads that ask for the same one together wait for one compilation.
     """
@@ -50,11 +69,24 @@ def kernel_address(layout: PackFormat | BlockFormat | StepFormat) -> int:
         return _compiled(layout).address
 
 
+@functools.lru_cache(maxsize=None, typed=True)  # tuples with the same fields are equal, whatever they are called
+def kernel_function(layout: Format) -> Callable[[int, int, int], None]:
+    """Return the same kernel for Python to call."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(kernel_address(layout))
+
+
 @functools.cache
 def compiled_layer() -> Callable[..., bool]:
     """Return `layer.run_layer`, compiled."""
     with _compiling:
         return _cached(njit, types.boolean(*[types.int64] * 13), nogil=True)(make_run_layer(fingerprint()))
+
+
+@functools.cache
+def compiled_go_back() -> Callable[..., None]:
+    """Return `gate_gradients.go_back`, compiled."""
+    with _compiling:
+        return _cached(njit, types.void(*[types.int64] * 8), nogil=True)(make_go_back(fingerprint()))
 
 
 @functools.cache
@@ -71,8 +103,8 @@ def compiled_helper() -> Callable[[int], int]:
         return _cached(njit, types.int64(types.int64), nogil=True)(make_help_out(fingerprint()))
 
 
-@functools.cache
-def _compiled(layout: PackFormat | BlockFormat | StepFormat) -> Any:
+@functools.lru_cache(maxsize=None, typed=True)
+def _compiled(layout: Format) -> Any:
     description, source = repr(layout), fingerprint()
     _layouts[description] = layout
 
@@ -106,8 +138,7 @@ def _emitted(typing_context, description, source, fields, first, end) -> Any:
 
     def generate(context, builder, signature, values):
         layout = _layouts[description.literal_value]
-        emit: Any = {PackFormat: emit_pack, BlockFormat: emit_product, StepFormat: emit_step}[type(layout)]
-        emit(builder, layout, *values[2:])
+        _EMITTERS[type(layout)](builder, layout, *values[2:])
         return context.get_dummy_value()
 
     return types.void(description, source, types.int64, types.int64, types.int64), generate

@@ -43,6 +43,11 @@ class Index:
     def __mod__(self, other: Index | int) -> Index:
         return Index(self.builder, self.builder.urem(self.value, _int64(other)))
 
+    def where(self, comparison: str, limit: Index | int, then: Index, otherwise: Index) -> Index:
+        """`then` if self, taken as signed, is to limit as the comparison says, else `otherwise`."""
+        holds = self.builder.icmp_signed(comparison, self.value, _int64(limit))
+        return Index(self.builder, self.builder.select(holds, then.value, otherwise.value))
+
 
 class Vector:
     """`width` floats known when the code runs. A Python number beside an operator stands for itself in every lane."""
@@ -72,7 +77,21 @@ class Vector:
         sums = Vector(self.code, self.code.builder.fadd(self.value, self._value(shift)))
         return sums.as_integers() - self.code.constant(shift).as_integers()
 
-    def where(self, comparison: str, limit: float, then: Vector | float, otherwise: Vector) -> Vector:
+    def __abs__(self) -> Vector:
+        return (self.as_integers() & 0x7FFFFFFF).as_floats()
+
+    def sqrt(self) -> Vector:
+        kind = self.value.type
+        return Vector(self.code, self.code.call_llvm(f"llvm.sqrt.v{self.code.width}f32", kind, self.value))
+
+    def count_zeros(self) -> Index:
+        """How many lanes are 0."""
+        builder = self.code.builder
+        lanes = builder.fcmp_ordered("==", self.value, self._value(0.0))
+        bits = builder.zext(builder.bitcast(lanes, ir.IntType(self.code.width)), INT64)
+        return Index(builder, self.code.call_llvm("llvm.ctpop.i64", INT64, bits))
+
+    def where(self, comparison: str, limit: Vector | float, then: Vector | float, otherwise: Vector) -> Vector:
         """`then` in each lane where self < limit (or ">", as the comparison says), else, and for NaN, `otherwise`."""
         holds = self.code.builder.fcmp_ordered(comparison, self.value, self._value(limit))
         return Vector(self.code, self.code.builder.select(holds, self._value(then), otherwise.value))
@@ -98,6 +117,13 @@ class Integers:
 
     def __lshift__(self, bits: int) -> Integers:
         return Integers(self.code, self.code.builder.shl(self.value, self._value(bits)))
+
+    def __rshift__(self, bits: int) -> Integers:
+        """The unsigned numbers shifted: zeros come in."""
+        return Integers(self.code, self.code.builder.lshr(self.value, self._value(bits)))
+
+    def __xor__(self, other: Integers) -> Integers:
+        return Integers(self.code, self.code.builder.xor(self.value, other.value))
 
     def __and__(self, other: Integers | int) -> Integers:
         return Integers(self.code, self.code.builder.and_(self.value, self._value(other)))
@@ -152,7 +178,11 @@ class VectorCode:
         return Vector(self, self.splat_constant(number, FLOAT))
 
     def integers(self, number: int) -> Integers:
-        return Integers(self, self.splat_constant(number, INT32))
+        """A number of 32 bits, signed or not."""
+        return Integers(self, self.splat_constant((number + (1 << 31)) % (1 << 32) - (1 << 31), INT32))
+
+    def lane_numbers(self) -> Integers:
+        return Integers(self, ir.Constant(ir.VectorType(INT32, self.width), list(range(self.width))))
 
     def splat_constant(self, number: float, element: ir.Type) -> Any:
         return ir.Constant(ir.VectorType(element, self.width), [element(number)] * self.width)
@@ -182,9 +212,20 @@ class VectorCode:
         kind = elements.type
         self.builder.store(elements, self._at(address, index, kind.element, kind.count), align=_BYTES[kind.element])
 
+    def prefetch(self, address: Index, *, written: bool = False) -> None:
+        """Ask for the cache line at an address, which may lie beyond all that is there."""
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, INT32, INT32, INT32])
+        function = self.builder.module.declare_intrinsic("llvm.prefetch", (cgutils.voidptr_t,), kind)
+        place = self.builder.inttoptr(address.value, cgutils.voidptr_t)
+        self.builder.call(function, [place, INT32(int(written)), INT32(3), INT32(1)])
+
     def load_broadcast(self, address: Index, index: Index) -> Vector:
         """Float number `index` of those that begin at `address`, in every lane."""
         return Vector(self, self.broadcast(self.builder.load(self._at(address, index, FLOAT))))
+
+    def broadcast_low_bits(self, index: Index) -> Integers:
+        """The low 32 bits of an index, in every lane."""
+        return Integers(self, self.broadcast(self.builder.trunc(index.value, INT32)))
 
     def load_broadcast_byte(self, address: Index, index: Index) -> Integers:
         """The same of an int8, as int32."""
@@ -213,6 +254,15 @@ class VectorCode:
             results.append(self.call_llvm("llvm.x86.avx512.vpdpbusd.512", operands[0].type, *operands))
         return Integers(self, functools.reduce(self.concatenate, results))
 
+    def total(self, vector: Vector) -> Vector:
+        """The sum of the lanes, in the order that suits the processor, in every lane."""
+        lanes = vector.value.type.count
+        kind = ir.FunctionType(FLOAT, [FLOAT, vector.value.type])
+        function = self.builder.module.declare_intrinsic(f"llvm.vector.reduce.fadd.v{lanes}f32", (), kind)
+        return Vector(
+            self, self.broadcast(self.builder.call(function, [FLOAT(0.0), vector.value], fastmath=["reassoc"]))
+        )
+
     def largest(self, integers: Integers) -> Integers:
         """The largest lane, taken as unsigned, in every lane."""
         lanes = integers.value.type.count
@@ -225,6 +275,10 @@ class VectorCode:
 
     def _part(self, value: Any, first: int, count: int) -> Any:
         return self.shuffle(value, value, range(first, first + count)) if count < value.type.count else value
+
+    def spread(self, lanes: LanesT) -> LanesT:
+        """The first of the lanes, in every lane."""
+        return type(lanes)(self, self.shuffle(lanes.value, lanes.value, [0] * self.width))
 
     def broadcast(self, number: Any) -> Any:
         """LLVM's vector with the number in every lane."""
@@ -250,11 +304,26 @@ class VectorCode:
         number = self.builder.load(self._at(address, index, element))
         return Index(self.builder, number if element is INT64 else self.builder.zext(number, INT64))
 
+    def add_to_int64(self, number: Index, address: Index) -> None:
+        """Add to the int64 at an address."""
+        place = self._at(address, self.index(0), INT64)
+        self.builder.store(self.builder.add(self.builder.load(place), number.value), place)
+
     @contextlib.contextmanager
     def loop(self, first: Index, end: Index, step: int = 1) -> Iterator[Index]:
         """Emit the body of the `with` once, run for first, first + step, ... below end."""
         with cgutils.for_range_slice(self.builder, first.value, end.value, INT64(step)) as (index, _):
             yield Index(self.builder, index)
+
+    def vectors_of(self, floats: Index, one: VectorCode | None = None) -> Iterator[tuple[VectorCode, Index]]:
+        """Emit the body of the `for` in loops that take so many floats once: whole vectors, then one by one.
+
+        Yields what emits on as many as are taken at a time, self or `one`, and the number of the first of them.
+        """
+        whole = floats - floats % self.width
+        for part, first, end in ((self, self.index(0), whole), (one or VectorCode(self.builder, 1), whole, floats)):
+            with part.loop(first, end, part.width) as number:
+                yield part, number
 
     def row_tiles(self, rows: Index, largest: int) -> Iterator[tuple[Index, int]]:
         """Emit the body of the `for` for tiles of largest, largest / 2, ... 1 rows, in loops that take every row once.
@@ -270,8 +339,7 @@ class VectorCode:
 
     def smaller(self, first: Index, second: Index) -> Index:
         """The smaller of two, taken as signed."""
-        is_first = self.builder.icmp_signed("<", first.value, second.value)
-        return Index(self.builder, self.builder.select(is_first, first.value, second.value))
+        return first.where("<", second, first, second)
 
     def stack(self, vectors: int) -> Index:
         """The address of a place for some vectors, which lasts as long as the call."""

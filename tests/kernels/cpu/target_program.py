@@ -1,4 +1,4 @@
-"""Layers of every cell and dtype, checked in a process that compiles for another processor.
+"""Layers of every cell and dtype, and backwards, checked in a process that compiles for another processor.
 
 Run with "quantised" it takes only those with quantised activations. Prints the vector path, whether bytes are
 multiplied by an instruction, and whether halves are converted by one.
@@ -10,6 +10,8 @@ import torch
 from cpu_layers import Layer, assert_as_accurate_as_torch
 
 from triton_sparse_rnn.kernels.cpu import target
+from triton_sparse_rnn.ops.gate_gradients import cpu, reference
+from triton_sparse_rnn.ops.gate_gradients.contract import Arriving, Direction, Needed, Rule, Steps
 from triton_sparse_rnn.ops.reference import recurrent_layer
 
 WIDE = [
@@ -33,7 +35,26 @@ def main() -> None:
         ours = layer.ready(quantized=True)(x, states, None)
         expected = recurrent_layer(x, states, layer.weights(), None, layer.mode, activation_dtype=torch.int8)
         torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
+    for rule in (Rule(), Rule("sample"), Rule("sample", "blocks", 5, 2)):
+        check_backward(rule)
     print(target.vector_path(), target.multiplies_bytes(), target.converts_half(), sep="|")
+
+
+def check_backward(rule: Rule) -> None:
+    """The gradients of an LSTM, in which more than half of the gate gradients are made zero, are the reference's."""
+    sizes, I, H = (6, 6, 5, 2, 1), 21, 37
+    N, B = sum(sizes), sizes[0]
+    x, y, h0, c0 = (torch.randn(rows, size).tanh() for rows, size in ((N, I), (N, H), (B, H), (B, H)))
+    weights = (torch.randn(4 * H, I) / I, torch.randn(4 * H, H) / H, torch.randn(4 * H), torch.randn(4 * H))
+    direction = Direction("LSTM", Steps(sizes, True), x, y, h0, c0, *weights, weight_hr=None, workspace=None)
+    arriving = Arriving(torch.randn(N, H), torch.randn(B, H), torch.randn(B, H))
+    thresholds = torch.full((4 if rule.group == "elements" else 1,), 0.3)
+    call = (direction, arriving, rule, thresholds, torch.tensor([5]), Needed(True, True, True, True, False))
+    ours = cpu.direction_gradients(*call, likely_zeros=0.9, keep_gates=True)
+    expected = reference.direction_gradients(*call, likely_zeros=0.9, keep_gates=True)
+    assert ours.zeros.sum() > 2 * N * H
+    for gradient, right in zip(ours, expected, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-5, atol=2e-5)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import pytest
 from llvmlite import ir
 
 from triton_sparse_rnn.kernels.cpu import intrinsics, target
+from triton_sparse_rnn.kernels.cpu.gate_gradients import GateGradientFormat, emit_gate_gradients
+from triton_sparse_rnn.kernels.cpu.lstm_states import CellFormat, emit_cells
 from triton_sparse_rnn.kernels.cpu.pack import PackFormat, emit_pack
 from triton_sparse_rnn.kernels.cpu.products import emit_product
 from triton_sparse_rnn.kernels.cpu.step import StepFormat, emit_step
@@ -128,6 +130,24 @@ def test_kernels_for_another_architecture(monkeypatch, dtype):
         assembly = assembled(text)
         assert "fmla" in assembly or emit is emit_pack
         assert "\tbl\t" not in assembly  # a call
+
+
+@pytest.mark.parametrize(
+    ("emit", "kernel_format"),
+    [
+        (emit_cells, CellFormat()),
+        (emit_gate_gradients, GateGradientFormat("all")),
+        (emit_gate_gradients, GateGradientFormat("small", grouped=True)),
+        (emit_gate_gradients, GateGradientFormat("sample")),
+        (emit_gate_gradients, GateGradientFormat("sample", grouped=True)),
+    ],
+)
+def test_kernels_of_backward_for_another_architecture(emit, kernel_format):
+    text = emitted(emit, kernel_format)
+    assert "x86" not in text
+    assembly = assembled(text)
+    assert "fmla" in assembly
+    assert "\tbl\t" not in assembly  # a call
 
 
 @pytest.mark.parametrize(("triple", "is_x86"), [(AARCH64, False), ("x86_64-unknown-linux-gnu", True)])

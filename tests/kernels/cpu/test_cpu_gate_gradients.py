@@ -1,0 +1,186 @@
+"""States, steps back and products of gate gradients, each by itself; tests/ops has them together."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from triton_sparse_rnn.kernels.cpu import dense_products
+from triton_sparse_rnn.kernels.cpu.compilation import kernel_address, kernel_function
+from triton_sparse_rnn.kernels.cpu.dense_products import multiply, prepare_product
+from triton_sparse_rnn.kernels.cpu.gate_gradients import GateGradientFormat
+from triton_sparse_rnn.kernels.cpu.gate_products import DenseProducts, RowProducts, SkippingProducts
+from triton_sparse_rnn.kernels.cpu.lstm_backward import GateGradients, lstm_cells, place_steps
+from triton_sparse_rnn.kernels.cpu.lstm_states import CellFormat
+from triton_sparse_rnn.kernels.cpu.sparse_products import PanelFormat
+from triton_sparse_rnn.ops.gate_gradients.contract import Rule, Steps
+from triton_sparse_rnn.ops.gate_gradients.reference import apply_rule, group_sizes
+
+H = 37  # two vectors, and five units one by one
+RAGGED = (5, 5, 3, 1)
+RULES = [
+    Rule(),
+    Rule(group="rows"),
+    Rule(group="blocks", units=3, rows=2),
+    Rule(group="blocks", units=16, rows=4),
+    Rule(group="blocks", units=100, rows=100),
+]
+
+
+def random_gates(*shape: int) -> Tensor:
+    """i, f, g, o of units in the last axis."""
+    i, f, g, o = torch.randn(4, *shape).unbind()
+    return torch.stack([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], dim=-2)
+
+
+def one_step(rule: Rule | None, thresholds: Tensor | None, *, B: int = 7, seed: int = 5) -> GateGradients:
+    """A step back from random states, the same in every call."""
+    torch.manual_seed(1)
+    gates, (grad_y, grad_h, grad_c) = random_gates(B, H).flatten(1), torch.randn(3, B, H)
+    c0 = torch.randn(B, H)
+    steps = place_steps((B,), reverse=False, gates_as_taken=False)
+    c, _ = lstm_cells(steps, gates, c0, torch.zeros(B, H))
+    kernel, group = GateGradientFormat("all"), (1, 1)
+    if rule is not None:
+        kernel = GateGradientFormat(rule.selection, grouped=rule.group != "elements")
+        group = (1, H) if rule.group == "rows" else (rule.rows, rule.units)
+    back = GateGradients(kernel, steps, gates, c, c0, grad_y, grad_h, grad_c, thresholds, torch.tensor([seed]), group)
+    back.go_back(torch.randn(4 * H, H))
+    return back
+
+
+def test_steps_are_placed_in_the_order_in_which_they_are_taken():
+    forward = place_steps((3, 3, 1), reverse=False, gates_as_taken=False)
+    assert forward.tolist() == [[0, 3, 0, 6, 0], [3, 3, 3, 0, 3], [6, 1, 6, 3, 1]]
+    backward = place_steps((3, 3, 1), reverse=True, gates_as_taken=True)
+    assert backward.tolist() == [[6, 1, 0, 0, 0], [3, 3, 1, 6, 1], [0, 3, 4, 3, 3]]
+    assert forward.flags.c_contiguous
+    assert backward.flags.c_contiguous
+
+
+@pytest.mark.parametrize("sizes", [(1,), (4, 4, 4), RAGGED])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("units", [1, 16, H])
+def test_cells_are_those_of_the_equation(sizes, reverse, units):
+    gates, c0 = random_gates(sum(sizes), units), torch.randn(sizes[0], units)
+    i, f, g, o = gates.double().unbind(1)
+    c, expected = c0.double(), torch.empty(sum(sizes), units, dtype=torch.float64)
+    starts = [sum(sizes[:t]) for t in range(len(sizes))]
+    for t in range(len(sizes))[:: -1 if reverse else 1]:
+        rows = slice(starts[t], starts[t] + sizes[t])
+        c[: sizes[t]] = f[rows] * c[: sizes[t]] + i[rows] * g[rows]
+        expected[rows] = c[: sizes[t]]
+    steps = place_steps(sizes, reverse=reverse, gates_as_taken=False)
+    spaced = torch.cat([gates.flatten(1), torch.full((len(gates), 3), math.nan)], dim=1)[:, : 4 * units]
+    cells, right = lstm_cells(steps, spaced, c0, (o * expected.tanh()).float())
+    assert right
+    torch.testing.assert_close(cells.double(), expected, rtol=0, atol=1e-6)
+
+
+def forged(name: str, gates: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    gates, y = gates.clone(), y.clone()
+    if name == "i and g exchanged":
+        gates = gates[:, [2, 1, 0, 3]]
+    elif name == "f and o exchanged":
+        gates = gates[:, [0, 3, 2, 1]]
+    elif name == "steps in another order":
+        gates = gates.flip(0)
+    elif name == "a unit of y":
+        y[-1, -1] += 1e-3
+    elif name == "NaN in y":
+        y[0, 0] = math.nan
+    else:
+        gates[3, 2, 5] = math.nan
+    return gates.flatten(1), y
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["i and g exchanged", "f and o exchanged", "steps in another order", "a unit of y", "NaN in y", "NaN in a gate"],
+)
+def test_other_gates_are_found_out(name):
+    gates, c0 = random_gates(12, H), torch.randn(4, H)
+    steps = place_steps((4, 4, 4), reverse=False, gates_as_taken=False)
+    c, _ = lstm_cells(steps, gates.flatten(1), c0, torch.zeros(12, H))
+    y = gates[:, 3] * c.tanh()
+    assert lstm_cells(steps, gates.flatten(1), c0, y)[1]
+    other_gates, other_y = forged(name, gates, y)
+    assert not lstm_cells(steps, other_gates, c0, other_y)[1]
+
+
+@pytest.mark.parametrize("selection", ["small", "sample"])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_step_makes_zero_what_the_reference_does(rule, selection):
+    rule = Rule(selection, rule.group, rule.units, rule.rows)
+    dense = one_step(None, None).gates.view(-1, 4, H)
+    sizes = group_sizes(dense, Steps((len(dense),), False), rule)
+    thresholds = sizes.quantile(0.6) * torch.tensor([0.5, 1, 2, 1] if rule.group == "elements" else [1.01])
+    thresholds *= 1 if selection == "small" else 2
+    back = one_step(rule, thresholds)
+    expected = apply_rule(dense, 0, rule, thresholds, torch.tensor([5]))
+    result = back.gates.view(-1, 4, H)
+    assert torch.equal(result == 0, expected == 0)
+    assert 0 < (result == 0).sum() < result.numel() or sizes.numel() == 1
+    assert torch.equal(back.zeros, (result == 0).sum((0, 2)))
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=0)
+
+
+def test_random_numbers_depend_on_seed_and_row():
+    thresholds = torch.full((4,), 10.0)
+    zeros = [one_step(Rule("sample"), thresholds, seed=seed).gates == 0 for seed in (5, 5, 6, (1 << 32) - 1)]
+    assert torch.equal(zeros[0], zeros[1])
+    assert all((zeros[0] != other).float().mean() > 0.01 for other in zeros[2:])
+
+
+@pytest.mark.parametrize("selection", ["small", "sample"])
+@pytest.mark.parametrize("group", ["elements", "rows"])
+def test_nothing_is_made_zero_by_thresholds_of_zero(selection, group):
+    thresholds = torch.zeros(4 if group == "elements" else 1)
+    assert torch.equal(one_step(Rule(selection, group), thresholds).gates, one_step(None, None).gates)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 300])
+@pytest.mark.parametrize("operators", ["as they are", "missing"])
+def test_dense_products(rows, operators, monkeypatch):
+    if operators == "missing":
+        monkeypatch.setattr(dense_products, "_operators", lambda: None)
+    for matrix in (torch.randn(28, 7), torch.randn(7, 28).t(), torch.randn(28, 9)[:, 1:8], torch.randn(28, 0)):
+        inputs = torch.randn(rows, 30)[:, :28]
+        expected = inputs.double() @ matrix.double()
+        for product in (multiply(inputs, matrix), prepare_product(matrix, rows, 300)(inputs)):
+            torch.testing.assert_close(product.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["_linear_pointwise", "_reorder_linear_weight"])
+def test_operators_that_are_gone_or_do_something_else_are_not_used(name, monkeypatch):
+    class Others:
+        _linear_pointwise = staticmethod(lambda *arguments: torch.zeros(2, 4))
+        _reorder_linear_weight = staticmethod(lambda *arguments: None)
+
+    operators = dense_products._operators.__wrapped__
+    monkeypatch.setattr(torch.ops, "mkldnn", Others, raising=False)
+    assert operators() is None
+    monkeypatch.delattr(Others, name)
+    assert operators() is None
+
+
+def test_products_are_the_same_by_every_way():
+    gates = torch.randn(23, 12) * (torch.rand(23, 12) < 0.3)
+    kept = torch.tensor([0, 4, 22])
+    dropped = torch.ones(23, dtype=torch.bool).index_fill(0, kept, False)
+    gates[dropped] = 0
+    matrix, inputs = torch.randn(12, 8)[:, :5], [torch.randn(23, 9)[:, 1:6], torch.randn(23, 70)]
+    for products in (DenseProducts(gates, keeps_shape=True), RowProducts(gates, kept), SkippingProducts(gates)):
+        torch.testing.assert_close(products.times(matrix), gates @ matrix, rtol=0, atol=2e-6)
+        results = products.transposed_times(*inputs)
+        torch.testing.assert_close(results, [gates.t() @ each for each in inputs], rtol=0, atol=4e-6)
+        assert products.transposed_times() == []
+    none = RowProducts(torch.zeros(23, 12), torch.tensor([], dtype=torch.int64))
+    assert torch.equal(none.times(matrix), torch.zeros(23, 5))
+    assert torch.equal(none.transposed_times(inputs[0])[0], torch.zeros(12, 5))
+
+
+def test_formats_with_equal_fields_are_kernels_of_their_own():
+    assert kernel_address(CellFormat()) != kernel_address(PanelFormat())
+    assert kernel_function(CellFormat()) is not kernel_function(PanelFormat())
