@@ -1,0 +1,48 @@
+"""Which backend runs the backward of a direction. One asked for by name runs or raises; None takes the fastest."""
+
+from __future__ import annotations
+
+from triton_sparse_rnn.errors import BackendUnavailableError
+from triton_sparse_rnn.ops.dispatch import BACKENDS, check_backend, unavailable_reason
+from triton_sparse_rnn.ops.gate_gradients import cpu, reference, triton
+from triton_sparse_rnn.ops.gate_gradients.contract import Backward, Direction, Rule
+
+DIRECTION_GRADIENTS: dict[str, Backward] = {
+    "triton": triton.direction_gradients,
+    "cpu": cpu.direction_gradients,
+    "reference": reference.direction_gradients,
+}
+
+
+def unsupported_reason(backend: str, direction: Direction, rule: Rule) -> str | None:
+    """Why a backend cannot run this backward here; None if it can."""
+    if (reason := unavailable_reason(backend)) is not None:
+        return reason
+    if backend == "reference":
+        return None
+    return (triton if backend == "triton" else cpu).unsupported_reason(direction, rule)
+
+
+def choose_backward(backend: str | None, direction: Direction, rule: Rule) -> Backward:
+    """Return the backward of a direction.
+
+    Args:
+        backend: one of BACKENDS, or None.
+        direction, rule: what it is to run; the numbers in its tensors do not matter.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        BackendUnavailableError: `backend` is named and cannot run it.
+    """
+    if check_backend(backend) is None:
+        fitting = BACKENDS if direction.x.is_cuda else BACKENDS[1:]  # Triton's interpreter is taken only by name
+        chosen = next(name for name in fitting if unsupported_reason(name, direction, rule) is None)
+    else:
+        assert backend is not None
+        if (reason := unsupported_reason(backend, direction, rule)) is not None:
+            raise BackendUnavailableError(
+                f"backend {backend!r} cannot run the backward of this layer: {reason}. "
+                "backend=None takes the fastest one that can."
+            )
+        chosen = backend
+    return DIRECTION_GRADIENTS["reference" if len(direction.x) == 0 else chosen]  # no kernel needs to know B = 0
