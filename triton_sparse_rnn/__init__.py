@@ -2,7 +2,16 @@
 
 from triton_sparse_rnn.conversion import sparsify, to_dense, to_sparse
 from triton_sparse_rnn.errors import BackendUnavailableError
-from triton_sparse_rnn.nn import PersistentGRU, PersistentLSTM, PersistentRNN, SparseGRU, SparseLSTM, SparseRNN
+from triton_sparse_rnn.nn import (
+    GateGradientSparsity,
+    GateGradientStats,
+    PersistentGRU,
+    PersistentLSTM,
+    PersistentRNN,
+    SparseGRU,
+    SparseLSTM,
+    SparseRNN,
+)
 from triton_sparse_rnn.pruning import (
     ConstantMask,
     OneShot,
@@ -21,6 +30,8 @@ __all__ = [
     "BackendUnavailableError",
     "BlockMatrix",
     "ConstantMask",
+    "GateGradientSparsity",
+    "GateGradientStats",
     "OneShot",
     "PersistentGRU",
     "PersistentLSTM",

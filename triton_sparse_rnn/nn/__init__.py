@@ -1,6 +1,17 @@
 """The recurrent modules: for training (training.py) and for inference (persistent.py)."""
 
+from triton_sparse_rnn.nn.gate_gradient import GateGradientSparsity
+from triton_sparse_rnn.nn.gate_gradient_stats import GateGradientStats
 from triton_sparse_rnn.nn.persistent import PersistentGRU, PersistentLSTM, PersistentRNN
 from triton_sparse_rnn.nn.training import SparseGRU, SparseLSTM, SparseRNN
 
-__all__ = ["PersistentGRU", "PersistentLSTM", "PersistentRNN", "SparseGRU", "SparseLSTM", "SparseRNN"]
+__all__ = [
+    "GateGradientSparsity",
+    "GateGradientStats",
+    "PersistentGRU",
+    "PersistentLSTM",
+    "PersistentRNN",
+    "SparseGRU",
+    "SparseLSTM",
+    "SparseRNN",
+]

@@ -190,7 +190,7 @@ def result_dtype(call: Call, mode: str, dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device_type)
 
 
-def cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]  # to() alone takes its time
 
 

@@ -9,13 +9,20 @@ from typing import TypeVar
 from torch import nn
 from torch.nn import RNNBase
 
+from triton_sparse_rnn.nn.gate_gradient import GateGradientSparsity
+from triton_sparse_rnn.nn.gated_training import GateGradientLayer, check_gate_gradient
 from triton_sparse_rnn.nn.replace import added_members, named_recurrent_layers
 from triton_sparse_rnn.nn.training import TRAINING_CLASSES
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def sparsify(model: ModelT, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> ModelT:
+def sparsify(
+    model: ModelT,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    gate_gradient: GateGradientSparsity | None = None,
+) -> ModelT:
     """Make every nn.RNN, nn.GRU and nn.LSTM of `model` a SparseRNN, SparseGRU or SparseLSTM, in place.
 
     A layer stays the same object and only changes its class. So its parameters, buffers, hooks, flags and attributes,
@@ -27,13 +34,16 @@ def sparsify(model: ModelT, filter_fn: Callable[[nn.Module, str], bool] | None =
         model: any module; a recurrent layer by itself is changed too.
         filter_fn: called as filter_fn(layer, name) for every recurrent layer, False leaves it as it is. A shared layer
             is asked for once, by its first name; the name of `model` itself is "".
+        gate_gradient: what becomes zero in backward, for every SparseGRU and SparseLSTM that filter_fn took, those that
+            were so before too; each gets a copy of its own. nn.RNN has no gates. None leaves them as they are.
 
     Returns:
         `model`.
 
     Raises:
-        TypeError: `model` is not a module.
-        ValueError: `model` has no training module afterwards among the layers that filter_fn took. It is unchanged.
+        TypeError: `model` is not a module, or `gate_gradient` not a GateGradientSparsity.
+        ValueError: `model` has no training module afterwards among the layers that filter_fn took, or `gate_gradient`
+            does not fit one of them, or fits none. It is unchanged.
 
     >>> model = nn.Sequential(nn.Embedding(10, 4), nn.GRU(4, 8))
     >>> sparsify(model)
@@ -44,26 +54,42 @@ def sparsify(model: ModelT, filter_fn: Callable[[nn.Module, str], bool] | None =
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_gate_gradient(gate_gradient)
     layers = named_recurrent_layers(model)
     taken = {name: layer for name, layer in layers.items() if filter_fn is None or filter_fn(layer, name)}
+    trained: list[tuple[RNNBase, type[RNNBase]]] = []
     left: list[str] = []
     for name, layer in taken.items():
         dense_class, training_class = _classes(layer)
-        if isinstance(layer, training_class):
-            continue
-        if lost := added_members(layer, dense_class):
+        lost = [] if isinstance(layer, training_class) else added_members(layer, dense_class)
+        if lost:
             left.append(f"'{name}' is a {type(layer).__name__}, which would lose {', '.join(lost)}")
         else:
-            layer.__class__ = training_class
-    if len(left) == len(taken):
+            trained.append((layer, training_class))
+    if not trained:
         found = "; ".join(left) or (f"{', '.join(map(repr, layers))}, all refused by filter_fn" if layers else "none")
         raise ValueError(
             f"model must hold an nn.RNN, nn.GRU or nn.LSTM to swap, got a {type(model).__name__} with {found}"
         )
+    gated = [layer for layer, training_class in trained if issubclass(training_class, GateGradientLayer)]
+    if gate_gradient is not None:
+        _check_fits(gate_gradient, gated)
+    for layer, training_class in trained:
+        if not isinstance(layer, training_class):
+            layer.__class__ = training_class
+        if gate_gradient is not None and isinstance(layer, GateGradientLayer):
+            layer.gate_gradient = gate_gradient
     if left:
         advice = "derive the class from SparseGRU and the like, or undo a parametrization first"
         warnings.warn(f"sparsify left some layers as they are: {'; '.join(left)}; {advice}", stacklevel=2)
     return model
+
+
+def _check_fits(gate_gradient: GateGradientSparsity, layers: list[RNNBase]) -> None:
+    if not layers:
+        raise ValueError("gate_gradient needs an nn.GRU or nn.LSTM among the layers taken; nn.RNN has no gates")
+    for layer in layers:
+        gate_gradient.check_layer(layer)
 
 
 def _classes(layer: RNNBase) -> tuple[type[RNNBase], type[RNNBase]]:

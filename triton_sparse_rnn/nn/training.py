@@ -2,7 +2,7 @@
 
 While weights are pruned they are ordinary zeros in ordinary parameters, so a training module has nothing to compute
 differently. It is a true subclass that inherits every behaviour, and adds the way in (`from_dense`) and the way out
-(`to_sparse`).
+(`to_sparse`). An LSTM or GRU with a `gate_gradient` goes its own way in training: see gated_training.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.nn import GRU, LSTM, RNN, RNNBase  # bound here, so that a patched torch.nn.GRU may be a SparseGRU
 
+from triton_sparse_rnn.nn.gated_training import GateGradientLayer
 from triton_sparse_rnn.nn.persistent import PersistentGRU, PersistentLSTM, PersistentRNN
 from triton_sparse_rnn.nn.replace import added_members
 
@@ -56,8 +57,11 @@ class SparseRNN(RNN):
         )
 
 
-class SparseGRU(GRU):
+class SparseGRU(GateGradientLayer, GRU):
     """nn.GRU, to be trained while a `Pruner` masks its weights; arguments, call and state_dict are those of nn.GRU.
+
+    One argument is added, by name only: `gate_gradient`, a `GateGradientSparsity` by which small gate gradients become
+    zero in training. It can be set later, too.
 
     >>> layer = SparseGRU(4, 8, num_layers=2)  # was nn.GRU(4, 8, num_layers=2)
     >>> y, h = layer(torch.zeros(5, 2, 4))  # x [T, B, I] -> y [T, B, H], h [L, B, H]
@@ -71,7 +75,7 @@ class SparseGRU(GRU):
 
         Parameter objects are shared, not copied: an optimizer that holds them goes on training them, and a step taken
         through one layer is seen by the other. Options and train/eval are taken over. Hooks, buffers and attributes
-        that were added to `dense` are not; `sparsify` keeps these too.
+        that were added to `dense` are not, nor a `gate_gradient`; `sparsify` keeps these too.
 
         Raises:
             TypeError: `dense` is not an nn.GRU, or its class (a parametrized one for instance) adds members that would
@@ -101,8 +105,11 @@ class SparseGRU(GRU):
         )
 
 
-class SparseLSTM(LSTM):
+class SparseLSTM(GateGradientLayer, LSTM):
     """nn.LSTM, to be trained while a `Pruner` masks its weights; arguments, call and state_dict are those of nn.LSTM.
+
+    One argument is added, by name only: `gate_gradient`, a `GateGradientSparsity` by which small gate gradients become
+    zero in training. It can be set later, too.
 
     >>> layer = SparseLSTM(4, 8, batch_first=True)
     >>> y, (h, c) = layer(torch.zeros(2, 5, 4))  # x [B, T, I] -> y [B, T, H], h and c [L, B, H]
