@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: are the kernels right, and how fast are they? One call, under 9 minutes.
 #
-#   bash bench/gpu_check.sh DIR           tests, core speed suite, soak, tuning sweep
+#   bash bench/gpu_check.sh DIR           tests, core speed suite, LSTM training, soak, tuning sweep
 #   bash bench/gpu_check.sh --full DIR    the whole grid, as many parts as fit; call it again for those DIR does not hold
 #
 # DIR gets 8 files at most; summary.txt is the one to read first. A part that fails does not keep the others from
@@ -74,7 +74,7 @@ if [ $full = yes ]; then
     exit $status
 fi
 
-rm -f "$dir"/{summary.txt,tests.log,core.json,core.log,core.md,sweep.jsonl,soak.jsonl,other.log}
+rm -f "$dir"/{summary.txt,tests.log,core.json,core.md,training.json,sweep.jsonl,soak.jsonl,other.log}
 (nvidia-smi && "$python" -c 'from triton_sparse_rnn.doctor import diagnosis; print(diagnosis())') >>"$dir/other.log" 2>&1
 
 several=()
@@ -89,16 +89,21 @@ if [ ${#others[@]} -gt 0 ]; then
 fi
 
 part "compilation" 75 other.log "$python" -m bench.gpu_warm
-time_for_core=$(($(left) - 135)) # soak and sweep have the rest
-part "core suite" "$time_for_core" core.log "${pytest[@]}" -rs -m gpu bench/bench_gpu_core.py \
-    --stop-after=$((time_for_core - 15)) --benchmark-max-time=0.1 --benchmark-min-rounds=5 --benchmark-disable-gc \
-    --benchmark-columns=median,iqr,rounds --benchmark-json="$dir/core.json"
+benchmark=(--benchmark-max-time=0.1 --benchmark-min-rounds=5 --benchmark-disable-gc --benchmark-columns=median,iqr,rounds)
+time_for_core=$(($(left) - 205)) # training, soak and sweep have the rest
+part "core suite" "$time_for_core" other.log "${pytest[@]}" -rs -m gpu bench/bench_gpu_core.py \
+    --stop-after=$((time_for_core - 15)) "${benchmark[@]}" --benchmark-json="$dir/core.json"
+part "LSTM training" 70 other.log "${pytest[@]}" -rs -m gpu bench/bench_gpu_lstm_training.py --stop-after=55 \
+    "${benchmark[@]}" --benchmark-json="$dir/training.json"
 part "soak" 60 other.log "$python" -m bench.gpu_soak --out "$dir/soak.jsonl"
 part "sweep" $(($(left) - 15)) other.log "$python" -m bench.gpu_sweep --out "$dir/sweep.jsonl" --seconds $(($(left) - 30))
 
 if [ -s "$dir/core.json" ]; then
     "$python" -m bench.report "$dir/core.json" --gpu >"$dir/core.md" 2>>"$dir/other.log" || failed=1
     say "$("$python" -m bench.report "$dir/core.json" --gpu-goals 2>&1)"
+fi
+if [ -s "$dir/training.json" ]; then
+    say "$("$python" -m bench.bench_gpu_lstm_training "$dir/training.json" 2>&1)"
 fi
 tail -n 40 "$dir/other.log"
 exit $failed

@@ -46,7 +46,7 @@ def check(tmp_path):
     return run
 
 
-PARTS = ("tests of kernels", "compilation", "core suite", "soak", "sweep")
+PARTS = ("tests of kernels", "compilation", "core suite", "LSTM training", "soak", "sweep")
 
 
 @needs_bash
@@ -57,12 +57,21 @@ def test_check_runs_every_part(check):
     assert len(list(folder.iterdir())) <= 8
     for wanted in ("tests/kernels/gpu", "bench/bench_gpu_core.py", "bench.gpu_soak", "bench.gpu_sweep", "--gpu-goals"):
         assert wanted in calls
+    for wanted in ("bench/bench_gpu_lstm_training.py", "-m bench.bench_gpu_lstm_training"):
+        assert wanted in calls
 
 
 @needs_bash
 @pytest.mark.parametrize(
     ("fail", "part"),
-    [("*kernels/gpu*", 0), ("*gpu_warm*", 1), ("*gpu_core*", 2), ("*gpu_soak*", 3), ("*gpu_sweep*", 4)],
+    [
+        ("*kernels/gpu*", 0),
+        ("*gpu_warm*", 1),
+        ("*gpu_core*", 2),
+        ("*lstm_training.py*", 3),
+        ("*gpu_soak*", 4),
+        ("*gpu_sweep*", 5),
+    ],
 )
 def test_check_goes_on_after_a_failure(check, fail, part):
     status, summary, _, _ = check(FAIL=fail)

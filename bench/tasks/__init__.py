@@ -1,0 +1,9 @@
+"""Real tasks that a model learns in about a minute on one core: the data, a model, and how well it does."""
+
+from __future__ import annotations
+
+from bench.tasks.characters import Characters
+from bench.tasks.pronunciation import Pronunciation
+from bench.tasks.task import Task
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Characters, Pronunciation)}

@@ -1,0 +1,75 @@
+"""What a task is to the programs that train on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor, nn
+from torch.nn import RNNBase
+
+MakeRNN = Callable[..., RNNBase]  # nn.LSTM, SparseGRU, ...: called with sizes and options as these are
+
+
+class MissingDataError(RuntimeError):
+    """The data of a task is not there; the message says where to get it."""
+
+
+class Metric(NamedTuple):
+    """A number that `Task.evaluate` returns; less is better."""
+
+    key: str
+    heading: str
+    digits: int  # after the point
+
+
+class Task(Protocol):
+    """Data, a model for it, and how well the model does on what was held out.
+
+    Attributes:
+        name: of the task on a command line.
+        metrics: of `evaluate`. Models are compared by the first.
+        steps: optimizer steps of a run, unless told otherwise.
+        loss_scale: by which the sum of the losses of all predictions is multiplied to give the loss of a step.
+    """
+
+    name: ClassVar[str]
+    metrics: ClassVar[tuple[Metric, ...]]
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def loss_scale(self) -> float: ...
+
+    @classmethod
+    def load(cls) -> Task:
+        """Read the data.
+
+        Raises:
+            MissingDataError: it is not there.
+        """
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the outcome of a run, for JSON."""
+        ...
+
+    def build_model(self, make_rnn: MakeRNN, seed: int) -> nn.Module:
+        """Return a model whose only recurrent layer is its attribute `rnn`, with initial weights drawn from `seed`."""
+        ...
+
+    def losses(self, model: nn.Module, seed: int) -> Iterator[Tensor]:
+        """Yield the loss of one batch after another, without end, in an order drawn from `seed`.
+
+        The weights may change between one and the next.
+        """
+        ...
+
+    def learning_rate(self, step: int, steps: int) -> float:
+        """Adam's rate at a step from 0 to steps - 1."""
+        ...
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Return every metric on held-out data, of a model in eval mode."""
+        ...
