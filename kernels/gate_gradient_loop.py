@@ -88,6 +88,7 @@ def list_kept(kept, list_ptr, chunk):
     is_kept = kept != 0
     place = tl.cumsum(is_kept.to(tl.int32), axis=0) - 1
     tl.store(list_ptr + place, chunk, mask=is_kept)
+    tl.debug_barrier()  # other threads read it
     return tl.sum(is_kept.to(tl.int32), axis=0)
 
 
@@ -212,6 +213,7 @@ def gate_gradient_steps(
         words = look(slot_ptr, to_read, 4, 1, PORTABLE)
         words = wait(words, slot_ptr, to_read, 4, status_ptr, spin_limit, 1, PORTABLE)
         fence(PORTABLE)
+        tl.debug_barrier()
         count = chunks
         if SKIPS:
             count = list_kept(words, list_ptr, all_chunks)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.gate_gradients.records import read_files
-from bench.gate_gradients.rows import rows_of
+from bench.gate_gradients.rows import ROWS, rows_of
 from bench.gate_gradients.table import tables
 from bench.tasks import TASKS
 from bench.tasks.task import MissingDataError
@@ -48,7 +48,7 @@ def _run(options: argparse.Namespace) -> int:
 
     try:
         for name in options.task or TASKS:
-            run_missing(TASKS[name].load(), rows_of(options.rows), options.out, steps=options.steps)
+            run_missing(TASKS[name].load(), rows_of(options.rows, options.row or ()), options.out, steps=options.steps)
     except KeyboardInterrupt:
         print(f"Stopped; the same command goes on after the last finished run in {options.out}", file=sys.stderr)
         return INTERRUPTED
@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="train what is missing in a file")
     run.add_argument("--task", action="append", choices=[*TASKS], help="may be repeated (default: all)")
     run.add_argument("--rows", choices=["headline", "all"], default="all", help="(default: %(default)s)")
+    names = [row.name for row in ROWS]
+    only = "only this row and the dense one; may be repeated: " + "; ".join(names).replace("%", "%%")
+    run.add_argument("--row", action="append", choices=names, metavar="NAME", help=only)
     run.add_argument("--steps", type=_positive, help="optimizer steps of every run (default: the task's own)")
     run.add_argument("--out", type=Path, default=DEFAULT_FILE, metavar="FILE", help="(default: %(default)s)")
     table = commands.add_parser("table", help="print Markdown")

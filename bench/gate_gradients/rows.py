@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SEEDS = (0, 1, 2)  # of a headline row; the others have the first
@@ -84,11 +84,12 @@ DENSE = Row("dense", "dense", headline=True)
 ROWS: tuple[Row, ...] = (
     DENSE,
     _elements("deterministic", 0.8, headline=True),
+    _elements("deterministic", 0.85, headline=True),
+    _elements("deterministic", 0.9, headline=True),
     _elements("stochastic", 0.8, headline=True),
     _elements("stochastic", 0.85, headline=True),
     _elements("stochastic", 0.9, headline=True),
     _elements("deterministic", 0.5),
-    _elements("deterministic", 0.9),
     _elements("stochastic", 0.95),
     _fixed(0.5),
     _fixed(0.8),
@@ -102,6 +103,8 @@ ROWS: tuple[Row, ...] = (
 QUANTILES = tuple(row.quantile for row in ROWS if row.quantile is not None)
 
 
-def rows_of(selection: str) -> list[Row]:
-    """Return the rows "headline" or "all", the dense one first."""
+def rows_of(selection: str, names: Sequence[str] = ()) -> list[Row]:
+    """Return the rows "headline" or "all", or those of some names; the dense one first, with which all are compared."""
+    if names:
+        return [row for row in ROWS if row.is_dense or row.name in names]
     return [row for row in ROWS if row.headline or selection == "all"]

@@ -124,10 +124,14 @@ def test_rows():
     assert [row.name for row in rows_of("headline")] == [
         "dense",
         "deterministic, 80 %",
+        "deterministic, 85 %",
+        "deterministic, 90 %",
         "stochastic, 80 %",
+        "stochastic, 85 %",
         "stochastic, 90 %",
     ]
-    assert sum(len(row.seeds) for row in rows_of("all")) == 23
+    assert sum(len(row.seeds) for row in rows_of("all")) == 31
+    assert [row.name for row in rows_of("all", ["stochastic, 95 %"])] == ["dense", "stochastic, 95 %"]
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.is_dense], ids=lambda row: row.name)
@@ -276,7 +280,7 @@ def test_files_are_joined(tmp_path):
 
 def test_an_interrupted_run_goes_on(task, tmp_path, monkeypatch, capsys):
     rows = [DENSE, plain(NAMES["fixed threshold, about 50 %"]), plain(NAMES["blocks, stochastic 50 %"])]
-    monkeypatch.setattr("bench.gate_gradients.__main__.rows_of", lambda selection: rows)
+    monkeypatch.setattr("bench.gate_gradients.__main__.rows_of", lambda selection, names: rows)
     monkeypatch.setitem(TASKS, "characters", type("Tiny", (), {"load": staticmethod(lambda: task)}))
     command = ["run", "--task", "characters", "--steps", "2", "--out", str(tmp_path / "runs.jsonl")]
     trained = []
