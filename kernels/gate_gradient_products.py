@@ -38,10 +38,10 @@ from triton_sparse_rnn.kernels.tiles import MOST_REGISTERS
 
 KEPT = tl.constexpr(0x3F800000)  # the bits of 1.0; what has not run holds others
 STAGES = 3  # loads under way at a time. With all below, not yet measured on a GPU
-BLOCK_I = 128  # columns of a program
+BLOCK_I = {"tf32": 128, "tf32x3": 32}  # columns of a program, by precision
 BLOCK_K = 32  # rows that are multiplied at a time
-LIST_BLOCK = 256  # entries of a list that are looked at together
-NUM_WARPS = 4
+CHUNKS_AT_A_TIME = 256  # words that list_chunks looks at together
+ROWS_AT_A_TIME = 4096  # that list_rows may store together
 
 
 class Kept(NamedTuple):
@@ -166,6 +166,11 @@ def input_gradient(
     tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=active[:, None] & (columns < I)[None, :])
 
 
+def warps_for(rows: int) -> int:
+    """Of a program of input_gradient."""
+    return 4 if rows == 16 else 8
+
+
 def weight_gradients(found: Kept, inputs: list[Tensor], precision: str) -> list[Tensor]:
     """Return gates^T x, [4 H, I], for each x [N, I] of `inputs`, without rows in which a chunk is zero.
 
@@ -176,16 +181,16 @@ def weight_gradients(found: Kept, inputs: list[Tensor], precision: str) -> list[
     rows, counts = (found.kept.new_empty(size) for size in ((C, N), (C,)))
     list_rows[(C,)](
         found.kept, found.starts, rows, counts, R, T, N, found.B, C,
-        ROWS=found.tile.rows, RAGGED=found.starts is not None, BLOCK=LIST_BLOCK,
+        ROWS=found.tile.rows, RAGGED=found.starts is not None, BLOCK=ROWS_AT_A_TIME // found.tile.rows,
     )  # fmt: skip
     results = []
     for x in inputs:
         I = x.shape[1]
         out = x.new_empty(4 * H, I)
-        weight_gradient[(C, triton.cdiv(I, BLOCK_I))](
+        weight_gradient[(C, triton.cdiv(I, BLOCK_I[precision]))](
             found.gates, x, rows, counts, out, N, H, I, x.stride(0),
-            CHUNK=found.tile.chunk, BLOCK_I=BLOCK_I, BLOCK_K=BLOCK_K, PRECISION=precision, STAGES=STAGES,
-            PORTABLE=INTERPRETED, num_warps=NUM_WARPS, maxnreg=MOST_REGISTERS, enable_fp_fusion=True,
+            CHUNK=found.tile.chunk, BLOCK_I=BLOCK_I[precision], BLOCK_K=BLOCK_K, PRECISION=precision, STAGES=STAGES,
+            PORTABLE=INTERPRETED, num_warps=4, maxnreg=MOST_REGISTERS, enable_fp_fusion=True,
         )  # fmt: skip
         results.append(out)
     return results
@@ -196,12 +201,12 @@ def input_gradients(found: Kept, weight: Tensor, precision: str) -> Tensor:
     R, T, C = found.kept.shape[0], found.kept.shape[1], found.kept.shape[2] - 1
     (N, _, H), I = found.gates.shape, weight.shape[1]
     chunks, counts = (found.kept.new_empty(size) for size in ((R * T, C), (R * T,)))
-    list_chunks[(R * T,)](found.kept, chunks, counts, C, BLOCK=LIST_BLOCK)
+    list_chunks[(R * T,)](found.kept, chunks, counts, C, BLOCK=CHUNKS_AT_A_TIME)
     out = torch.empty(N, I, dtype=weight.dtype, device=weight.device)
-    input_gradient[(R * T, triton.cdiv(I, BLOCK_I))](
+    input_gradient[(R * T, triton.cdiv(I, BLOCK_I[precision]))](
         found.gates, weight, found.starts, chunks, counts, out, T, N, found.B, H, I, weight.stride(0),
-        ROWS=found.tile.rows, CHUNK=found.tile.chunk, BLOCK_I=BLOCK_I, RAGGED=found.starts is not None,
-        PRECISION=precision, STAGES=STAGES, PORTABLE=INTERPRETED, num_warps=NUM_WARPS, maxnreg=MOST_REGISTERS,
-        enable_fp_fusion=True,
+        ROWS=found.tile.rows, CHUNK=found.tile.chunk, BLOCK_I=BLOCK_I[precision], RAGGED=found.starts is not None,
+        PRECISION=precision, STAGES=STAGES, PORTABLE=INTERPRETED, num_warps=warps_for(found.tile.rows),
+        maxnreg=MOST_REGISTERS, enable_fp_fusion=True,
     )  # fmt: skip
     return out
