@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn.kernels.row_blocks import row_blocks
-from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES, BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import GATE_NAMES, STORAGE_DTYPES, BlockMatrix
 from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS, check_block_size
 from triton_sparse_rnn.tables import align
 
-GATE_NAMES = {1: "h", 3: "rzn", 4: "ifgo"}  # by G: RNN, GRU, LSTM
+NAMES_BY_COUNT = {len(names): names for names in GATE_NAMES.values()}
 UNEVEN_ABOVE = 1.2  # of WeightReport.fullest_group: from where on a user is told so
 _MATRIX = re.compile(r"(?P<prefix>.*)weight_(?P<kind>ih|hh|hr)(?P<suffix>(_l\d+(_reverse)?)?)")
 _BLOCKS = re.compile(r".*weight_(ih|hh|hr)_l\d+(_reverse)?_(values|columns|starts|scales)")  # see PersistentLayer
@@ -310,7 +310,7 @@ def _find_gates(tensors: Mapping[str, Tensor | BlockMatrix]) -> Iterator[tuple[s
         rows, columns = recurrent.shape
         hidden = projection.shape[-1] if projection is not None else columns
         gates, rest = divmod(rows, max(1, hidden))
-        if rest == 0 and gates in GATE_NAMES:
+        if rest == 0 and gates in NAMES_BY_COUNT:
             if match["kind"] == "hr" and tensor.shape == (columns, hidden):
                 yield name, 1
             elif match["kind"] != "hr" and tensor.shape[0] == rows:
@@ -340,7 +340,7 @@ def _report_blocks(name: str, stored: BlockMatrix, dense_bytes: int) -> WeightRe
     counts = block_counts.tolist()
     parts = tuple(
         GateReport(gate, (rows // gates, columns), nonzero[g], counts[g], counts[g] * block_bytes, counts[g] * BR * BC)
-        for g, gate in enumerate(GATE_NAMES[gates])
+        for g, gate in enumerate(NAMES_BY_COUNT[gates])
     )
     low_blocks = (_count_blocks(stored), _count_blocks(_taller(stored))) if BR % VECTOR_ROWS else None
     return WeightReport(
@@ -353,7 +353,7 @@ def _report_kept_dense(name: str, weight: Tensor, gates: int) -> WeightReport:
     H, columns = len(weight) // gates, weight.shape[1]
     parts = tuple(
         GateReport(gate, (H, columns), nonzero[g], 0, weight.nbytes // gates, H * columns)
-        for g, gate in enumerate(GATE_NAMES[gates])
+        for g, gate in enumerate(NAMES_BY_COUNT[gates])
     )
     return WeightReport(name, (len(weight), columns), None, parts, weight.nbytes, weight.nbytes)
 

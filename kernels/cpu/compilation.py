@@ -32,7 +32,7 @@ from triton_sparse_rnn.kernels.cpu.sparse_products import (
 )
 from triton_sparse_rnn.kernels.cpu.step import StepFormat, emit_step
 from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
-from triton_sparse_rnn.kernels.cpu.team import make_help_out, make_share_work
+from triton_sparse_rnn.kernels.cpu.team import make_help_out, make_run_calls, make_share_work
 
 Format = PackFormat | BlockFormat | StepFormat | CellFormat | GateGradientFormat | PanelFormat | SparseProductFormat
 _EMITTERS: dict[type[Any], Callable[..., None]] = {
@@ -101,6 +101,13 @@ def compiled_helper() -> Callable[[int], int]:
     """Return `team.help_out`, compiled."""
     with _compiling:
         return _cached(njit, types.int64(types.int64), nogil=True)(make_help_out(fingerprint()))
+
+
+@functools.cache
+def compiled_calls() -> Any:
+    """Return `team.run_calls`, as a numba cfunc."""
+    with _compiling:
+        return _cached(cfunc, types.void(*[types.int64] * 3))(make_run_calls(fingerprint()))
 
 
 @functools.lru_cache(maxsize=None, typed=True)

@@ -219,8 +219,8 @@ def _hash_row(one: VectorCode, fields: GateGradientFields, row: Index) -> Intege
 
 
 def _uniform(row: Integers, column: Integers) -> Vector:
-    """A random number in [0, 1) for each lane."""
-    return (_hash32(row + column) >> 8).to_floats() * 2.0**-24
+    """A random number in (0, 1) for each lane."""
+    return ((_hash32(row + column) >> 9).to_floats() + 0.5) * 2.0**-23
 
 
 def _hash32(x: Integers) -> Integers:

@@ -8,13 +8,14 @@ Where a number of gates is left out because it is 0, infinity and NaN in what it
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from triton_sparse_rnn.kernels.cpu.compilation import kernel_address, kernel_function
+from triton_sparse_rnn.kernels.cpu.compilation import kernel_address
 from triton_sparse_rnn.kernels.cpu.dense_products import multiply
 from triton_sparse_rnn.kernels.cpu.sparse_products import (
     PANEL_COLUMNS,
@@ -26,8 +27,10 @@ from triton_sparse_rnn.kernels.cpu.sparse_products import (
     lay_out_scratch,
     panels_bytes,
 )
+from triton_sparse_rnn.kernels.cpu.threads import run_calls
 
-_FLOAT_BYTES, _LINE_BYTES = 4, 64
+_FLOAT_BYTES, _LINE_BYTES, _LINE_FLOATS = 4, 64, 16
+_THREAD_TERMS = 1 << 26  # of a product, zeros among them, for each thread: half a millisecond at 80 % zeros
 
 
 class Products(Protocol):
@@ -67,14 +70,21 @@ class RowProducts:
 
 
 class SkippingProducts:
-    """Without the zeros of gates [N, 4 H], each of them."""
+    """Without the zeros of gates [N, 4 H], each of them; the same bits with any number of threads."""
 
-    def __init__(self, gates: Tensor) -> None:
-        self._gates = gates
+    def __init__(self, gates: Tensor, num_threads: int = 1) -> None:
+        """`num_threads` is the most that work on a product, the calling one among them."""
+        self._gates, self._num_threads = gates, num_threads
 
     def times(self, matrix: Tensor) -> Tensor:
         output = matrix.new_empty(self._gates.shape[0], matrix.shape[1])
-        SkippingProduct(self._gates, len(output), [(matrix, output)])(len(output))
+        threads = self.threads_for(matrix.shape[1])
+        panels = lay_out([matrix], threads)
+        parts = [
+            SkippingProduct(self._gates[rows], len(output[rows]), panels, [output[rows]])
+            for rows in _divide(len(output), threads)
+        ]
+        run_calls([part.call for part in parts], threads)
         return output
 
     def transposed_times(self, *inputs: Tensor) -> list[Tensor]:
@@ -82,8 +92,18 @@ class SkippingProducts:
             return []
         N, columns = self._gates.shape
         outputs = [each.new_empty(columns, each.shape[1]) for each in inputs]
-        SkippingProduct(self._gates, N, [*zip(inputs, outputs, strict=True)], transposed=True)(N)
+        threads = self.threads_for(sum(each.shape[1] for each in inputs))
+        panels = lay_out(inputs, threads)
+        parts = [
+            SkippingProduct(self._gates[:, rows], N, panels, [output[rows] for output in outputs], transposed=True)
+            for rows in _divide(columns, threads)
+        ]
+        run_calls([part.call for part in parts], threads)
         return outputs
+
+    def threads_for(self, columns: int) -> int:
+        """How many work on a product whose factors have so many columns in all."""
+        return max(1, min(self._num_threads, self._gates.numel() * columns // _THREAD_TERMS))
 
 
 class SkippingProduct:
@@ -91,25 +111,25 @@ class SkippingProduct:
 
     Attributes:
         kernel, fields: addresses, for compiled code that calls it itself.
+        call: what `threads.run_calls` takes, for all rows.
     """
 
     def __init__(
-        self, gates: Tensor, rows: int, factors: Sequence[tuple[Tensor, Tensor]], *, transposed: bool = False
+        self, gates: Tensor, rows: int, panels: Sequence[Panels], outputs: Sequence[Tensor], *, transposed: bool = False
     ) -> None:
-        """Lay out each X.
+        """Take over the tensors.
 
         Args:
             gates: [N, 4 H].
             rows: of gates, the most that a call takes.
-            factors: each X and where its product is written.
+            panels: each X.
+            outputs: where each product is written.
             transposed: whether gates are.
         """
-        kernel = SparseProductFormat(by_columns=transposed)
-        panels = [_panels(matrix) for matrix, _ in factors]
         factor_words = np.array(
             [
                 FactorFields(place.address, place.bytes, output.shape[1], output.data_ptr(), _row_bytes(output))
-                for place, (_, output) in zip(panels, factors, strict=True)
+                for place, output in zip(panels, outputs, strict=True)
             ],
             dtype=np.int64,
         )
@@ -118,34 +138,43 @@ class SkippingProduct:
         starts, values, places, sums = (address + offset for offset in offsets)
         fields = SparseProductFields(
             gates.data_ptr(), _row_bytes(gates), gates.shape[1], starts, values, places, sums,
-            factor_words.ctypes.data, len(factors),
+            factor_words.ctypes.data, len(outputs),
         )  # fmt: skip
         self._words = np.array(fields, dtype=np.int64)
-        self._read = (gates, factors, panels, factor_words, scratch)  # these must stay where they are
-        self._run = kernel_function(kernel)
-        self.kernel, self.fields = kernel_address(kernel), self._words.ctypes.data
-
-    def __call__(self, rows: int) -> None:
-        """Multiply the first `rows` rows of gates."""
-        self._run(self.fields, 0, rows)
+        self._read = (gates, panels, outputs, factor_words, scratch)  # these must stay where they are
+        self.kernel, self.fields = kernel_address(SparseProductFormat(by_columns=transposed)), self._words.ctypes.data
+        self.call = self.kernel, self.fields, 0, rows
 
 
-class _Panels(NamedTuple):
+class Panels(NamedTuple):
+    """A matrix as sparse_products.py reads it."""
+
     memory: np.ndarray
     address: int
     bytes: int  # of one
 
 
-def _panels(matrix: Tensor) -> _Panels:
-    """Lay out a matrix as sparse_products.py reads it."""
-    rows, columns = matrix.shape
-    memory, address = _aligned(panels_bytes(rows, columns))
-    count = -(-columns // PANEL_COLUMNS)
-    bytes_of_one = panels_bytes(rows, 1)
-    fields = PanelFields(matrix.data_ptr(), _row_bytes(matrix), rows, columns, address, bytes_of_one)
-    words = np.array(fields, dtype=np.int64)
-    kernel_function(PanelFormat())(words.ctypes.data, 0, count)
-    return _Panels(memory, address, bytes_of_one)
+def lay_out(matrices: Sequence[Tensor], num_threads: int = 1) -> list[Panels]:
+    """Copy matrices into panels, on at most so many threads."""
+    kernel = kernel_address(PanelFormat())
+    laid_out, words, calls = [], [], []
+    for matrix in matrices:
+        rows, columns = matrix.shape
+        panels = Panels(*_aligned(panels_bytes(rows, columns)), panels_bytes(rows, 1))
+        fields = PanelFields(matrix.data_ptr(), _row_bytes(matrix), rows, columns, panels.address, panels.bytes)
+        laid_out.append(panels)
+        words.append(np.array(fields, dtype=np.int64))
+        calls += [(kernel, words[-1].ctypes.data, i, i + 1) for i in range(-(-columns // PANEL_COLUMNS))]
+    run_calls(calls, num_threads)
+    return laid_out
+
+
+def _divide(count: int, parts: int) -> list[slice]:
+    """Divide rows or columns into at most so many parts, at the beginnings of cache lines."""
+    lines = -(-count // _LINE_FLOATS)
+    parts = max(1, min(parts, lines))
+    bounds = [min(count, lines * i // parts * _LINE_FLOATS) for i in range(parts + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
 def _aligned(size: int) -> tuple[np.ndarray, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton_sparse_rnn.kernels.cpu.compilation import compiled_go_back, kernel_address, kernel_function
 from triton_sparse_rnn.kernels.cpu.dense_products import prepare_product
 from triton_sparse_rnn.kernels.cpu.gate_gradients import GATES, GateGradientFields, GateGradientFormat
-from triton_sparse_rnn.kernels.cpu.gate_products import SkippingProduct
+from triton_sparse_rnn.kernels.cpu.gate_products import SkippingProduct, lay_out
 from triton_sparse_rnn.kernels.cpu.lstm_states import FLOAT_BYTES, CellFields, CellFormat, StepFields
 
 
@@ -153,7 +153,7 @@ class GateGradients:
 
     def go_back_skipping(self, weight_hh: Tensor) -> None:
         """The same with products that leave out zeros."""
-        product = SkippingProduct(self.gates, len(self.dh), [(weight_hh, self.dh)])
+        product = SkippingProduct(self.gates, len(self.dh), lay_out([weight_hh]), [self.dh])
         compiled_go_back()(
             len(self._steps), self._steps.ctypes.data, kernel_address(self._format), self.fields,
             product.kernel, product.fields, self.gates.data_ptr(), _row_bytes(self.gates),

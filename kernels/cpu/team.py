@@ -26,6 +26,7 @@ from triton_sparse_rnn.kernels.cpu.intrinsics import (
     call_kernel,
     close_over,
     load_shared,
+    load_tuple,
     pause,
     store_shared,
     yield_processor,
@@ -36,6 +37,7 @@ SHARE, TICKET, _DONE, _KERNEL, _FIELDS, _COUNT, THREADS = (
 )  # numbers of int64, a cache line apart
 TEAM_BYTES = 7 * 64
 NO_MORE = -(1 << 62)
+_CALL_WORDS = 4
 _CHUNKS_PER_THREAD = 4  # more, and taking them costs; fewer, and one thread ends late
 _SPINS = 1000  # some 40 us
 
@@ -76,6 +78,19 @@ def make_help_out(fingerprint: str) -> Callable[[int], int]:
         return taken
 
     return help_out
+
+
+def make_run_calls(fingerprint: str) -> Callable[..., None]:
+    """Return the function, for numba to compile; `fingerprint` as for `layer.make_run_layer`."""
+
+    def run_calls(calls, first, end):
+        """A kernel that calls kernels: `calls` is the address of kernel, fields, first and end of each."""
+        close_over(fingerprint)
+        for number in range(first, end):
+            kernel, fields, its_first, its_end = load_tuple(calls + 8 * _CALL_WORDS * number, _CALL_WORDS)
+            call_kernel(kernel, fields, its_first, its_end)
+
+    return run_calls
 
 
 @njit

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from triton_sparse_rnn.kernels.cpu.compilation import compiled_helper, compiled_share
+from triton_sparse_rnn.kernels.cpu.compilation import compiled_calls, compiled_helper, compiled_share
 from triton_sparse_rnn.kernels.cpu.team import NO_MORE, SHARE, TEAM_BYTES, THREADS, TICKET
 
 
@@ -58,6 +59,23 @@ class Team:
             self._words[TICKET] = NO_MORE
         for call in self._calls:
             call.cancel()
+
+
+def run_calls(calls: Sequence[tuple[int, int, int, int]], num_threads: int) -> None:
+    """Call kernels, in any order.
+
+    Args:
+        calls: addresses of a kernel and of its fields, first and end. No two may write to the same memory.
+        num_threads: the most that work on them, the calling one among them.
+    """
+    words, run = np.array(calls, dtype=np.int64), compiled_calls()
+    helpers = min(num_threads, len(calls)) - 1
+    if helpers < 1:
+        run.ctypes(words.ctypes.data, 0, len(calls))
+        return
+    Team.compile()
+    with Team(helpers) as team:
+        compiled_share().ctypes(team, run.address, words.ctypes.data, len(calls))
 
 
 def _help(words: np.ndarray) -> int:

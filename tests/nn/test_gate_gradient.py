@@ -312,7 +312,7 @@ class TestState:
             ({"steps": torch.tensor([-1])}, r"\['steps'\] is damaged"),
             ({"steps": torch.tensor([1.0])}, r"\['steps'\] must be torch.int64 \[1\], got torch.float32"),
             ({"log_thresholds": torch.full((1, 4), torch.nan)}, r"\['log_thresholds'\] is damaged"),
-            ({"total": torch.zeros(1, 3, dtype=torch.int64)}, r"\['total'\] must be torch.int64 \[1, 7\]"),
+            ({"total": torch.zeros(1, 3, dtype=torch.int64)}, r"\['total'\] must be torch.float64 \[1, 7\]"),
             ({"calibrated": [1]}, r"\['calibrated'\] must be a list of 1 bools, got \[1\]"),
             ({"calibrated": []}, r"\['calibrated'\] must be a list of 1 bools"),
             ({"likely_zeros": [1.5]}, r"\['likely_zeros'\] must be a list of 1 floats from 0 to 1, got \[1.5\]"),

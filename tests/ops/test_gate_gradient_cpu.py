@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_sparse_rnn.ops.gate_gradients import reference
+from triton_sparse_rnn.kernels.cpu import gate_products
+from triton_sparse_rnn.kernels.cpu.lstm_backward import GateGradients
+from triton_sparse_rnn.ops.gate_gradients import cpu, reference
 from triton_sparse_rnn.ops.gate_gradients.contract import Arriving, Direction, Gradients, Needed, Rule, Steps
 from triton_sparse_rnn.ops.gate_gradients.cpu import _states, direction_gradients, unsupported_reason
+from triton_sparse_rnn.ops.gate_gradients.random import uniform
 from triton_sparse_rnn.ops.gate_gradients.states import lstm_cells, lstm_gates, rows_before
 
 ALL = Needed(True, True, True, True, False)
@@ -252,17 +255,57 @@ def test_an_empty_batch(group):
         assert result.zeros.tolist() == [0] * 4
 
 
-def test_many_threads_take_dense_products_sooner(monkeypatch):
-    """Skipping runs on one."""
-    from triton_sparse_rnn.ops.gate_gradients import cpu
+def test_more_threads_take_dense_products_sooner():
+    pays = {threads: [cpu._skipping_pays(zeros, threads) for zeros in (0.0, 0.5, 0.8, 0.99)] for threads in (1, 2, 8)}
+    assert pays == {1: [False, True, True, True], 2: [False, False, True, True], 8: [False, False, False, True]}
 
-    pays = {}
-    for threads in (1, 2, 8):
+
+@pytest.mark.parametrize(
+    ("threads", "share", "large", "expected"),
+    [
+        (1, 0.6, False, ("skipping", "SkippingProducts")),
+        (2, 0.6, False, ("dense", "DenseProducts")),
+        (2, 0.6, True, ("dense", "SkippingProducts")),
+        (8, 0.8, True, ("dense", "SkippingProducts")),
+        (2, 0.8, False, ("skipping", "SkippingProducts")),
+        (8, 0.1, True, ("dense", "DenseProducts")),
+    ],
+)
+def test_zeros_are_skipped_where_that_is_faster(threads, share, large, expected, monkeypatch):
+    """The loop skips on one thread, and only large products after it are shared."""
+    direction, arriving = random_direction("many rows", reverse=False)
+    thresholds = fitting_thresholds(direction, arriving, Rule(), share)
+    taken, loops, choose = [], {"go_back": "dense", "go_back_skipping": "skipping"}, cpu._products
+    for name, way in loops.items():
+        method = getattr(GateGradients, name)
+        monkeypatch.setattr(
+            GateGradients, name, lambda *args, method=method, way=way: (taken.append(way), method(*args))[1]
+        )
+
+    def recorded(*arguments):
+        products = choose(*arguments)
+        taken.append(type(products).__name__)
+        return products
+
+    monkeypatch.setattr(cpu, "_products", recorded)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(gate_products, "_THREAD_TERMS", 1 if large else 1 << 40)
+    run(direction, arriving, Rule(), thresholds, likely_zeros=share)
+    assert tuple(taken) == expected
+
+
+def test_same_bits_with_any_number_of_threads(monkeypatch):
+    monkeypatch.setattr(gate_products, "_THREAD_TERMS", 1)
+    direction, arriving = random_direction("many rows", reverse=True)
+    thresholds = fitting_thresholds(direction, arriving, Rule(), 0.95)
+    results = []
+    for threads in (1, 2, 4):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        pays[threads] = [cpu._skipping_pays(zeros) for zeros in (0.0, 0.5, 0.8, 0.95)]
-    assert pays[1] == [False, True, True, True]
-    assert pays[2] == [False, False, True, True]
-    assert pays[8] == [False, False, False, True]
+        assert cpu._skipping_pays(0.95, threads)
+        results.append(run(direction, arriving, Rule(), thresholds, likely_zeros=0.95))
+    for result in results[1:]:
+        for ours, one in zip(result, results[0], strict=True):
+            assert ours is one if ours is None or one is None else torch.equal(ours, one)
 
 
 def test_what_is_not_supported_is_said():
@@ -277,3 +320,20 @@ def test_what_is_not_supported_is_said():
     ]
     for other, rule, reason in reasons:
         assert reason in (unsupported_reason(other, rule) or "")
+
+
+def test_random_numbers_are_those_of_the_reference_to_the_last_bit():
+    """Thresholds for which a number that is 2^-21 larger or smaller than random.uniform's would decide otherwise."""
+    direction, arriving = random_direction("one number", reverse=False)
+    call = {"likely_zeros": 0.0, "keep_gates": True}
+    gates = direction_gradients(direction, arriving, Rule(), None, SEED, ALL, **call).gates
+    assert gates is not None
+    for number in range(100):
+        seed = torch.tensor([number * 40_503_001])
+        boundary = gates.flatten().abs() / uniform(seed, torch.tensor(0), torch.arange(4))
+        for factor, is_kept in ((1 + 5e-7, False), (1 - 5e-7, True)):
+            sampled = direction_gradients(
+                direction, arriving, Rule("sample"), boundary * factor, seed, ALL, **call
+            ).gates
+            assert sampled is not None
+            assert torch.equal(sampled.flatten() != 0, torch.full((4,), is_kept))

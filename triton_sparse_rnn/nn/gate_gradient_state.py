@@ -18,41 +18,44 @@ from triton_sparse_rnn.nn.gate_gradient_stats import (
 from triton_sparse_rnn.nn.gate_gradient_thresholds import HIGHEST, LOWEST, fitting_log_thresholds
 from triton_sparse_rnn.ops.gate_gradients.contract import Direction, Needed, Rule, Steps
 from triton_sparse_rnn.ops.gate_gradients.random import hash32
+from triton_sparse_rnn.sparse.block_matrix import GATE_NAMES
 
-GATES = {"LSTM": "ifgo", "GRU": "rzn"}
-START = -3.0  # of log_thresholds, where the gradients of the first backward are not finite
+START = -3.0  # of log_thresholds, until they are calibrated
 VERSION = 1
 _BITS = 0xFFFFFFFF
+_LARGEST = torch.finfo(torch.float32).max
 _TENSORS = ("steps", "log_thresholds", "last", "total")
 
 
 class GateGradientState:
     """The state of a layer with K directions (of all its layers) and G gates; row k of a tensor is direction k.
 
-    The host never reads these tensors during training; what it must know to go on, it counts itself.
+    The host reads these tensors once in training, after it set the thresholds by a first backward; what else it must
+    know to go on, it counts itself.
 
     Attributes:
         steps: [K], int64, backward passes begun. Random numbers depend on it.
         log_thresholds: [K, Q], float32, of the controller; Q thresholds in a direction.
         last: [K, G + 3], int64, of the last backward: zeros of each gate, gate gradients per gate, redundant and all
             multiply-accumulates.
-        total: [K, G + 3], the sum over all backward passes.
+        total: [K, G + 3], float64, the sum over all backward passes.
         scale: [K], float32, size of the gradients that arrived last; not saved.
         calibrated: [K], whether a first backward has set the thresholds.
         likely_zeros: [K], share of zeros to expect.
         stream: the number that makes the random numbers of two layers differ.
     """
 
+    @torch.inference_mode(False)  # its tensors change in training
     def __init__(self, layer: RNNBase, *, per_gate: bool, stream: int) -> None:
         suffixes = ("", "_reverse") if layer.bidirectional else ("",)
-        self.gates = GATES[layer.mode]
+        self.gates = GATE_NAMES[layer.mode]
         self.names = [f"l{k}{suffix}" for k in range(layer.num_layers) for suffix in suffixes]
         self.hidden_size = layer.hidden_size
         K, G = len(self.names), len(self.gates)
         self.steps = torch.zeros(K, dtype=torch.int64, device="cpu")
         self.log_thresholds = torch.full((K, G if per_gate else 1), START, dtype=torch.float32, device="cpu")
         self.last = torch.zeros(K, G + 3, dtype=torch.int64, device="cpu")
-        self.total = torch.zeros_like(self.last)
+        self.total = torch.zeros(K, G + 3, dtype=torch.float64, device="cpu")
         self.scale = torch.zeros(K, dtype=torch.float32, device="cpu")
         self.begun = [0] * K  # `steps`, as the host counts
         self.calibrated = [False] * K
@@ -90,7 +93,7 @@ class GateGradientState:
         if isinstance(loss_scale, Tensor):
             scale = loss_scale.detach().to(self.steps.device, torch.float32).reshape(1)
             return torch.where(_is_usable(scale), threshold * scale, 0).expand(shape).contiguous()
-        return self.log_thresholds.new_full(shape, threshold * loss_scale)
+        return self.log_thresholds.new_full(shape, min(threshold * loss_scale, _LARGEST))
 
     def thresholds(self, index: int) -> Tensor:
         """Return the controller's thresholds, [Q], for the gradients that arrived; 0 where these are not finite."""
@@ -102,7 +105,7 @@ class GateGradientState:
         fitting = fitting_log_thresholds(gates, steps, rule, self.scale[index], target)
         own = self.log_thresholds[index]
         own.copy_(torch.where(_is_usable(self.scale[index]), fitting, own))
-        self.calibrated[index] = True
+        self.calibrated[index] = bool(_is_usable(self.scale[index]))  # waits for the device; a GradScaler may overflow
 
     def move_thresholds(self, index: int, zeros: Tensor, target: float, gain: float) -> None:
         """Move the controller's thresholds by what they led to; zeros as in `count`, which comes before."""
@@ -158,15 +161,15 @@ class GateGradientState:
         return {"gates": self.gates, "directions": list(self.names), "hidden_size": self.hidden_size}
 
     def _check(self, state: Mapping[str, Any]) -> None:
-        own = self.state_dict()
         if not isinstance(state, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
+        if state.get("version", VERSION) != VERSION:
+            raise ValueError(f"state_dict has version {state['version']!r}, this package reads {VERSION}")
+        own = self.state_dict()
         if set(state) != set(own):
             missing = ", ".join(sorted(set(own) - set(state))) or "none"
             unexpected = ", ".join(sorted(map(str, set(state) - set(own)))) or "none"
             raise ValueError(f"state_dict is not of a gate_gradient: missing {missing}; unexpected {unexpected}")
-        if state["version"] != VERSION:
-            raise ValueError(f"state_dict has version {state['version']!r}, this package reads {VERSION}")
         if state["layer"] != own["layer"]:
             raise ValueError(f"state_dict is of a layer with {state['layer']}, but this layer has {own['layer']}")
         if not _is_count(state["stream"]):

@@ -9,6 +9,7 @@ from typing import cast as cast_to
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import LSTM, RNNBase
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
@@ -78,7 +79,7 @@ class GateGradientLayer(RNNBase):
         states = hx if isinstance(hx, (tuple, list)) else (hx,)
         tensors = (x, *states, *self.parameters(), *self._flat_weights)
         learns = any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
-        if not learns or not isinstance(x, Tensor) or x.is_meta or x.numel() == 0:
+        if not learns or not isinstance(x, Tensor) or _is_only_looked_at(x) or x.numel() == 0:
             return super().forward(input, hx)
         if getattr(self, "_is_replica", False):
             raise RuntimeError(
@@ -88,6 +89,12 @@ class GateGradientLayer(RNNBase):
         # compiles nothing; a decorator would load it with this module.
         run: Any = torch.compiler.disable(_run) if "torch._dynamo" in sys.modules else _run
         return run(self, gate_gradient, input, hx)
+
+
+def _is_only_looked_at(x: Tensor) -> bool:
+    """Whether the call is for shapes or for the graph of its operators, and a state has nothing to learn from it."""
+    traced = torch.jit.is_tracing()  # type: ignore[reportPrivateImportUsage] - it is documented
+    return x.is_meta or traced or (type(x) is not Tensor and is_fake(x))
 
 
 def check_gate_gradient(value: object) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-GATES = {"RNN_TANH": "h", "RNN_RELU": "h", "GRU": "rzn", "LSTM": "ifgo"}
+from triton_sparse_rnn.sparse.block_matrix import GATE_NAMES
+
 _WRAPPERS = ("_orig_mod", "module")  # the prefixes of torch.compile and of DistributedDataParallel
 
 
@@ -38,9 +39,9 @@ def find_parameter(model: nn.Module, path: str) -> nn.Parameter | None:
 
 def gate_names(module: nn.RNNBase) -> str:
     """One letter for each gate, in the order in which they are stacked: "rzn", "ifgo" or "h"."""
-    if module.mode not in GATES:
+    if module.mode not in GATE_NAMES:
         raise ValueError(f"expected an nn.RNN, nn.GRU or nn.LSTM, got {type(module).__name__} of mode {module.mode!r}")
-    return GATES[module.mode]
+    return GATE_NAMES[module.mode]
 
 
 def split_gates(weight: Tensor, gates: int) -> Tensor:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from triton_sparse_rnn.sparse.blocks import check_block_size, count_blocks, from_blocks, to_blocks
 
-GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}  # G by nn.RNNBase.mode
+GATE_NAMES = {"RNN_TANH": "h", "RNN_RELU": "h", "GRU": "rzn", "LSTM": "ifgo"}  # by nn.RNNBase.mode, a letter each
+GATES = {mode: len(names) for mode, names in GATE_NAMES.items()}  # G
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8)
 
 

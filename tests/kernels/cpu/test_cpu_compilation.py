@@ -167,7 +167,7 @@ def test_threads_wait_for_one_compilation(monkeypatch):
     assert len(compilations) == 1
 
 
-OTHERS = ("compiled_layer", "compiled_share", "compiled_helper")
+OTHERS = ("compiled_layer", "compiled_share", "compiled_helper", "compiled_calls")
 SECOND_PROCESS = f"""
 from numba.core import event
 from triton_sparse_rnn.kernels.cpu import compilation

@@ -1,12 +1,13 @@
 """States, steps back and products of gate gradients, each by itself; tests/ops has them together."""
 
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
-from triton_sparse_rnn.kernels.cpu import dense_products
+from triton_sparse_rnn.kernels.cpu import dense_products, gate_products, threads
 from triton_sparse_rnn.kernels.cpu.compilation import kernel_address, kernel_function
 from triton_sparse_rnn.kernels.cpu.dense_products import multiply, prepare_product
 from triton_sparse_rnn.kernels.cpu.gate_gradients import GateGradientFormat
@@ -179,6 +180,63 @@ def test_products_are_the_same_by_every_way():
     none = RowProducts(torch.zeros(23, 12), torch.tensor([], dtype=torch.int64))
     assert torch.equal(none.times(matrix), torch.zeros(23, 5))
     assert torch.equal(none.transposed_times(inputs[0])[0], torch.zeros(12, 5))
+
+
+@pytest.mark.parametrize(("N", "columns"), [(0, 12), (1, 4), (23, 12), (300, 260), (2065, 36)])
+def test_products_have_the_same_bits_with_any_number_of_threads(N, columns, monkeypatch):
+    monkeypatch.setattr(gate_products, "_THREAD_TERMS", 1)
+    monkeypatch.setattr(Tensor, "new_empty", lambda like, *shape: like.new_full(shape, math.nan))
+    gates = torch.randn(N, columns + 3)[:, :columns] * (torch.rand(N, columns) < 0.3)
+    gates[:1, 2] = math.nan
+    matrix, inputs = torch.randn(columns, 70), [torch.randn(N, 9)[:, 1:6], torch.randn(N, 130)]
+
+    def results(num_threads: int) -> list[Tensor]:
+        products = SkippingProducts(gates, num_threads)
+        return [products.times(matrix), *products.transposed_times(*inputs)]
+
+    one = results(1)
+    assert [each.isnan().sum() for each in one] == ([70, 5, 130] if N > 0 else [0] * 3)
+    for num_threads in (2, 3, 8, 64):
+        for ours, expected in zip(results(num_threads), one, strict=True):
+            assert torch.equal(ours.view(torch.int32), expected.view(torch.int32))  # NaN too
+
+
+def test_large_products_are_shared(monkeypatch):
+    submitted = []
+
+    class NobodyComes:
+        def submit(self, *arguments: object) -> Future:
+            submitted.append(arguments)
+            return Future()
+
+    monkeypatch.setattr(threads, "_pool", NobodyComes)
+    gates, matrix, inputs = torch.randn(64, 32), torch.randn(32, 512), torch.randn(64, 512)
+    for terms, helpers in ((1 << 21, 0), (1 << 20, 0), (1 << 19, 1), (1 << 18, 3), (1, 3)):
+        monkeypatch.setattr(gate_products, "_THREAD_TERMS", terms)
+        products = SkippingProducts(gates, 4)
+        assert products.threads_for(512) == helpers + 1
+        product = products.times(matrix)
+        assert len(submitted) == 2 * helpers  # for the panels and for the parts
+        torch.testing.assert_close(product, gates @ matrix, rtol=0, atol=1e-4)
+        submitted.clear()
+        SkippingProducts(gates, 2).transposed_times(inputs)
+        assert len(submitted) == 2 * min(helpers, 1)
+        submitted.clear()
+
+
+def test_products_in_several_threads_of_python(monkeypatch):
+    monkeypatch.setattr(gate_products, "_THREAD_TERMS", 1)
+    gates = [torch.randn(200, 36) * (torch.rand(200, 36) < 0.3) for _ in range(6)]
+    matrix = torch.randn(36, 130)
+
+    def work(own: Tensor) -> list[Tensor]:
+        return [SkippingProducts(own, 3).times(matrix) for _ in range(10)]
+
+    with ThreadPoolExecutor(6) as callers:
+        runs = list(callers.map(work, gates, timeout=60))
+    for own, run in zip(gates, runs, strict=True):
+        expected = SkippingProducts(own).times(matrix)
+        assert all(torch.equal(each, expected) for each in run)
 
 
 def test_formats_with_equal_fields_are_kernels_of_their_own():

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from cpu_layers import MODES, RAGGED, Layer
+from numba import cfunc, types
 
 from triton_sparse_rnn.kernels.cpu import recurrent_layer, threads
-from triton_sparse_rnn.kernels.cpu.threads import Team
+from triton_sparse_rnn.kernels.cpu.threads import Team, run_calls
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +126,26 @@ def test_small_layers_call_nobody(monkeypatch):
     monkeypatch.setattr(threads, "_pool", lambda: pool)
     assert_same_bits(Layer("GRU", 21, 150, (5, 3), (4, 3)), RAGGED, 3)
     assert not pool.kept
+
+
+@cfunc(types.void(types.CPointer(types.int64), types.int64, types.int64))
+def count_units(counts, first, end):
+    for unit in range(first, end):
+        counts[unit] += 1
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 4, 50])
+@pytest.mark.parametrize("pool", [None, SlowPool(), SlowPool(0.0)])
+def test_every_call_is_made_once(num_threads, pool, monkeypatch):
+    if pool is not None:
+        monkeypatch.setattr(threads, "_pool", lambda: pool)
+    counts = torch.zeros(31, dtype=torch.int64)
+    assert count_units.address is not None
+    calls = [(count_units.address, counts.data_ptr(), n, n + 2) for n in range(0, 30, 2)]
+    for _ in range(20):
+        run_calls(calls, num_threads)
+    assert counts.tolist() == [20] * 30 + [0]
+    run_calls([], num_threads)
 
 
 FORK = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,7 +11,13 @@ from torch import Tensor
 from triton_sparse_rnn.ops.gate_gradients.contract import Arriving, Direction, Gradients, Needed, Rule
 from triton_sparse_rnn.ops.gate_gradients.states import lstm_gates, rows_before
 
-SKIPPING_FROM = 0.35  # of zeros: from there on products without them are faster than dense ones, on an AMD Zen4
+if TYPE_CHECKING:  # these need numba
+    from triton_sparse_rnn.kernels.cpu.gate_products import Products
+    from triton_sparse_rnn.kernels.cpu.lstm_backward import GateGradients
+
+# Of an AMD Zen4, on as many threads:
+SKIPPING_FROM = 0.3  # of zeros: from there on products without them are faster than dense ones
+_LEAST_TIME = 0.1  # of a dense product, which one takes even if nearly all are zeros
 
 
 def unsupported_reason(direction: Direction, rule: Rule) -> str | None:
@@ -41,7 +49,6 @@ def direction_gradients(
 ) -> Gradients:
     """Go back through time; see `contract.Backward`."""
     from triton_sparse_rnn.kernels.cpu.gate_gradients import GateGradientFormat
-    from triton_sparse_rnn.kernels.cpu.gate_products import DenseProducts, RowProducts, SkippingProducts
     from triton_sparse_rnn.kernels.cpu.lstm_backward import GateGradients
 
     assert direction.c0 is not None
@@ -57,18 +64,12 @@ def direction_gradients(
         kernel, steps, activated, c, direction.c0, arriving.y, arriving.h, arriving.c, thresholds, seed, group
     )
     keeps_rows = thresholds is not None and rule.group == "rows"
-    if _skipping_pays(likely_zeros) and not keeps_rows:
+    if _skipping_pays(likely_zeros, torch.get_num_threads()) and not keeps_rows:
         back.go_back_skipping(direction.weight_hh)
     else:
         back.go_back(direction.weight_hh)
 
-    gates, zeros = back.gates, back.zeros.sum().item()
-    if keeps_rows:
-        products = RowProducts(gates, back.kept_rows(0, N))
-    elif zeros > 0 and _skipping_pays(zeros / gates.numel()):
-        products = SkippingProducts(gates)
-    else:
-        products = DenseProducts(gates, keeps_shape=not direction.steps.is_ragged)
+    gates, products = back.gates, _products(back, direction, keeps_rows)
     inputs = {"weight_ih": direction.x, "weight_hh": h_before}
     inputs = {name: rows for name, rows in inputs.items() if getattr(needed, name)}
     weights = dict(zip(inputs, products.transposed_times(*inputs.values()), strict=True))
@@ -87,9 +88,27 @@ def direction_gradients(
     )
 
 
-def _skipping_pays(zeros: float) -> bool:
-    """Whether one thread, which is what skipping uses, is faster without this share of zeros than all with them."""
-    return (1 - zeros) * torch.get_num_threads() <= 1 - SKIPPING_FROM
+def _products(back: GateGradients, direction: Direction, keeps_rows: bool) -> Products:
+    """Return the fastest way to multiply the gates of all steps."""
+    from triton_sparse_rnn.kernels.cpu.gate_products import DenseProducts, RowProducts, SkippingProducts
+
+    gates, zeros, threads = back.gates, back.zeros.sum().item(), torch.get_num_threads()
+    if keeps_rows:
+        return RowProducts(gates, back.kept_rows(0, len(gates)))
+    skipping = SkippingProducts(gates, threads)
+    more_threads = threads / skipping.threads_for(direction.x.shape[1])
+    if zeros > 0 and _skipping_pays(zeros / gates.numel(), more_threads):
+        return skipping
+    return DenseProducts(gates, keeps_shape=not direction.steps.is_ragged)
+
+
+def _skipping_pays(zeros: float, more_threads: float) -> bool:
+    """Whether a product without this share of zeros is faster than a dense one on so many times its threads.
+
+    In the time loop skipping has one thread, since a step is too short to be shared.
+    """
+    time = _LEAST_TIME + (1 - _LEAST_TIME) * (1 - zeros) / (1 - SKIPPING_FROM)  # of the dense one
+    return time * more_threads <= 1
 
 
 def _states(direction: Direction, h_before: Tensor) -> tuple[np.ndarray, Tensor, Tensor]:

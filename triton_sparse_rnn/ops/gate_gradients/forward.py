@@ -1,6 +1,7 @@
 """The forward of one layer by torch's own operators, so that its results are those of nn.LSTM and nn.GRU.
 
-What they choose among (oneDNN, cuDNN, torch's own loops) they choose here too; on a CPU results are equal to the bit.
+What they choose among (oneDNN, cuDNN, torch's own loops) they choose here too; on a CPU results are equal to the bit,
+for an x whose rows lie one behind the other.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ def _run_torch(
         y, *ends = run(x, torch.tensor(batch_sizes), states, parameters, *options)
     else:
         y, *ends = run(x.reshape(len(batch_sizes), batch_sizes[0], x.shape[1]), states, parameters, *options, False)
-    return Forward(y.reshape(x.shape[0], y.shape[-1]), ends[0], ends[1] if is_lstm else None, [None] * D)
+    # What comes from a Function as a view may not be written to; torch.nn's y may.
+    y = torch.ops.aten._unsafe_view(y.contiguous(), (x.shape[0], y.shape[-1]))
+    return Forward(y, ends[0], ends[1] if is_lstm else None, [None] * D)
 
 
 def _compact(parameters: list[Tensor], mode: str, weights: Sequence[Weights]) -> list[Tensor]:

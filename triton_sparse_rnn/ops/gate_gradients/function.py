@@ -116,9 +116,9 @@ class _Backward(Function):
         with torch.autocast(x.device.type, enabled=False):
             for d, needs_of in enumerate(_per_direction(needs_weights)):
                 states = _part_of((y, h0, c0), d, R)
-                tensors = _with_rows((x, *states, *weights[d]))
+                tensors = _as_plain((x, *states, *weights[d]))
                 direction = Direction(layer.mode, Steps(layer.batch_sizes, d == 1), *tensors, workspace=workspaces[d])
-                arriving = Arriving(*_with_rows(_part_of(arrived, d, R)))
+                arriving = Arriving(*_as_plain(_part_of(arrived, d, R)))
                 needed = Needed(needs_x, needs_of[0], needs_of[1], needs_of[2] or needs_of[3], needs_of[4])
                 gradients.append(_direction_gradients(layer, d, direction, arriving, needed))
             return None, *_joined(gradients, needs[1:])
@@ -141,9 +141,16 @@ def _part_of(states: Sequence[Any], d: int, R: int) -> tuple[Any, ...]:
     return y[:, d * R : d * R + R], h[d], None if c is None else c[d]
 
 
-def _with_rows(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """Return the tensors, with copies of those whose last axis is not contiguous."""
-    return [tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+def _as_plain(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Return the tensors as kernels read them: numbers in memory as they are, those of the last axis side by side."""
+    return [tensor if tensor is None else _as_plain_tensor(tensor) for tensor in tensors]
+
+
+def _as_plain_tensor(tensor: Tensor) -> Tensor:
+    if tensor._is_zerotensor():  # has no memory
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    tensor = tensor.resolve_neg()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _direction_gradients(layer: _Layer, d: int, direction: Direction, arriving: Arriving, needed: Needed) -> Gradients:

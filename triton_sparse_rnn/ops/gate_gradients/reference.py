@@ -176,9 +176,10 @@ def _step_sizes(gates: Tensor, rule: Rule) -> Tensor:
     if rule.group == "rows":
         return gates.square().mean((1, 2))[:, None].sqrt()
     B, G, H = gates.shape
-    squares = F.pad(gates.square().sum(1), (0, -H % rule.units, 0, -B % rule.rows))
-    blocks = squares.view(-(-B // rule.rows), rule.rows, -(-H // rule.units), rule.units)
-    rows, units = (_lengths(total, size, gates) for total, size in ((B, rule.rows), (H, rule.units)))
+    rows, units = min(B, rule.rows), min(H, rule.units)
+    squares = F.pad(gates.square().sum(1), (0, -H % units, 0, -B % rows))
+    blocks = squares.view(-(-B // rows), rows, -(-H // units), units)
+    rows, units = (_lengths(total, size, gates) for total, size in ((B, rows), (H, units)))
     return (blocks.sum((1, 3)) / (rows[:, None] * units * G)).sqrt()
 
 
@@ -193,7 +194,8 @@ def _spread(values: Tensor, gates: Tensor, rule: Rule) -> Tensor:
         return values
     if rule.group == "blocks":
         B, _, H = gates.shape
-        values = values.repeat_interleave(rule.rows, dim=0)[:B].repeat_interleave(rule.units, dim=1)[:, :H]
+        values = values.repeat_interleave(min(B, rule.rows), dim=0)[:B]
+        values = values.repeat_interleave(min(H, rule.units), dim=1)[:, :H]
     return values[:, None]
 
 
