@@ -14,18 +14,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.gate_gradient_check import assert_right, measured_zeros
 from triton_sparse_rnn import GateGradientSparsity, SparseLSTM
 from triton_sparse_rnn.kernels.cpu.compilation import kernel_function
 from triton_sparse_rnn.kernels.cpu.gate_gradients import GateGradientFormat
 from triton_sparse_rnn.kernels.cpu.gate_products import DenseProducts, SkippingProducts
 from triton_sparse_rnn.kernels.cpu.lstm_backward import GateGradients
 from triton_sparse_rnn.ops.gate_gradients import cpu, reference
-from triton_sparse_rnn.ops.gate_gradients.contract import Arriving, Direction, Gradients
+from triton_sparse_rnn.ops.gate_gradients.contract import Gradients
 from triton_sparse_rnn.ops.gate_gradients.dispatch import DIRECTION_GRADIENTS
 
 B, T = 32, 64
 SIZES = (256, 512, 1024)  # H, and I
 MOST_WARM_UPS, CLOSE_ENOUGH = 60, 0.02
+ROUNDING = 1e-5
 OURS: dict[str, dict[str, Any] | None] = {
     "nn.LSTM": None,
     "no zeros": {"threshold": 0.0},
@@ -97,17 +99,10 @@ def prepare(H: int, contender: str) -> tuple[nn.LSTM, Tensor, Tensor]:
             break
     else:
         raise AssertionError(f"{measured_zeros(layer):.0%} zeros after {MOST_WARM_UPS} passes")
-    assert_right(record(layer, x, grad_y))
+    call = record(layer, x, grad_y)
+    ours = cpu.direction_gradients(*call.arguments, **{**call.options, "keep_gates": True})
+    assert_right(ours, call.arguments, call.options, ROUNDING)
     return layer, x, grad_y
-
-
-def measured_zeros(layer: nn.LSTM) -> float:
-    """The share of zeros in the last backward, 0 for nn.LSTM's own."""
-    if not isinstance(layer, SparseLSTM):
-        return 0.0
-    assert layer.gate_gradient_stats is not None
-    shares = layer.gate_gradient_stats.zeros["l0"].values()
-    return sum(shares) / len(shares)
 
 
 def record(layer: nn.LSTM, x: Tensor, grad_y: Tensor) -> Call:
@@ -123,30 +118,6 @@ def record(layer: nn.LSTM, x: Tensor, grad_y: Tensor) -> Call:
         layer(x)[0].backward(grad_y)
     (call,) = calls
     return call
-
-
-@torch.no_grad()
-def assert_right(call: Call) -> None:
-    """Fail unless gradients are those of the reference in float64.
-
-    Of millions of gate gradients some are so near to a threshold that float32 decides otherwise, and others follow from
-    them. Together they change a gradient by up to half a percent; one unit in a thousand that is wrong, by three.
-    """
-    direction, arriving, *others = call.arguments
-    exact = reference.direction_gradients(
-        Direction(*map(_double, direction._replace(workspace=None))),
-        Arriving(*map(_double, arriving)),
-        *others,
-        **call.options,
-    )
-    for name in ("x", "h0", "c0", "weight_ih", "weight_hh", "bias_ih"):
-        ours, right = getattr(call.gradients, name), getattr(exact, name)
-        error = (ours - right).norm() / right.norm()
-        assert error < 0.02, f"the gradient of {name} is off by {error:.1e}, so there is nothing to time"
-
-
-def _double(field: Any) -> Any:
-    return field.double() if isinstance(field, Tensor) and field.dtype == torch.float32 else field
 
 
 @functools.lru_cache(maxsize=1)

@@ -55,9 +55,11 @@ def plot_all(runs: Mapping[Key, dict[str, Any]], folder: Path) -> list[Path]:
 
 def plot_trade_off(found: Sequence[Section], path: Path) -> None:
     """Draw each row's difference to dense training over the multiply-accumulates that its zeros make redundant."""
-    figure = _figure(6.4 * len(found), 5.2)
+    figure = _figure(6.4 * len(found), 5.6)
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     labels = [_draw_trade_off(axes, section) for axes, section in zip(panels, found, strict=True)]
+    entries = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=9, loc="outside lower center", ncols=4)
     figure.draw_without_rendering()  # now the panels have their places
     for axes, own in zip(panels, labels, strict=True):
         _place_labels(axes, own)
@@ -92,16 +94,13 @@ def _draw_trade_off(axes: Axes, section: Section) -> list[Label]:
     above.set_xlabel("zero gate gradients, %", color=INK, fontsize=9)
     above.tick_params(colors=INK, labelsize=8)
     axes.set_title(f"{section.task}, {section.steps:,} steps", loc="left", color=INK, fontsize=11)
-    if labels:
-        axes.legend(frameon=False, fontsize=8, loc="upper left")
     _strip(axes)
     return labels
 
 
 def _place_labels(axes: Axes, labels: Sequence[Label]) -> None:
-    """Write labels beside their points, each where it covers the least of points, legend and earlier labels."""
-    legend = axes.get_legend()
-    taken = [] if legend is None else [legend.get_window_extent()]
+    """Write labels beside their points, each where it covers the least of points and earlier labels."""
+    taken: list[Bbox] = []
     for _, x, y, _ in labels:
         left, bottom = axes.transData.transform((x, y)) - POINT_PIXELS / 2
         taken.append(Bbox.from_bounds(left, bottom, POINT_PIXELS, POINT_PIXELS))
