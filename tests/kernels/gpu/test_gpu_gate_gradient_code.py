@@ -10,17 +10,18 @@ from gpu_compilation import without_interpreter
 
 from triton_sparse_rnn.kernels.machine_code import ARCHITECTURES
 
-SOME = pytest.param(90, "some")
-ALL = [pytest.param(arch, "all", marks=pytest.mark.slow) for arch in ARCHITECTURES]
+# The same for all tiles, dtypes and rules takes minutes for each target, and is for who changes these kernels:
+# python tests/kernels/gpu/gate_gradient_code_program.py 90 all
+OTHERS = [pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES if arch != 90]
 
 
-@pytest.mark.parametrize(("arch", "which"), [SOME, *ALL])
-def test_nothing_spills_and_gate_gradients_are_handed_over_in_order(arch: int, which: str) -> None:
+@pytest.mark.parametrize("arch", [90, *OTHERS])
+def test_nothing_spills_and_gate_gradients_are_handed_over_in_order(arch: int) -> None:
     program = Path(__file__).with_name("gate_gradient_code_program.py")
     result = subprocess.run(
-        [sys.executable, program, str(arch), which], env=without_interpreter(), capture_output=True, text=True
+        [sys.executable, program, str(arch), "some"], env=without_interpreter(), capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert len(found) > (150 if which == "all" else 10)
+    assert len(found) > 10
     assert {name: problems for name, problems in found.items() if problems} == {}
