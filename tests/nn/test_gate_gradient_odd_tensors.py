@@ -1,6 +1,7 @@
 """Layers with a gate_gradient meet tensors that are not plain numbers in memory, and numbers that are not Python's."""
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_sparse_rnn import GateGradientSparsity, SparseGRU, SparseLSTM
 
 
-def make_layer(sparse_class=SparseLSTM, **arguments):
+def make_layer(sparse_class: Any = SparseLSTM, **arguments: Any) -> Any:
     torch.manual_seed(0)
     return sparse_class(I, H, gate_gradient=GateGradientSparsity(**(arguments or {"target": 0.5})))
 
@@ -28,7 +29,8 @@ def test_fake_tensors(dense_class, sparse_class):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
-    "make", [lambda y: torch._neg_view(-torch.ones_like(y)), lambda y: torch._efficientzerotensor(y.shape)]
+    "make",
+    [lambda y: torch.ops.aten._neg_view(-torch.ones_like(y)), lambda y: torch.ops.aten._efficientzerotensor(y.shape)],
 )
 def test_gradients_that_only_stand_for_numbers(make, backend):
     layer = make_layer(threshold=0.0, backend=backend)
@@ -57,7 +59,7 @@ def test_y_may_be_written_to_where_it_is_saved_no_more(dtype):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_trace_in_training(dense_class, sparse_class):
     layer, x = make_layer(sparse_class), torch.randn(T, B, I)
-    traced = torch.jit.trace(layer, (x,))
+    traced: Any = torch.jit.trace(layer, (x,))
     assert torch.equal(traced(x)[0], layer(x)[0])
 
 
@@ -73,8 +75,8 @@ def test_a_first_backward_that_overflows_is_not_what_thresholds_are_set_by():
 
 
 def test_numbers_of_other_kinds():
-    sparsity = GateGradientSparsity(target=Fraction(1, 2), units=np.int64(3), gain=np.float32(0.5))
-    assert repr(sparsity) == "GateGradientSparsity(target=0.5, units=3, gain=0.5)"
+    numbers: dict[str, Any] = {"target": Fraction(1, 2), "units": np.int64(3), "gain": np.float32(0.5)}
+    assert repr(GateGradientSparsity(**numbers)) == "GateGradientSparsity(target=0.5, units=3, gain=0.5)"
     layer = make_layer(threshold=1e38, loss_scale=1e30)
     layer(torch.randn(T, B, I))[0].sum().backward()
     assert set(layer.gate_gradient_stats.zeros["l0"].values()) == {1.0}
