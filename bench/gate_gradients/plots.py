@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from bench.gate_gradients.distribution import BINS, GATES, HIGHEST, LOWEST, SMALLEST, threshold_for
@@ -17,8 +15,8 @@ from bench.gate_gradients.records import Key
 from bench.gate_gradients.rows import CALIBRATION_SEED, DENSE
 from bench.gate_gradients.summary import Section, sections
 from bench.gate_gradients.training import calibrated_thresholds
+from triton_sparse_rnn.demo.plots import INK, PALE, new_figure, strip
 
-INK, PALE = "#1f2933", "#9aa5b1"
 STYLES = {  # by family: colour, marker
     "deterministic": ("#1c7ed6", "o"),
     "stochastic": ("#d9480f", "D"),
@@ -55,7 +53,7 @@ def plot_all(runs: Mapping[Key, dict[str, Any]], folder: Path) -> list[Path]:
 
 def plot_trade_off(found: Sequence[Section], path: Path) -> None:
     """Draw each row's difference to dense training over the multiply-accumulates that its zeros make redundant."""
-    figure = _figure(6.4 * len(found), 5.6)
+    figure = new_figure(6.4 * len(found), 5.6)
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     labels = [_draw_trade_off(axes, section) for axes, section in zip(panels, found, strict=True)]
     entries = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -94,7 +92,7 @@ def _draw_trade_off(axes: Axes, section: Section) -> list[Label]:
     above.set_xlabel("zero gate gradients, %", color=INK, fontsize=9)
     above.tick_params(colors=INK, labelsize=8)
     axes.set_title(f"{section.task}, {section.steps:,} steps", loc="left", color=INK, fontsize=11)
-    _strip(axes)
+    strip(axes, labelsize=8)
     return labels
 
 
@@ -132,7 +130,7 @@ def plot_distribution(section: Section, dense: dict[str, Any], path: Path) -> No
 
     Sizes are in units of what arrives at their own direction, a fixed threshold in those of all directions together.
     """
-    figure = _figure(3.3 * len(GATES), 5.6)
+    figure = new_figure(3.3 * len(GATES), 5.6)
     grid = figure.subplots(len(dense["distribution"]), len(GATES), sharex=True, sharey=True, squeeze=False)
     fixed = calibrated_thresholds(dense, 1.0)[DRAWN_TARGET]  # of the loss itself, as the distribution is
     for line, (moment, found) in zip(grid, dense["distribution"].items(), strict=True):
@@ -169,7 +167,7 @@ def _draw_gate(axes: Axes, gate: dict[str, Any], fixed: float) -> None:
         axes.axvline(ends[family], color=STYLES[family][0], linestyle=dashes, linewidth=1.5, label=label)
     text = f"smallest {100 * SMALLEST:g} % hold\n{100 * gate['energy']:.1f} % of squares"
     axes.text(0.03, 0.97, text, transform=axes.transAxes, va="top", fontsize=8, color=INK)
-    _strip(axes)
+    strip(axes, labelsize=8)
 
 
 def _window(distribution: Mapping[str, Any]) -> tuple[float, float]:
@@ -182,15 +180,3 @@ def _window(distribution: Mapping[str, Any]) -> tuple[float, float]:
             lows.append(edges[np.searchsorted(below, 0.02)])
             highs.append(edges[1:][min(np.searchsorted(below, 1 - 1e-5), BINS - 1)])
     return min(lows), max(highs) + 0.5
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=140, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _strip(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(PALE)
-    axes.tick_params(colors=INK, labelsize=8)

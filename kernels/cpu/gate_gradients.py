@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 from triton_sparse_rnn.kernels.cpu.gates import tanh
 from triton_sparse_rnn.kernels.cpu.intrinsics import call_kernel, close_over, load_tuple, store_tuple
 from triton_sparse_rnn.kernels.cpu.lstm_states import (
-    FLOAT_BYTES,
     INT64_BYTES,
     STEP_BYTES,
     WIDTH,
@@ -40,7 +39,15 @@ from triton_sparse_rnn.kernels.cpu.lstm_states import (
     cells_of_row,
     load_step,
 )
-from triton_sparse_rnn.kernels.cpu.vector_code import INT64, Accumulator, Index, Integers, Vector, VectorCode
+from triton_sparse_rnn.kernels.cpu.vector_code import (
+    FLOAT_BYTES,
+    INT64,
+    Accumulator,
+    Index,
+    Integers,
+    Vector,
+    VectorCode,
+)
 
 GATES = 4
 

@@ -28,8 +28,9 @@ from triton_sparse_rnn.kernels.cpu.sparse_products import (
     panels_bytes,
 )
 from triton_sparse_rnn.kernels.cpu.threads import run_calls
+from triton_sparse_rnn.kernels.cpu.vector_code import FLOAT_BYTES
 
-_FLOAT_BYTES, _LINE_BYTES, _LINE_FLOATS = 4, 64, 16
+_LINE_BYTES, _LINE_FLOATS = 64, 16
 _THREAD_TERMS = 1 << 26  # of a product, zeros among them, for each thread: half a millisecond at 80 % zeros
 
 
@@ -128,7 +129,7 @@ class SkippingProduct:
         """
         factor_words = np.array(
             [
-                FactorFields(place.address, place.bytes, output.shape[1], output.data_ptr(), _row_bytes(output))
+                FactorFields(place.address, place.bytes, output.shape[1], output.data_ptr(), row_bytes(output))
                 for place, output in zip(panels, outputs, strict=True)
             ],
             dtype=np.int64,
@@ -137,7 +138,7 @@ class SkippingProduct:
         scratch, address = _aligned(scratch_bytes)
         starts, values, places, sums = (address + offset for offset in offsets)
         fields = SparseProductFields(
-            gates.data_ptr(), _row_bytes(gates), gates.shape[1], starts, values, places, sums,
+            gates.data_ptr(), row_bytes(gates), gates.shape[1], starts, values, places, sums,
             factor_words.ctypes.data, len(outputs),
         )  # fmt: skip
         self._words = np.array(fields, dtype=np.int64)
@@ -161,7 +162,7 @@ def lay_out(matrices: Sequence[Tensor], num_threads: int = 1) -> list[Panels]:
     for matrix in matrices:
         rows, columns = matrix.shape
         panels = Panels(*_aligned(panels_bytes(rows, columns)), panels_bytes(rows, 1))
-        fields = PanelFields(matrix.data_ptr(), _row_bytes(matrix), rows, columns, panels.address, panels.bytes)
+        fields = PanelFields(matrix.data_ptr(), row_bytes(matrix), rows, columns, panels.address, panels.bytes)
         laid_out.append(panels)
         words.append(np.array(fields, dtype=np.int64))
         calls += [(kernel, words[-1].ctypes.data, i, i + 1) for i in range(-(-columns // PANEL_COLUMNS))]
@@ -183,5 +184,6 @@ def _aligned(size: int) -> tuple[np.ndarray, int]:
     return memory, -(-memory.ctypes.data // _LINE_BYTES) * _LINE_BYTES
 
 
-def _row_bytes(matrix: Tensor) -> int:
-    return matrix.stride(0) * _FLOAT_BYTES
+def row_bytes(matrix: Tensor) -> int:
+    """The distance of rows in memory."""
+    return matrix.stride(0) * FLOAT_BYTES

@@ -40,6 +40,7 @@ from triton_sparse_rnn.kernels.cpu.intrinsics import (
 from triton_sparse_rnn.kernels.cpu.pack import PackFields
 from triton_sparse_rnn.kernels.cpu.products import ProductFields
 from triton_sparse_rnn.kernels.cpu.step import StepFields
+from triton_sparse_rnn.kernels.cpu.vector_code import FLOAT_BYTES
 
 
 class LayerFields(NamedTuple):
@@ -87,7 +88,6 @@ class MatrixFields(NamedTuple):
     padded_scales: int
 
 
-FLOAT_BYTES = 4
 _INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from compiled code only: less to compile
 _LAYER_WORDS, _MATRIX_WORDS = len(LayerFields._fields), len(MatrixFields._fields)
 KERNEL_BYTES = 8 * max(len(fields._fields) for fields in (PackFields, ProductFields, StepFields))

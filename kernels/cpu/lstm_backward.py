@@ -14,8 +14,8 @@ from torch import Tensor
 from triton_sparse_rnn.kernels.cpu.compilation import compiled_go_back, kernel_address, kernel_function
 from triton_sparse_rnn.kernels.cpu.dense_products import prepare_product
 from triton_sparse_rnn.kernels.cpu.gate_gradients import GATES, GateGradientFields, GateGradientFormat
-from triton_sparse_rnn.kernels.cpu.gate_products import SkippingProduct, lay_out
-from triton_sparse_rnn.kernels.cpu.lstm_states import FLOAT_BYTES, CellFields, CellFormat, StepFields
+from triton_sparse_rnn.kernels.cpu.gate_products import SkippingProduct, lay_out, row_bytes
+from triton_sparse_rnn.kernels.cpu.lstm_states import CellFields, CellFormat, StepFields
 
 
 def place_steps(batch_sizes: Sequence[int], *, reverse: bool, gates_as_taken: bool) -> np.ndarray:
@@ -53,11 +53,11 @@ def lstm_cells(steps: np.ndarray, gates: Tensor, c0: Tensor, y: Tensor) -> tuple
         steps=steps.ctypes.data,
         units=y.shape[1],
         gates=gates.data_ptr(),
-        gates_bytes=_row_bytes(gates),
+        gates_bytes=row_bytes(gates),
         c0=c0.data_ptr(),
-        c0_bytes=_row_bytes(c0),
+        c0_bytes=row_bytes(c0),
         y=y.data_ptr(),
-        y_bytes=_row_bytes(y),
+        y_bytes=row_bytes(y),
         c=c.data_ptr(),
         right=right.ctypes.data,
     )
@@ -114,12 +114,12 @@ class GateGradients:
             steps=steps.ctypes.data,
             units=H,
             activated=activated.data_ptr(),
-            activated_bytes=_row_bytes(activated),
+            activated_bytes=row_bytes(activated),
             c=c.data_ptr(),
             c0=c0.data_ptr(),
-            c0_bytes=_row_bytes(c0),
+            c0_bytes=row_bytes(c0),
             grad_y=grad_y.data_ptr(),
-            grad_y_bytes=_row_bytes(grad_y),
+            grad_y_bytes=row_bytes(grad_y),
             dh=self.dh.data_ptr(),
             dc=self.dc.data_ptr(),
             thresholds=0 if thresholds is None else thresholds.data_ptr(),
@@ -156,7 +156,7 @@ class GateGradients:
         product = SkippingProduct(self.gates, len(self.dh), lay_out([weight_hh]), [self.dh])
         compiled_go_back()(
             len(self._steps), self._steps.ctypes.data, kernel_address(self._format), self.fields,
-            product.kernel, product.fields, self.gates.data_ptr(), _row_bytes(self.gates),
+            product.kernel, product.fields, self.gates.data_ptr(), row_bytes(self.gates),
         )  # fmt: skip
 
     def kept_rows(self, first: int, end: int) -> Tensor:
@@ -168,7 +168,3 @@ class GateGradients:
 def _scratch(*shape: int) -> Tensor:
     """New memory from numpy, which asks for large pages: of small ones 33 MB take as long as filling them twice."""
     return torch.from_numpy(np.empty(shape, dtype=np.float32))
-
-
-def _row_bytes(matrix: Tensor) -> int:
-    return matrix.stride(0) * FLOAT_BYTES

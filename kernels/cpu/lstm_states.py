@@ -21,11 +21,11 @@ import math
 from typing import Any, NamedTuple
 
 from triton_sparse_rnn.kernels.cpu.gates import tanh
-from triton_sparse_rnn.kernels.cpu.vector_code import Index, VectorCode
+from triton_sparse_rnn.kernels.cpu.vector_code import FLOAT_BYTES, Index, VectorCode
 
 TOLERANCE = 128 * 2.0**-23  # forward rounds the sums of many steps its own way; wrong gates are off by far more
 WIDTH = 16  # units at a time
-FLOAT_BYTES, INT64_BYTES = 4, 8
+INT64_BYTES = 8
 
 
 class StepFields(NamedTuple):

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from triton_sparse_rnn.kernels.cpu.compilation import compiled_layer, kernel_address
-from triton_sparse_rnn.kernels.cpu.layer import FLOAT_BYTES, KERNEL_BYTES, LayerFields, MatrixFields
+from triton_sparse_rnn.kernels.cpu.layer import KERNEL_BYTES, LayerFields, MatrixFields
 from triton_sparse_rnn.kernels.cpu.pack import PackFormat
 from triton_sparse_rnn.kernels.cpu.step import StepFormat
 from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 from triton_sparse_rnn.kernels.cpu.threads import Team
+from triton_sparse_rnn.kernels.cpu.vector_code import FLOAT_BYTES
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 _LINE_BYTES = 64  # a cache line: where a part of scratch begins, so that its vectors do not lie across two

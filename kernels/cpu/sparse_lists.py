@@ -21,12 +21,12 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from triton_sparse_rnn.kernels.cpu import target
-from triton_sparse_rnn.kernels.cpu.vector_code import INT16, INT32, INT64, Index, VectorCode
+from triton_sparse_rnn.kernels.cpu.vector_code import FLOAT_BYTES, INT16, INT32, INT64, Index, VectorCode
 
 WIDTH = 16  # floats of a vector
 PANEL_ROW_BYTES = 256
 TILE_ROWS = 128  # 32 KB in all, which a place counts; 96 to 192 are as fast
-_FLOAT_BYTES, _START_BYTES, _PLACE_BYTES = 4, 4, 2
+_START_BYTES, _PLACE_BYTES = 4, 2
 
 
 class Lists(NamedTuple):
@@ -40,7 +40,7 @@ class Lists(NamedTuple):
 def lists_bytes(sums: int, tiled: int) -> tuple[int, int, int]:
     """Return the sizes of starts, values and places, for lists of so many sums over so many columns or rows of D."""
     terms = sums * tiled
-    return _START_BYTES * -(-tiled // TILE_ROWS) * (sums + 1), _FLOAT_BYTES * terms, _PLACE_BYTES * terms
+    return _START_BYTES * -(-tiled // TILE_ROWS) * (sums + 1), FLOAT_BYTES * terms, _PLACE_BYTES * terms
 
 
 def list_of(code: VectorCode, lists: Lists, sums: Index, tile: Index, number: Index) -> tuple[Index, Index]:
@@ -69,7 +69,7 @@ def _list_rows(code: VectorCode, D: Index, D_bytes: Index, rows: Index, columns:
         count = code.smaller(columns - column, code.index(TILE_ROWS))
         with code.loop(code.index(0), rows) as row:
             writer.begin_list()
-            writer.append(D + D_bytes * row + column * _FLOAT_BYTES, count, fetched=TILE_ROWS * _FLOAT_BYTES)
+            writer.append(D + D_bytes * row + column * FLOAT_BYTES, count, fetched=TILE_ROWS * FLOAT_BYTES)
         writer.begin_list()
 
 
@@ -78,10 +78,10 @@ def _list_columns(code: VectorCode, D: Index, D_bytes: Index, rows: Index, colum
     with code.loop(code.index(0), rows, TILE_ROWS) as row:
         count = code.smaller(rows - row, code.index(TILE_ROWS))
         for part, column in code.vectors_of(columns):
-            _turn(part, D + D_bytes * row + column * _FLOAT_BYTES, D_bytes, count, turned)
+            _turn(part, D + D_bytes * row + column * FLOAT_BYTES, D_bytes, count, turned)
             with part.loop(part.index(0), part.index(part.width)) as i:
                 writer.begin_list()
-                writer.append(turned + i * (TILE_ROWS * _FLOAT_BYTES), count)
+                writer.append(turned + i * (TILE_ROWS * FLOAT_BYTES), count)
         writer.begin_list()
 
 
@@ -94,7 +94,7 @@ def _turn(code: VectorCode, source: Index, source_bytes: Index, rows: Index, tur
         for i, column in enumerate(_transposed(code, [code.load(place, zero).value for place in places])):
             code.store_elements(column, turned, row + i * TILE_ROWS)
         for place in places:
-            fetch(code, place + width * _FLOAT_BYTES)
+            fetch(code, place + width * FLOAT_BYTES)
     with code.loop(whole, rows) as row:
         vector = code.load(source + source_bytes * row, zero).value
         for i in range(width):
@@ -136,10 +136,10 @@ class _Writer:
             whole = count - count % WIDTH
             with self.code.loop(self.code.index(0), whole, WIDTH) as i:
                 if fetched:
-                    fetch(self.code, source + i * _FLOAT_BYTES + fetched)
-                self._append_vector(source + i * _FLOAT_BYTES, i * PANEL_ROW_BYTES)
+                    fetch(self.code, source + i * FLOAT_BYTES + fetched)
+                self._append_vector(source + i * FLOAT_BYTES, i * PANEL_ROW_BYTES)
         with self.one.loop(whole, count) as i:
-            self._append_number(source + i * _FLOAT_BYTES, i * PANEL_ROW_BYTES)
+            self._append_number(source + i * FLOAT_BYTES, i * PANEL_ROW_BYTES)
 
     def _append_vector(self, source: Index, place: Index) -> None:
         """What is not 0 moves to the first lanes, and what the others hold is stored over by the next terms.

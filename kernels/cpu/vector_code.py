@@ -17,7 +17,8 @@ from llvmlite import ir
 from numba.core import cgutils
 
 FLOAT, INT8, INT16, INT32, INT64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
-_BYTES = {FLOAT: 4, INT8: 1, INT16: 2, INT32: 4, INT64: 8}
+FLOAT_BYTES = 4
+_BYTES = {FLOAT: FLOAT_BYTES, INT8: 1, INT16: 2, INT32: 4, INT64: 8}
 _CONTRACT = ("contract",)
 FieldsT = TypeVar("FieldsT", bound=NamedTuple)
 

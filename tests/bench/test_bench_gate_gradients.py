@@ -29,13 +29,7 @@ NAMES = {row.name: row for row in ROWS}
 BACKEND = {"backend": "reference"}  # compiles nothing
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Steps this small are slower on several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

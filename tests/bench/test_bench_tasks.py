@@ -28,13 +28,7 @@ DICTIONARY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Steps this small are slower on several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def plot_training(
         sparsities: of the sparse model after every step, 0 to 1.
         held_out: by kind, bits per character on held-out text.
     """
-    figure = _figure(9, 6)
+    figure = new_figure(9, 6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.6, 1])
     labels = {"dense": "dense nn.GRU", "sparse": "SparseGRU, pruned while it trains"}
     window = max(1, round(SMOOTHING * len(sparsities)))
@@ -55,7 +55,7 @@ def plot_training(
     lower.annotate(f"{percent[-1]:.1f} %", (steps[-1], percent[-1]), (-4, -14), textcoords="offset points", ha="right")
     lower.set(ylim=(0, 100), xlim=(0, len(percent)), xlabel="optimizer step", ylabel="weights pruned, %")
     for axes in (upper, lower):
-        _strip(axes)
+        strip(axes)
         axes.grid(axis="y", color=PALE, alpha=0.3, linewidth=0.6)
     figure.savefig(path)
 
@@ -68,7 +68,7 @@ def plot_mask(path: Path, weight: Tensor, gates: Sequence[str], block_size: tupl
         gates: G names.
     """
     matrices = weight.detach().abs().unflatten(0, (len(gates), -1)).numpy()  # [G, H, H]
-    figure = _figure(4.1 * len(gates) + 0.8, 5.4)
+    figure = new_figure(4.1 * len(gates) + 0.8, 5.4)
     grid = figure.subplots(2, len(gates), height_ratios=[1, 7], sharex=True, sharey="row", squeeze=False)
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=11)
     strongest = np.quantile(matrices[matrices > 0], 0.99) if (matrices > 0).any() else 1.0
@@ -87,8 +87,8 @@ def plot_mask(path: Path, weight: Tensor, gates: Sequence[str], block_size: tupl
             aspect="auto",
         )
         axes.set_xlabel("from hidden unit")
-        _strip(above)
-        _strip(axes)
+        strip(above)
+        strip(axes)
     grid[0, 0].set_ylabel("readers")
     grid[1, 0].set_ylabel(f"to hidden unit (blocks of {block_size[0]} x {block_size[1]})")
     assert image is not None
@@ -98,13 +98,15 @@ def plot_mask(path: Path, weight: Tensor, gates: Sequence[str], block_size: tupl
     figure.savefig(path)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure of so many inches that can be saved without a display."""
     figure = Figure(figsize=(width, height), dpi=140, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _strip(axes: Axes) -> None:
+def strip(axes: Axes, labelsize: int = 9) -> None:
+    """Leave two thin spines, and numbers in INK."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(PALE)
-    axes.tick_params(colors=INK, labelsize=9)
+    axes.tick_params(colors=INK, labelsize=labelsize)

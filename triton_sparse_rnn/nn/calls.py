@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,20 @@ class CallLayout(NamedTuple):
     batch_first: bool
     dtype: torch.dtype
     device: torch.device
+
+
+def layout_of(layer: Any, name: str, dtype: torch.dtype, device: torch.device) -> CallLayout:
+    """Describe the calls of a layer that has the sizes and options of an nn.RNNBase under their names there."""
+    H, D = layer.hidden_size, 2 if layer.bidirectional else 1
+    return CallLayout(
+        name=name,
+        input_size=layer.input_size,
+        state_sizes=(layer.proj_size or H, H) if layer.mode == "LSTM" else (H,),
+        layers=layer.num_layers * D,
+        batch_first=layer.batch_first,
+        dtype=dtype,
+        device=device,
+    )
 
 
 class Call(NamedTuple):

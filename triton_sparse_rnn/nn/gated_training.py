@@ -14,7 +14,7 @@ from torch.nn import LSTM, RNNBase
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_sparse_rnn.nn.calls import Call, CallLayout, cast, read_call, result_dtype
+from triton_sparse_rnn.nn.calls import Call, cast, layout_of, read_call, result_dtype
 from triton_sparse_rnn.nn.gate_gradient import GateGradientSparsity
 from triton_sparse_rnn.nn.gate_gradient_stats import GateGradientStats
 from triton_sparse_rnn.ops.gate_gradients.contract import Direction, Steps
@@ -106,7 +106,7 @@ def check_gate_gradient(value: object) -> None:
 
 def _run(layer: RNNBase, gate_gradient: GateGradientSparsity, input: Tensor | PackedSequence, hx: Any) -> Any:
     weights = layer.all_weights  # read once: what parametrizes one may be random
-    call = read_call(input, hx, _layout(layer, weights[0][0]))
+    call = read_call(input, hx, layout_of(layer, layer.mode, weights[0][0].dtype, weights[0][0].device))
     dtype = result_dtype(call, layer.mode, weights[0][0].dtype)
     x, *states = cast([call.x, *call.states], dtype)
     D, ends = 2 if layer.bidirectional else 1, []
@@ -146,16 +146,3 @@ def _with_gaps(layer: RNNBase, weights: list[Tensor]) -> Weights:
     """Make the weights of a direction w_ih, w_hh, b_ih, b_hh, w_hr, with None for what the layer does not have."""
     bias_ih, bias_hh = weights[2:4] if layer.bias else (None, None)
     return Weights(weights[0], weights[1], bias_ih, bias_hh, weights[-1] if layer.proj_size else None)
-
-
-def _layout(layer: RNNBase, weight: Tensor) -> CallLayout:
-    H, D = layer.hidden_size, 2 if layer.bidirectional else 1
-    return CallLayout(
-        name=layer.mode,
-        input_size=layer.input_size,
-        state_sizes=(layer.proj_size or H, H) if layer.mode == "LSTM" else (H,),
-        layers=layer.num_layers * D,
-        batch_first=layer.batch_first,
-        dtype=weight.dtype,
-        device=weight.device,
-    )

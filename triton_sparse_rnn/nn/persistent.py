@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_sparse_rnn.nn.calls import Call, CallLayout, cast, read_call, read_step, result_dtype, run_layers
+from triton_sparse_rnn.nn.calls import Call, CallLayout, cast, layout_of, read_call, read_step, result_dtype, run_layers
 from triton_sparse_rnn.nn.plan import Plan, make_plan
 from triton_sparse_rnn.nn.weight_storage import (
     describe_storage,
@@ -287,16 +287,7 @@ class PersistentLayer(nn.Module):
 
     @property
     def _call_layout(self) -> CallLayout:
-        H, D = self.hidden_size, 2 if self.bidirectional else 1
-        return CallLayout(
-            name=self.dense_class.__name__,
-            input_size=self.input_size,
-            state_sizes=(self.proj_size or H, H) if self.mode == "LSTM" else (H,),
-            layers=self.num_layers * D,
-            batch_first=self.batch_first,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        return layout_of(self, self.dense_class.__name__, self.dtype, self.device)
 
     def _layer_weights(self, layer: int) -> list[LayerWeights]:
         """The weights of each direction of a layer."""

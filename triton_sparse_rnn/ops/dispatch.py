@@ -69,14 +69,32 @@ def choose_backend(
         ValueError: there is no backend of that name.
         BackendUnavailableError: `backend` is named and cannot run it.
     """
-    layer = mode, dtype, device, directions, activation_dtype
+
+    def reason_of(name: str) -> str | None:
+        return unsupported_reason(name, mode, dtype, device, directions, activation_dtype)
+
+    return choose(backend, device, reason_of, "this layer")
+
+
+def choose(backend: str | None, device: torch.device, reason_of: Callable[[str], str | None], what: str) -> str:
+    """Return `backend` if it can run something, or for None the fastest that can.
+
+    Args:
+        backend: one of BACKENDS, or None.
+        device: of the tensors.
+        reason_of: why a backend cannot run it, or None.
+        what: it is, for the error.
+
+    Raises:
+        ValueError, BackendUnavailableError: see `choose_backend`.
+    """
     if check_backend(backend) is None:
         fitting = BACKENDS if device.type == "cuda" else BACKENDS[1:]  # Triton's interpreter is taken only by name
-        return next(name for name in fitting if unsupported_reason(name, *layer) is None)
+        return next(name for name in fitting if reason_of(name) is None)
     assert backend is not None
-    if (reason := unsupported_reason(backend, *layer)) is not None:
+    if (reason := reason_of(backend)) is not None:
         raise BackendUnavailableError(
-            f"backend {backend!r} cannot run this layer: {reason}. backend=None takes the fastest one that can."
+            f"backend {backend!r} cannot run {what}: {reason}. backend=None takes the fastest one that can."
         )
     return backend
 

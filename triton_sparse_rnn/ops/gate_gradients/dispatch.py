@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from triton_sparse_rnn.errors import BackendUnavailableError
-from triton_sparse_rnn.ops.dispatch import BACKENDS, check_backend, unavailable_reason
+from triton_sparse_rnn.ops.dispatch import choose, unavailable_reason
 from triton_sparse_rnn.ops.gate_gradients import cpu, reference, triton
 from triton_sparse_rnn.ops.gate_gradients.contract import Backward, Direction, Rule
 
@@ -34,15 +33,9 @@ def choose_backward(backend: str | None, direction: Direction, rule: Rule) -> Ba
         ValueError: there is no backend of that name.
         BackendUnavailableError: `backend` is named and cannot run it.
     """
-    if check_backend(backend) is None:
-        fitting = BACKENDS if direction.x.is_cuda else BACKENDS[1:]  # Triton's interpreter is taken only by name
-        chosen = next(name for name in fitting if unsupported_reason(name, direction, rule) is None)
-    else:
-        assert backend is not None
-        if (reason := unsupported_reason(backend, direction, rule)) is not None:
-            raise BackendUnavailableError(
-                f"backend {backend!r} cannot run the backward of this layer: {reason}. "
-                "backend=None takes the fastest one that can."
-            )
-        chosen = backend
+
+    def reason_of(name: str) -> str | None:
+        return unsupported_reason(name, direction, rule)
+
+    chosen = choose(backend, direction.x.device, reason_of, "the backward of this layer")
     return DIRECTION_GRADIENTS["reference" if len(direction.x) == 0 else chosen]  # no kernel needs to know B = 0
