@@ -61,6 +61,48 @@ def test_ramp_rises_to_exactly_q(ramp_step, slope_ratio):
     assert updates(schedule) == [17, 24, 31, 38, 45, 52, 59, 60]  # not at begin_step, where the threshold is zero
 
 
+@pytest.mark.parametrize("total", [2, 3, 7, 39, 40, 41, 500, 4_001, 1_000_000])
+def test_steps_from_the_length_of_a_training(total):
+    decay, ramp = PolynomialDecay.for_training(total, 0.8), ThresholdRamp.for_training(total, q=0.3)
+    assert decay.final_sparsity == 0.8
+    assert ramp.q == 0.3
+    assert (decay.begin_step, decay.end_step, decay.frequency) == (ramp.begin_step, ramp.end_step, ramp.frequency)
+    assert decay.begin_step == total // 20
+    assert decay.end_step == total // 2
+    assert ramp.ramp_step == total // 4
+    if total >= 40:
+        assert len(updates(decay, total)) >= 18 or decay.frequency == 100
+    assert decay.frequency <= 100
+
+
+def test_steps_that_are_given_are_kept():
+    decay = PolynomialDecay.for_training(1_000, begin_step=600, frequency=7, power=1)
+    assert (decay.begin_step, decay.end_step, decay.frequency, decay.power) == (600, 601, 7, 1)
+    ramp = ThresholdRamp.for_training(1_000, 0.2, begin_step=300, end_step=900, slope_ratio=2)
+    assert (ramp.begin_step, ramp.ramp_step, ramp.end_step, ramp.slope_ratio) == (300, 300, 900, 2)
+    drawn = ThresholdRamp.from_weights(nn.GRU(4, 8), total_steps=1_000, ramp_step=400)
+    assert (drawn.begin_step, drawn.ramp_step, drawn.end_step) == (50, 400, 500)
+
+
+@pytest.mark.parametrize(
+    ("total", "others", "error", "message"),
+    [
+        (1, {}, ValueError, "total_steps must be at least 2, got 1"),
+        (99.0, {}, TypeError, r"total_steps must be an integer, got 99\.0"),
+        (100, {"end_step": 101}, ValueError, "end_step=101 lies behind the training's last step, total_steps=100"),
+        (100, {"end_step": 5}, ValueError, "end_step must come after begin_step=5, got 5"),
+        (100, {"end_step": "x"}, TypeError, "end_step must be an integer"),
+        (100, {"begin_step": None}, TypeError, "begin_step must be an integer"),
+        (100, {"stop": 3}, TypeError, "stop"),
+    ],
+)
+def test_lengths_that_make_no_schedule(total, others, error, message):
+    with pytest.raises(error, match=message):
+        PolynomialDecay.for_training(total, **others)
+    with pytest.raises(error, match=message):
+        ThresholdRamp.for_training(total, 0.1, **others)
+
+
 @pytest.mark.parametrize("block_size", [(1, 1), (3, 2), (16, 1)])
 @pytest.mark.parametrize("score", ["max", "mean", "l2"])
 def test_from_weights_takes_the_percentile_of_pooled_block_scores(block_size, score):

@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from torch import nn
 from triton_sparse_rnn.pruning.scores import block_scores, combine_gates
 from triton_sparse_rnn.pruning.weights import clean_name, gate_names, name_matches, recurrent_weights, split_gates
 from triton_sparse_rnn.sparse.blocks import check_block_size
+
+_FEWEST_UPDATES = 20  # that a schedule made from the length of a training has, about
 
 
 class Schedule(abc.ABC):
@@ -87,6 +89,29 @@ class PolynomialDecay(Schedule):
             )
         _check_order(self.begin_step, self.end_step)
 
+    @classmethod
+    def for_training(cls, total_steps: int, final_sparsity: float = 0.9, **others: Any) -> PolynomialDecay:
+        """Choose the steps from the length of a training alone, by the heuristics of Narang et al. (ICLR 2017).
+
+        Pruning begins after 5 % of the steps (the paper: at the second epoch) and ends after half of them, so that as
+        many are left to recover; updates come every 100 steps, or more often, so that there are at least about 20.
+
+        Args:
+            total_steps: optimizer steps of the whole training, at least 2.
+            final_sparsity: fraction of blocks in [0, 1).
+            **others: arguments of the class; those given are not chosen.
+
+        >>> schedule = PolynomialDecay.for_training(20_000)
+        >>> schedule.begin_step, schedule.end_step, schedule.frequency
+        (1000, 10000, 100)
+        >>> PolynomialDecay.for_training(600, 0.8, end_step=400).frequency
+        18
+        """
+        begin, _, end, frequency = _paper_steps(total_steps, others)
+        return cls(
+            **{"final_sparsity": final_sparsity, "begin_step": begin, "end_step": end, "frequency": frequency} | others
+        )
+
     @property
     def last_step(self) -> int:
         return self.end_step
@@ -145,6 +170,25 @@ class ThresholdRamp(Schedule):
             )
 
     @classmethod
+    def for_training(cls, total_steps: int, q: float, **others: Any) -> ThresholdRamp:
+        """Choose the steps from the length of a training alone, as the paper does.
+
+        Pruning begins after 5 % of the steps (the paper: at the second epoch), is faster after 25 %, and ends after
+        half of them; updates come every 100 steps, or more often, so that there are at least about 20.
+
+        Args:
+            total_steps: optimizer steps of the whole training, at least 2.
+            q: the final threshold; `from_weights` takes it, and total_steps, for a wanted sparsity.
+            **others: arguments of the class; those given are not chosen.
+
+        >>> schedule = ThresholdRamp.for_training(20_000, q=0.1)
+        >>> schedule.begin_step, schedule.ramp_step, schedule.end_step, schedule.frequency
+        (1000, 5000, 10000, 100)
+        """
+        begin, ramp, end, frequency = _paper_steps(total_steps, others)
+        return cls(**{"q": q, "begin_step": begin, "ramp_step": ramp, "end_step": end, "frequency": frequency} | others)
+
+    @classmethod
     def from_weights(
         cls,
         model: nn.Module,
@@ -168,7 +212,8 @@ class ThresholdRamp(Schedule):
             block_size: (BR, BC); this, `score` and `tie_gates` as for the `Pruner` that will use the schedule.
             score: "max", "mean" or "l2".
             tie_gates: whether all gates of a unit group are one block.
-            **steps: begin_step, ramp_step, end_step, and the other arguments of the class.
+            **steps: begin_step, ramp_step, end_step, and the other arguments of the class; or total_steps, and what of
+                them `for_training` is not to choose.
 
         >>> layer = nn.RNN(1, 4, bias=False)
         >>> layer.weight_hh_l0.data = torch.arange(1.0, 17.0).view(4, 4)
@@ -196,7 +241,7 @@ class ThresholdRamp(Schedule):
             raise ValueError(
                 f"sparsity={sparsity} of {len(scores)} blocks gives q={q}, which must be positive and finite"
             )
-        return cls(q=q, **steps)
+        return cls.for_training(q=q, **steps) if "total_steps" in steps else cls(q=q, **steps)
 
     @property
     def theta(self) -> float:
@@ -272,6 +317,17 @@ class ConstantMask(Schedule):
 
     def threshold_at(self, step: int) -> float:
         return 0.0
+
+
+def _paper_steps(total_steps: object, chosen: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """Return begin, ramp, end and frequency for a training, those in `chosen` as they are."""
+    total = _checked_integer("total_steps", total_steps, least=2)
+    begin = _checked_step("begin_step", chosen.get("begin_step", total // 20))
+    end = _checked_step("end_step", chosen.get("end_step", max(total // 2, begin + 1)))
+    ramp = chosen.get("ramp_step", min(max(total // 4, begin), end))
+    if end > total:
+        raise ValueError(f"end_step={end} lies behind the training's last step, total_steps={total}")
+    return begin, ramp, end, max(1, min(100, (end - begin) // _FEWEST_UPDATES))
 
 
 def _check_fields(schedule: Schedule, checked: Callable[[str, object], float], *names: str) -> None:
