@@ -14,8 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.gate_gradients.records import read_files
-from bench.gate_gradients.rows import ROWS, rows_of
+from bench.gate_gradients.rows import RECORDS, ROWS, rows_of
 from bench.gate_gradients.table import tables
 from bench.tasks import TASKS
 from bench.tasks.task import MissingDataError
@@ -30,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "run":
             return _run(options)
-        runs = read_files(options.files)
+        runs = RECORDS.read_files(options.files)
         if options.command == "table":
             print(tables(runs))
         else:

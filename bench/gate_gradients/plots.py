@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
 from bench.gate_gradients.distribution import BINS, GATES, HIGHEST, LOWEST, SMALLEST, threshold_for
-from bench.gate_gradients.records import Key
 from bench.gate_gradients.rows import CALIBRATION_SEED, DENSE
 from bench.gate_gradients.summary import Section, sections
 from bench.gate_gradients.training import calibrated_thresholds
+from bench.runs.records import Key
 from triton_sparse_rnn.demo.plots import INK, PALE, new_figure, strip
 
 STYLES = {  # by family: colour, marker

@@ -6,8 +6,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bench.runs.records import Records
+
 SEEDS = (0, 1, 2)  # of a headline row; the others have the first
 CALIBRATION_SEED = SEEDS[0]  # of the dense run whose distribution fixed thresholds are taken from
+RECORDS = Records(
+    "bench.gate_gradients",
+    frozenset({"settings", "gate_gradient", "quality", "zeros", "redundant_macs", "distribution"}),
+)
 
 
 @dataclasses.dataclass(frozen=True)

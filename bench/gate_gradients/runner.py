@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench.gate_gradients.records import Key, append_run, key_of, read_runs
-from bench.gate_gradients.rows import CALIBRATION_SEED, DENSE, Row
+from bench.gate_gradients.rows import CALIBRATION_SEED, DENSE, RECORDS, Row
 from bench.gate_gradients.training import calibrated_thresholds, settings, train
+from bench.runs.progress import one_thread, run_bars
+from bench.runs.records import Key, key_of
 from bench.tasks import Task
 
 
@@ -33,7 +30,7 @@ def run_missing(
     """
     console = Console() if console is None else console
     steps = task.steps if steps is None else steps
-    done = {key_of(run): run for run in read_runs(path)}
+    done = {key_of(run): run for run in RECORDS.read(path)}
     plan = [(row, seed) for row in rows for seed in row.seeds]
     missing = []
     for row, seed in plan:
@@ -42,66 +39,19 @@ def run_missing(
             missing.append((row, seed))
         elif done[key]["settings"] != settings(task, row):
             raise ValueError(f"{path} holds a run of {row.name!r} with other settings; name another file")
-    with _one_thread(), _bars(console, task, len(plan), len(plan) - len(missing), steps) as begin:
+    with one_thread(), run_bars(console, task.name, len(plan), len(plan) - len(missing)) as begin:
         for row, seed in missing:
-            on_step, finish = begin(f"{row.name}, seed {seed}")
+            on_step, finish = begin(f"{row.name}, seed {seed}", steps)
             thresholds = {}
             if row.quantile is not None:
                 dense = done[Key(task.name, DENSE.name, CALIBRATION_SEED, steps)]
                 thresholds = calibrated_thresholds(dense, task.loss_scale)
             run = train(task, row, seed, steps, thresholds=thresholds, on_step=on_step)
-            append_run(path, run)
+            RECORDS.append(path, run)
             done[key_of(run)] = run
-            finish(run)
+            finish(_outcome(task, run))
 
 
-Begin = Callable[[str], tuple[Callable[[float], None], Callable[[dict[str, Any]], None]]]
-
-
-@contextlib.contextmanager
-def _bars(console: Console, task: Task, runs: int, done: int, steps: int) -> Iterator[Begin]:
-    """Show a bar for all runs and one for the run under way; yields what begins a run.
-
-    That returns what to call after each step, with its loss, and at the run's end, with its result.
-    """
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    ]
-    with Progress(*columns, console=console) as progress:
-        all_runs = progress.add_task(f"{task.name}, runs", total=runs, completed=done, state="")
-        current = progress.add_task("", total=steps, state="", visible=False)
-
-        def begin(name: str) -> tuple[Callable[[float], None], Callable[[dict[str, Any]], None]]:
-            progress.reset(current, description=name, visible=True, state="")
-
-            def on_step(loss: float) -> None:
-                progress.update(current, advance=1, state=f"loss {loss:.3f}")
-
-            def finish(run: dict[str, Any]) -> None:
-                progress.advance(all_runs)
-                metric = task.metrics[0]
-                quality = f"{metric.heading} {run['quality'][metric.key]:.{metric.digits}f}"
-                progress.console.print(
-                    f"{time.strftime('%H:%M:%S')}  {task.name}, {name}: {quality}, {run['seconds']:.0f} s",
-                    highlight=False,
-                    soft_wrap=True,
-                )
-
-            return on_step, finish
-
-        yield begin
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _outcome(task: Task, run: dict[str, Any]) -> str:
+    metric = task.metrics[0]
+    return f"{metric.heading} {run['quality'][metric.key]:.{metric.digits}f}, {run['seconds']:.0f} s"

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bench.gate_gradients.records import Key
 from bench.gate_gradients.rows import DENSE, ROWS, Row
+from bench.runs.records import Key
+from bench.runs.spread import Spread
 from bench.tasks import TASKS
 from bench.tasks.task import Metric
 
 OTHER = "other"  # family of rows that are no longer among ROWS
 KNOWN = {row.name: row for row in ROWS}
-
-
-class Spread(NamedTuple):
-    """Values of several seeds."""
-
-    mean: float
-    low: float
-    high: float
-    seeds: int
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread | None:
-        """None of no values."""
-        values = list(values)
-        return cls(statistics.fmean(values), min(values), max(values), len(values)) if values else None
 
 
 class RowSummary(NamedTuple):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from bench.gate_gradients.records import Key
 from bench.gate_gradients.rows import DENSE
-from bench.gate_gradients.summary import RowSummary, Section, Spread, sections
+from bench.gate_gradients.summary import RowSummary, Section, sections
+from bench.runs.records import Key
+from bench.runs.spread import Spread, markdown
 from bench.tasks.task import Metric
 
 GATE_NOTE = (
@@ -38,16 +39,17 @@ def _section(section: Section) -> str:
             f"{row.quality[first.key].mean:.{first.digits}f}",
             "" if row.name == DENSE.name else _difference(row.minus_dense[first.key], first),
             *(_value_and_difference(row, metric) for metric in others),
+            str(row.seeds),
         ]
         for row in section.rows
     ]
-    parts = [f"## {section.task}, {section.steps:,} steps", _markdown([*headings, "seeds"], costs, section.rows)]
+    parts = [f"## {section.task}, {section.steps:,} steps", markdown([*headings, "seeds"], costs)]
     parts += _noise(section)
     sparse = [row for row in section.rows if row.zeros]
     if sparse:
         gates = list(sparse[0].zeros)
         zeros = [[_name(row), *(_over_time(row.zeros[gate]) for gate in gates)] for row in sparse]
-        parts += [GATE_NOTE, _markdown(["gate gradients", *gates], zeros)]
+        parts += [GATE_NOTE, markdown(["gate gradients", *gates], zeros)]
     if any(row.thresholds for row in section.rows):
         parts.append(THRESHOLD_NOTE)
     return "\n\n".join([*parts, _origin(section)])
@@ -62,10 +64,7 @@ def _percent(share: float) -> str:
 
 
 def _difference(spread: Spread | None, metric: Metric) -> str:
-    if spread is None:
-        return ""
-    mean, low, high = (f"{value:+.{metric.digits}f}" for value in spread[:3])
-    return mean if spread.seeds == 1 else f"{mean} ({low} to {high})"
+    return "" if spread is None else spread.text(metric.digits, sign=True)
 
 
 def _value_and_difference(row: RowSummary, metric: Metric) -> str:
@@ -93,11 +92,3 @@ def _origin(section: Section) -> str:
     torches = sorted({run.get("versions", {}).get("torch", "unknown") for run in section.runs})
     minutes = sum(run.get("seconds", 0) for run in section.runs) / 60
     return f"{len(section.runs)} runs, {minutes:.0f} minutes on {', '.join(machines)}, torch {', '.join(torches)}."
-
-
-def _markdown(headings: Sequence[str], cells: Sequence[Sequence[str]], counted: Sequence[RowSummary] = ()) -> str:
-    """Return a table; with `counted`, the number of seeds is added to each line."""
-    lines = [headings, ["---"] * len(headings), *cells]
-    if counted:
-        lines[2:] = [[*line, str(row.seeds)] for line, row in zip(cells, counted, strict=True)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

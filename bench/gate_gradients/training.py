@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import nn
 
 from bench.gate_gradients.distribution import GATES, Probe, describe
 from bench.gate_gradients.rows import CALIBRATION_SEED, QUANTILES, Row
+from bench.runs.spread import thinned
 from bench.tasks import Task
 from triton_sparse_rnn import GateGradientSparsity, GateGradientStats, SparseLSTM
 from triton_sparse_rnn.doctor import processor_name, versions
@@ -49,7 +49,7 @@ def train(
         thresholds: for a row with a quantile; see `calibrated_thresholds`.
         on_step: called with the loss after every step.
     Returns:
-        What a line of the file holds; see `records`.
+        What a line of the file holds; see `bench.runs.records`.
     """
     began = time.perf_counter()
     arguments: dict[str, Any] = {}
@@ -72,7 +72,7 @@ def train(
         "quality": task.evaluate(model.eval()),
         "zeros": zeros_over_time(course.stats),
         "redundant_macs": {"rnn": redundant, "model": redundant * recurrent_share(model)},
-        "training_loss": _thinned(course.losses),
+        "training_loss": thinned(course.losses, LOSSES),
         "distribution": course.distribution,
         "seconds": time.perf_counter() - began,
         "threads": torch.get_num_threads(),
@@ -149,10 +149,3 @@ def recurrent_share(model: nn.Module) -> float:
     recurrent = sum(weight.numel() for name, weight in rnn.named_parameters() if name.startswith("weight"))
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     return recurrent / (recurrent + linear)
-
-
-def _thinned(losses: Sequence[float]) -> list[float]:
-    """Return up to LOSSES means over equal stretches."""
-    count = min(LOSSES, len(losses))
-    bounds = [round(k * len(losses) / count) for k in range(count + 1)]
-    return [statistics.fmean(losses[a:b]) for a, b in itertools.pairwise(bounds)]

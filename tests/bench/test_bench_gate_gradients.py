@@ -14,12 +14,12 @@ from torch import nn
 from bench.gate_gradients import distribution, plots, runner
 from bench.gate_gradients.__main__ import INTERRUPTED, main
 from bench.gate_gradients.distribution import GATES, Probe, describe, threshold_for
-from bench.gate_gradients.records import Key, append_run, key_of, read_files, read_runs
-from bench.gate_gradients.rows import DENSE, ROWS, Row, rows_of
+from bench.gate_gradients.rows import DENSE, RECORDS, ROWS, Row, rows_of
 from bench.gate_gradients.runner import run_missing
 from bench.gate_gradients.summary import sections
 from bench.gate_gradients.table import tables
 from bench.gate_gradients.training import calibrated_thresholds, recurrent_share, train, zeros_over_time
+from bench.runs.records import Key, key_of
 from bench.tasks import TASKS
 from bench.tasks.characters import Characters
 from triton_sparse_rnn import GateGradientSparsity, GateGradientStats, SparseLSTM
@@ -228,11 +228,11 @@ def made_up(row="dense", seed=0, value=2.0, steps=500, task="characters"):
 
 def test_runs_are_written_and_read(tmp_path):
     path = tmp_path / "runs.jsonl"
-    assert read_runs(path) == []
+    assert RECORDS.read(path) == []
     runs = [made_up(seed=seed) for seed in range(3)]
     for run in runs:
-        append_run(path, run)
-    assert read_runs(path) == runs
+        RECORDS.append(path, run)
+    assert RECORDS.read(path) == runs
     assert len(path.read_text().splitlines()) == 3
 
 
@@ -241,12 +241,12 @@ def test_runs_are_written_and_read(tmp_path):
 )
 def test_a_damaged_last_line_is_left_out_and_cut_off(tmp_path, damage):
     path = tmp_path / "runs.jsonl"
-    append_run(path, made_up(seed=0))
+    RECORDS.append(path, made_up(seed=0))
     with path.open("ab") as file:
         file.write(damage)
-    assert [run["seed"] for run in read_runs(path)] == [0]
-    append_run(path, made_up(seed=1))
-    assert [run["seed"] for run in read_runs(path)] == [0, 1]
+    assert [run["seed"] for run in RECORDS.read(path)] == [0]
+    RECORDS.append(path, made_up(seed=1))
+    assert [run["seed"] for run in RECORDS.read(path)] == [0, 1]
     assert len(path.read_bytes().splitlines()) == 2
 
 
@@ -255,7 +255,7 @@ def test_a_foreign_file_is_refused_and_kept(tmp_path, foreign, capsys):
     path = tmp_path / "notes"
     path.write_text(foreign, encoding="utf-8")
     with pytest.raises(ValueError, match="line 1: not of bench"):
-        append_run(path, made_up())
+        RECORDS.append(path, made_up())
     assert path.read_text(encoding="utf-8") == foreign
     assert main(["table", str(path)]) == 2
     assert "name another file" in capsys.readouterr().err
@@ -263,13 +263,13 @@ def test_a_foreign_file_is_refused_and_kept(tmp_path, foreign, capsys):
 
 def test_files_are_joined(tmp_path):
     for name, value in (("a", 1.0), ("b", 2.0)):
-        append_run(tmp_path / name, made_up(value=value))
-    append_run(tmp_path / "b", made_up(seed=1))
-    found = read_files([tmp_path / "a", tmp_path / "b"])
+        RECORDS.append(tmp_path / name, made_up(value=value))
+    RECORDS.append(tmp_path / "b", made_up(seed=1))
+    found = RECORDS.read_files([tmp_path / "a", tmp_path / "b"])
     assert [key.seed for key in found] == [0, 1]
     assert found[Key("characters", "dense", 0, 500)]["quality"] == {"bits_per_character": 2.0}
     with pytest.raises(FileNotFoundError):
-        read_files([tmp_path / "c"])
+        RECORDS.read_files([tmp_path / "c"])
 
 
 def test_an_interrupted_run_goes_on(task, tmp_path, monkeypatch, capsys):
@@ -290,7 +290,9 @@ def test_an_interrupted_run_goes_on(task, tmp_path, monkeypatch, capsys):
     assert main(command) == INTERRUPTED
     assert "the same command goes on" in capsys.readouterr().err
     assert torch.get_num_threads() == 2
-    assert [key_of(run)[1:3] for run in read_runs(tmp_path / "runs.jsonl")] == trained == [("dense", 0), ("dense", 1)]
+    assert (
+        [key_of(run)[1:3] for run in RECORDS.read(tmp_path / "runs.jsonl")] == trained == [("dense", 0), ("dense", 1)]
+    )
 
     def counting(task, row, seed, *args, **kwargs):
         trained.append((row.name, seed))
@@ -300,7 +302,7 @@ def test_an_interrupted_run_goes_on(task, tmp_path, monkeypatch, capsys):
     assert main(command) == 0
     assert trained == [(row.name, seed) for row in rows for seed in row.seeds]
     assert "characters, dense, seed 2: bits per character" in capsys.readouterr().out
-    runs = read_runs(tmp_path / "runs.jsonl")
+    runs = RECORDS.read(tmp_path / "runs.jsonl")
     assert [key_of(run)[1:3] for run in runs] == trained
     assert [run["threads"] for run in runs] == [1] * 5
     quantiles = runs[0]["distribution"]["early"]["quantiles"]
@@ -381,7 +383,7 @@ def test_rows_of_a_section_are_in_their_order():
 def test_plots(tmp_path, capsys):
     path = tmp_path / "runs.jsonl"
     for run in many().values():
-        append_run(path, run)
+        RECORDS.append(path, run)
     assert main(["plot", str(path), "--out", str(tmp_path / "plots")]) == 0
     names = ["trade-off.png", "gate-gradients-characters.png", "gate-gradients-pronunciation.png"]
     assert capsys.readouterr().out.split() == [str(tmp_path / "plots" / name) for name in names]
