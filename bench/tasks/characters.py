@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.tasks.task import MakeRNN, Metric, MissingDataError
+from bench.tasks.task import MakeRNN, Metric, MissingDataError, distilled
 from triton_sparse_rnn.demo.evaluation import bits_per_character
 from triton_sparse_rnn.demo.model import CharacterModel
 from triton_sparse_rnn.demo.text import Text, TextError, load_text
@@ -60,19 +60,24 @@ class Characters:
         torch.manual_seed(seed)
         return CharacterModel(len(self.text.vocabulary), make_rnn(self.embedding_size, self.hidden_size))
 
-    def losses(self, model: nn.Module, seed: int) -> Iterator[Tensor]:
+    def losses(self, model: nn.Module, seed: int, teacher: nn.Module | None = None) -> Iterator[Tensor]:
         """Begin at a window drawn from `seed`; where the streams end, start again with a fresh state."""
         streams = cut_into_streams(self.text.train, self.batch_size)
         windows = (len(streams) - 1) // self.window
-        state = None
+        state = teacher_state = None
         for index in itertools.count(random.Random(seed).randrange(windows)):
             if index % windows == 0:
-                state = None
+                state = teacher_state = None
             start = index % windows * self.window
             ids = streams[start : start + self.window + 1].long()
             scores, state = model(ids[:-1], state)
             state = tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach()
-            yield F.cross_entropy(scores.flatten(0, 1), ids[1:].flatten())
+            loss = F.cross_entropy(scores.flatten(0, 1), ids[1:].flatten())
+            if teacher is not None:
+                with torch.no_grad():
+                    taught, teacher_state = teacher(ids[:-1], teacher_state)
+                loss = distilled(loss, scores.flatten(0, 1).log_softmax(1), taught.flatten(0, 1).log_softmax(1))
+            yield loss
 
     def learning_rate(self, step: int, steps: int) -> float:
         """The same throughout."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.tasks.task import MakeRNN, Metric, MissingDataError
+from bench.tasks.task import MakeRNN, Metric, MissingDataError, distilled
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
 BLANK = 0  # of CTC; phonemes count from 1
@@ -130,11 +130,21 @@ class Pronunciation:
             len(self.phonemes), make_rnn(self.embedding_size, self.hidden_size, bidirectional=True)
         )
 
-    def losses(self, model: nn.Module, seed: int) -> Iterator[Tensor]:
-        """Take all words in turn, but for less than a batch of each length; then again in another order."""
+    def losses(self, model: nn.Module, seed: int, teacher: nn.Module | None = None) -> Iterator[Tensor]:
+        """Take all words in turn, but for less than a batch of each length; then again in another order.
+
+        A teacher's predictions are those of every time step, summed over a word as its loss is.
+        """
         chance = random.Random(seed)
         for words in itertools.chain.from_iterable(self._epoch(chance) for _ in itertools.count()):
-            yield ctc_loss(model(spell(words)), words) * self.loss_scale
+            letters = spell(words)
+            scores = model(letters)
+            loss = ctc_loss(scores, words) * self.loss_scale
+            if teacher is not None:
+                with torch.no_grad():
+                    taught = teacher(letters)
+                loss = distilled(loss, scores.transpose(0, 1).flatten(1), taught.transpose(0, 1).flatten(1))
+            yield loss
 
     def _epoch(self, chance: random.Random) -> list[list[Word]]:
         """Return all batches, each of words of one length, in a random order."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.nn import RNNBase
+from torch.nn import functional as F
 
 MakeRNN = Callable[..., RNNBase]  # nn.LSTM, SparseGRU, ...: called with sizes and options as these are
 
@@ -23,6 +24,16 @@ class Metric(NamedTuple):
     digits: int  # after the point
 
 
+def distilled(loss: Tensor, predictions: Tensor, taught: Tensor) -> Tensor:
+    """Return the mean of a task's own loss and of the divergence from a teacher's predictions.
+
+    Args:
+        loss: a scalar, a mean over what `predictions` has rows of.
+        predictions, taught: [N, classes], logarithms of the model's and the teacher's probabilities.
+    """
+    return (loss + F.kl_div(predictions, taught, reduction="batchmean", log_target=True)) / 2
+
+
 class Task(Protocol):
     """Data, a model for it, and how well the model does on what was held out.
 
@@ -30,6 +41,7 @@ class Task(Protocol):
         name: of the task on a command line.
         metrics: of `evaluate`. Models are compared by the first.
         steps: optimizer steps of a run, unless told otherwise.
+        hidden_size: of the recurrent layer; `dataclasses.replace(task, hidden_size=H)` is the task with another.
         loss_scale: by which the sum of the losses of all predictions is multiplied to give the loss of a step.
     """
 
@@ -38,6 +50,9 @@ class Task(Protocol):
 
     @property
     def steps(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
 
     @property
     def loss_scale(self) -> float: ...
@@ -59,10 +74,15 @@ class Task(Protocol):
         """Return a model whose only recurrent layer is its attribute `rnn`, with initial weights drawn from `seed`."""
         ...
 
-    def losses(self, model: nn.Module, seed: int) -> Iterator[Tensor]:
+    def losses(self, model: nn.Module, seed: int, teacher: nn.Module | None = None) -> Iterator[Tensor]:
         """Yield the loss of one batch after another, without end, in an order drawn from `seed`.
 
         The weights may change between one and the next.
+
+        Args:
+            teacher: a trained model in eval mode. With it the loss is that of a distillation (Hinton, Vinyals & Dean
+                2015): the mean of the task's own and of the Kullback-Leibler divergence from the teacher's
+                predictions to the model's, over the same predictions.
         """
         ...
 
