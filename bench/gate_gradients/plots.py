@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.transforms import Bbox
 
 from bench.gate_gradients.distribution import BINS, GATES, HIGHEST, LOWEST, SMALLEST, threshold_for
 from bench.gate_gradients.rows import CALIBRATION_SEED, DENSE
 from bench.gate_gradients.summary import Section, sections
 from bench.gate_gradients.training import calibrated_thresholds
+from bench.runs.labels import Label, place_labels
 from bench.runs.records import Key
 from triton_sparse_rnn.demo.plots import INK, PALE, new_figure, strip
 
@@ -25,13 +25,7 @@ STYLES = {  # by family: colour, marker
     "structured": ("#2f9e44", "v"),
     "other": ("#862e9c", "x"),
 }
-PLACES = [  # of a label beside its point: offset in points, side of the text that is there
-    (9, 0, "left"), (-9, 0, "right"), (6, 10, "left"), (6, -10, "left"), (-6, 10, "right"), (-6, -10, "right"),
-    (0, 12, "center"), (0, -12, "center"), (9, 20, "left"), (9, -20, "left"), (-9, 20, "right"), (-9, -20, "right"),
-]  # fmt: skip
-POINT_PIXELS = 14  # width of a marker
 DRAWN_TARGET = 0.8  # whose thresholds are drawn into the distribution
-Label = tuple[str, float, float, str]  # text, x, y, colour
 THRESHOLDS = {"deterministic": "-", "stochastic": "--", "fixed threshold": ":"}  # by family: line
 
 
@@ -60,7 +54,7 @@ def plot_trade_off(found: Sequence[Section], path: Path) -> None:
     figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=9, loc="outside lower center", ncols=4)
     figure.draw_without_rendering()  # now the panels have their places
     for axes, own in zip(panels, labels, strict=True):
-        _place_labels(axes, own)
+        place_labels(axes, own)
     figure.savefig(path)
 
 
@@ -84,7 +78,7 @@ def _draw_trade_off(axes: Axes, section: Section) -> list[Label]:
         axes.errorbar(x, y, errors, color=colour, linestyle="none", capsize=3)
         axes.plot(x, y, color=colour, marker=marker, markersize=6, linestyle="none", label=family)
         for (row, _), at in zip(points, zip(x, y, strict=True), strict=True):
-            labels.append((row.label, *at, colour))
+            labels.append(Label(row.label, *at, colour))
     axes.margins(x=0.15, y=0.1)
     axes.set_xlabel("redundant multiply-accumulates of the LSTM's training step, %", color=INK)
     axes.set_ylabel(f"{metric.heading}, minus dense", color=INK)
@@ -94,35 +88,6 @@ def _draw_trade_off(axes: Axes, section: Section) -> list[Label]:
     axes.set_title(f"{section.task}, {section.steps:,} steps", loc="left", color=INK, fontsize=11)
     strip(axes, labelsize=8)
     return labels
-
-
-def _place_labels(axes: Axes, labels: Sequence[Label]) -> None:
-    """Write labels beside their points, each where it covers the least of points and earlier labels."""
-    taken: list[Bbox] = []
-    for _, x, y, _ in labels:
-        left, bottom = axes.transData.transform((x, y)) - POINT_PIXELS / 2
-        taken.append(Bbox.from_bounds(left, bottom, POINT_PIXELS, POINT_PIXELS))
-    for text, x, y, colour in sorted(labels, key=lambda label: -label[2]):
-        best, least = None, np.inf
-        for dx, dy, side in PLACES:
-            note = axes.annotate(
-                text, (x, y), (dx, dy), textcoords="offset points", ha=side, va="center", fontsize=8, color=colour
-            )
-            box = note.get_window_extent()
-            outside = _area(box) - _area(Bbox.intersection(box, axes.bbox))
-            covered = outside + sum(_area(Bbox.intersection(box, other)) for other in taken)
-            if covered < least:
-                best, worse, least = note, best, covered
-            else:
-                worse = note
-            if worse is not None:
-                worse.remove()
-        assert best is not None
-        taken.append(best.get_window_extent())
-
-
-def _area(box: Bbox | None) -> float:
-    return 0.0 if box is None else box.width * box.height
 
 
 def plot_distribution(section: Section, dense: dict[str, Any], path: Path) -> None:

@@ -226,30 +226,6 @@ def made_up(row="dense", seed=0, value=2.0, steps=500, task="characters"):
     }
 
 
-def test_runs_are_written_and_read(tmp_path):
-    path = tmp_path / "runs.jsonl"
-    assert RECORDS.read(path) == []
-    runs = [made_up(seed=seed) for seed in range(3)]
-    for run in runs:
-        RECORDS.append(path, run)
-    assert RECORDS.read(path) == runs
-    assert len(path.read_text().splitlines()) == 3
-
-
-@pytest.mark.parametrize(
-    "damage", [b'{"task": "char', b"\x00\x00\x00\n", b'{"task": "characters"}', b"[1, 2", b"x" * 9999]
-)
-def test_a_damaged_last_line_is_left_out_and_cut_off(tmp_path, damage):
-    path = tmp_path / "runs.jsonl"
-    RECORDS.append(path, made_up(seed=0))
-    with path.open("ab") as file:
-        file.write(damage)
-    assert [run["seed"] for run in RECORDS.read(path)] == [0]
-    RECORDS.append(path, made_up(seed=1))
-    assert [run["seed"] for run in RECORDS.read(path)] == [0, 1]
-    assert len(path.read_bytes().splitlines()) == 2
-
-
 @pytest.mark.parametrize("foreign", ['{"a": 1}\n', "not JSON\n{}\n", "[]\n"])
 def test_a_foreign_file_is_refused_and_kept(tmp_path, foreign, capsys):
     path = tmp_path / "notes"
@@ -259,17 +235,6 @@ def test_a_foreign_file_is_refused_and_kept(tmp_path, foreign, capsys):
     assert path.read_text(encoding="utf-8") == foreign
     assert main(["table", str(path)]) == 2
     assert "name another file" in capsys.readouterr().err
-
-
-def test_files_are_joined(tmp_path):
-    for name, value in (("a", 1.0), ("b", 2.0)):
-        RECORDS.append(tmp_path / name, made_up(value=value))
-    RECORDS.append(tmp_path / "b", made_up(seed=1))
-    found = RECORDS.read_files([tmp_path / "a", tmp_path / "b"])
-    assert [key.seed for key in found] == [0, 1]
-    assert found[Key("characters", "dense", 0, 500)]["quality"] == {"bits_per_character": 2.0}
-    with pytest.raises(FileNotFoundError):
-        RECORDS.read_files([tmp_path / "c"])
 
 
 def test_an_interrupted_run_goes_on(task, tmp_path, monkeypatch, capsys):

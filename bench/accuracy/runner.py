@@ -1,0 +1,66 @@
+"""Run what is missing in a file, and show how it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.accuracy.rows import RECORDS, STEPS, Row
+from bench.accuracy.training import model_path, settings, train
+from bench.runs.progress import one_thread, run_bars
+from bench.runs.records import Key, key_of
+from bench.tasks import Task
+
+
+def run_missing(
+    task: Task,
+    rows: Sequence[Row],
+    path: Path,
+    models: Path,
+    *,
+    steps: int | None = None,
+    seeds: Sequence[int] | None = None,
+    console: Console | None = None,
+) -> None:
+    """Run all rows with their seeds, but for those that the file holds, one thread each.
+
+    Args:
+        rows: the dense one first: some learn from it.
+        models: a folder for the weights of every run.
+        steps: None for those of STEPS, or else the task's own.
+        seeds: None for each row's own.
+
+    Raises:
+        ValueError: the file is not ours, or holds a run of the same name with other settings; or the folder lacks the
+            dense model of such a run.
+        KeyboardInterrupt: Ctrl-C; the file holds all finished runs.
+    """
+    console = Console() if console is None else console
+    steps = STEPS.get(task.name, task.steps) if steps is None else steps
+    models.mkdir(parents=True, exist_ok=True)
+    done = {key_of(run): run for run in RECORDS.read(path)}
+    plan = [(row, seed) for row in rows for seed in (seeds or row.seeds)]
+    missing = []
+    for row, seed in plan:
+        key = Key(task.name, row.name, seed, steps)
+        if key not in done:
+            missing.append((row, seed))
+        elif done[key]["settings"] != settings(task, row):
+            raise ValueError(f"{path} holds a run of {row.name!r} with other settings; name another file")
+        elif not model_path(models, key).exists():
+            raise ValueError(f"{models} lacks the weights of {row.name!r}, seed {seed}, which {path} has as finished")
+    with one_thread(), run_bars(console, task.name, len(plan), len(plan) - len(missing)) as begin:
+        for row, seed in sorted(missing, key=lambda run: run[1]):  # the dense run of a seed comes before its others
+            under_way = begin(f"{row.name}, seed {seed}", steps)
+            run = train(task, row, seed, steps, models, under_way.on_step)
+            RECORDS.append(path, run)
+            under_way.finish(_outcome(task, run))
+
+
+def _outcome(task: Task, run: dict[str, Any]) -> str:
+    metric = task.metrics[0]
+    quality = f"{run['models'][0]['quality'][metric.key]:.{metric.digits}f}"
+    return f"{metric.heading} {quality}, {run['parameters']:,} parameters, {run['seconds']:.0f} s"
