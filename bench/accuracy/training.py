@@ -85,7 +85,7 @@ def train(
         "sparsity": zeros / sum(weight.numel() for weight in weights) if pruner else 0.0,
         "parameters": sum(parameter.numel() for parameter in model.parameters()) - (zeros if pruner else 0),
         "forecast": _describe_forecast(predicted) if predicted else None,
-        "became": _describe_forecast(_outcome(model, pruner)) if pruner else None,
+        "became": _describe_forecast(_outcome(model, row, pruner)) if pruner else None,
         "models": models,
         "training_loss": thinned(losses, LOSSES),
         "seconds": time.perf_counter() - began,
@@ -199,9 +199,10 @@ def convert(model: nn.Module, **options: Any) -> nn.Module:
         return to_sparse(model, **options)
 
 
-def _outcome(model: nn.Module, pruner: Pruner) -> Forecast:
+def _outcome(model: nn.Module, row: Row, pruner: Pruner) -> Forecast:
     """Return what the model holds now, in the terms of a forecast: ConstantMask is read off the weights."""
-    return forecast(model, Pruner(model, ConstantMask(), block_size=pruner.block_size, tie_gates=pruner.tie_gates))
+    options = {"block_size": pruner.block_size, "tie_gates": pruner.tie_gates, "targets": row.pruner.get("targets")}
+    return forecast(model, Pruner(model, ConstantMask(), **options))
 
 
 def _describe_forecast(told: Forecast) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from bench.gate_gradients.runner import run_missing
 from bench.gate_gradients.summary import sections
 from bench.gate_gradients.table import tables
 from bench.gate_gradients.training import calibrated_thresholds, recurrent_share, train, zeros_over_time
-from bench.runs.records import Key, key_of
+from bench.runs.records import key_of
 from bench.tasks import TASKS
 from bench.tasks.characters import Characters
 from triton_sparse_rnn import GateGradientSparsity, GateGradientStats, SparseLSTM
