@@ -105,6 +105,8 @@ OTHERS: tuple[Row, ...] = (
     _blocks(8, 1),
     _blocks(16, 4),
     _blocks(16, 16),
+    Row("score l2", MASKS, pruner={"score": "l2"}),
+    Row("score mean", MASKS, pruner={"score": "mean"}),
     Row("tie_gates", MASKS, pruner={"tie_gates": True}),
     Row("balanced", MASKS, pruner={"balanced": True}),
     Row("weight_hh only, 90 %", MASKS, pruner={"targets": {"*weight_ih*": None}}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bench.tasks.characters import Characters
 from bench.tasks.pronunciation import Pronunciation
+from bench.tasks.sounds import Sounds
 from bench.tasks.task import Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Characters, Pronunciation)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Characters, Pronunciation, Sounds)}
