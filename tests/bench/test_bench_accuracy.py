@@ -301,7 +301,7 @@ def many():
     runs += [made_up("gradual, 90 %", seed=seed, value=2.2 + seed / 10) for seed in range(3)]
     runs += [
         made_up("hard pruning, 90 %", value=2.42),
-        made_up("end_step 30 %", value=2.31),
+        made_up("end_step 35 %", value=2.31),
         made_up("power 1", value=2.09),
     ]
     runs += [made_up(task="pronunciation", value=10.0)]
@@ -317,10 +317,10 @@ def test_table():
     kept = f"| gradual, 90 % | 256 | 90.0 | 2.300 (2.200 to 2.400) | {percent} | 57,000 | 230,000 | 2.25 | 44.5 | 3 |"
     assert kept in lines
     assert any(line.startswith("| gradual, 90 %, int8 | 256 | 90.0 | 2.320") for line in lines)
-    assert not any(line.startswith("| end_step 30 % | 256") for line in lines)
+    assert not any(line.startswith("| end_step 35 % | 256") for line in lines)
     assert "| hard pruning: 7 to 9 % worse than gradual | +10.0 |  |" in lines
     assert "| pruned, same width: 14 to 21 % worse than dense | +9.5 (+9.1 to +10.0) |  |" in lines
-    assert "| end_step | end_step 30 % | 90.0 | 2.310 | +5.0 |" in lines
+    assert "| end_step | end_step 35 % | 90.0 | 2.310 | +5.0 |" in lines
     assert "| power | power 1 | 90.0 | 2.090 | -5.0 |" in lines
     assert "| characters | gradual, 90 % | 16x1 | 90.0 | 85.0 | +5.0 (+5.0 to +5.0) | -20.0 | 3 |" in lines
     assert "9 runs, 9 minutes on a processor, torch 2.13." in lines
