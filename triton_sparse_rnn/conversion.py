@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import types
-import warnings
 from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES, PersistentLayer
+from triton_sparse_rnn.nn.persistent import PersistentLayer
+from triton_sparse_rnn.nn.persistent_classes import persistent_class
 from triton_sparse_rnn.nn.replace import added_members, copy_with_replacements, named_recurrent_layers, take_hooks
 from triton_sparse_rnn.nn.sparsify import sparsify
 from triton_sparse_rnn.nn.training import TRAINING_CLASSES
+from triton_sparse_rnn.notices import about_layer, warn
 
 __all__ = ["sparsify", "to_dense", "to_sparse"]
 
@@ -34,7 +35,8 @@ def to_sparse(
     Every nn.RNN, nn.GRU and nn.LSTM is converted, sparse training modules and plain ones alike, by reading the zeros in
     its weights. The original is untouched and shares every tensor that was not converted; what else its modules hold is
     copied. A layer of a subclass that adds methods or class attributes of its own would lose them; it is left as it is,
-    with a warning that names it.
+    with a warning that names it, unless a subclass of PersistentRNN, PersistentGRU or PersistentLSTM that has them too
+    names it as its `dense_class`.
 
     Args:
         model: any module; a recurrent layer by itself is converted too. Call .eval() first, as for any inference.
@@ -60,24 +62,28 @@ def to_sparse(
     converted: dict[str, nn.Module] = {}
     left = []
     for name, layer in layers.items():
-        dense = next(cls for cls in PERSISTENT_CLASSES if isinstance(layer, cls))
-        base = TRAINING_CLASSES[dense] if isinstance(layer, TRAINING_CLASSES[dense]) else dense
+        new_class = persistent_class(layer)
+        dense_class = new_class.dense_class
+        training_class = TRAINING_CLASSES.get(dense_class, dense_class)
+        base = training_class if isinstance(layer, training_class) else dense_class
         if lost := added_members(layer, base):
             left.append(f"'{name}' is a {type(layer).__name__}, which would lose {', '.join(lost)}")
             continue
-        converted[name] = PERSISTENT_CLASSES[dense].from_dense(
-            layer,
-            weight_dtype=weight_dtype,
-            block_size=block_size,
-            backend=backend,
-            activation_dtype=activation_dtype,
-            num_threads=num_threads,
-        )
+        with about_layer(name):
+            converted[name] = new_class.from_dense(
+                layer,
+                weight_dtype=weight_dtype,
+                block_size=block_size,
+                backend=backend,
+                activation_dtype=activation_dtype,
+                num_threads=num_threads,
+            )
     if not converted:
         found = "; ".join(left) or "none"
         raise ValueError(f"model must hold an nn.RNN, nn.GRU or nn.LSTM, got a {type(model).__name__} with {found}")
     if left:
-        warnings.warn(f"to_sparse left some layers dense: {'; '.join(left)}", stacklevel=2)
+        advice = "derive a class from PersistentGRU and the like that has them too, with its class as dense_class"
+        warn(f"to_sparse left some layers dense: {'; '.join(left)}; {advice}")
     return _converted_copy(model, converted)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn.errors import SparseFileError
-from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES, PersistentLayer
+from triton_sparse_rnn.nn.persistent import PersistentLayer
+from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES, persistent_class
 from triton_sparse_rnn.nn.replace import replace_modules, take_hooks
 from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS, weight_names, weight_shape
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
@@ -18,7 +19,6 @@ from triton_sparse_rnn.sparse.files import read_file, write_file
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_CLASSES = {cls.__name__: (dense, cls) for dense, cls in PERSISTENT_CLASSES.items()}
 _ACTIVATION_DTYPES = {None: None, "int8": torch.int8}
 _SIZES = ("mode", "input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
 
@@ -125,11 +125,12 @@ def _describe(module: PersistentLayer) -> dict[str, Any]:
 
 
 def _check_same_sizes(path: object, name: str, layer: nn.Module, described: dict[str, Any]) -> None:
-    dense_class, persistent_class = _CLASSES[described["class"]]
-    if not isinstance(layer, (dense_class, persistent_class)):
+    new_class = _new_class(layer)
+    if new_class is None or new_class.__name__ != described["class"]:
+        dense_classes = [dense for dense, cls in PERSISTENT_CLASSES.items() if cls.__name__ == described["class"]]
+        advice = f"build the model with nn.{dense_classes[0].__name__} there" if dense_classes else "import that class"
         raise SparseFileError(
-            f"{path} holds a {described['class']} '{name}', where the model has a {type(layer).__name__}; "
-            f"build the model with nn.{dense_class.__name__} there"
+            f"{path} holds a {described['class']} '{name}', where the model has a {type(layer).__name__}; {advice}"
         )
     for size, saved in described["sizes"].items():
         if getattr(layer, size) != saved:
@@ -140,6 +141,13 @@ def _check_same_sizes(path: object, name: str, layer: nn.Module, described: dict
             f"{path} holds '{name}' in {described['dtype']}, the model's is in {dtype}; convert the model first, with "
             f".to(torch.{described['dtype']})"
         )
+
+
+def _new_class(layer: nn.Module) -> type[PersistentLayer] | None:
+    """What a layer becomes when it is loaded; None for what is no recurrent layer."""
+    if isinstance(layer, PersistentLayer):
+        return type(layer)
+    return persistent_class(layer) if isinstance(layer, (nn.RNN, nn.GRU, nn.LSTM)) else None
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -170,7 +178,8 @@ def _build(
     options["activation_dtype"] = _ACTIVATION_DTYPES[described["activation_dtype"]]
     try:
         config: Any = layer
-        built = _CLASSES[described["class"]][1](config, weights, dtype=dtype, **options)
+        new_class: Any = _new_class(layer)
+        built = new_class(config, weights, dtype=dtype, **options)
         for weight_name, weight in built.stored_weights().items():
             if isinstance(weight, BlockMatrix):
                 weight.check()

@@ -59,7 +59,7 @@ def train(
         What a line of the file holds; see `bench.runs.records`.
     """
     began = time.perf_counter()
-    size = size_of(task, row)
+    size, deciding = size_of(task, row), settings(task, row)
     task = resized(task, size.hidden_size)
     model = task.build_model(SparseGRU, seed).train()
     dense_path = model_path(folder, Key(task.name, DENSE.name, seed, steps))
@@ -79,7 +79,7 @@ def train(
         "row": row.name,
         "seed": seed,
         "steps": steps,
-        "settings": settings(task, row),
+        "settings": deciding,
         "hidden_size": size.hidden_size,
         "pruner": _describe(pruner),
         "sparsity": zeros / sum(weight.numel() for weight in weights) if pruner else 0.0,
@@ -216,6 +216,7 @@ def _describe(pruner: Pruner | None) -> dict[str, Any] | None:
     return {
         "schedules": sorted({repr(schedule) for schedule in schedules}),
         "block_size": pruner.block_size,
+        "score": pruner.score,
         "tie_gates": pruner.tie_gates,
         "balanced": pruner.balanced,
     }

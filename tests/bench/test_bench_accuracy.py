@@ -211,11 +211,13 @@ def test_an_interrupted_run_goes_on(tiny, tmp_path, monkeypatch, capsys):
 
 def test_other_settings_and_lost_models_are_refused(task, tmp_path, quiet):
     path, models = tmp_path / "runs.jsonl", tmp_path / "models"
-    run_missing(task, [DENSE], path, models, steps=1, seeds=[0], console=quiet)
+    for _ in range(2):
+        run_missing(task, [DENSE, SMALL, WIDE], path, models, steps=2, seeds=[0], console=quiet)
+    assert len(RECORDS.read(path)) == 3
     with pytest.raises(ValueError, match="'dense' with other settings; name another file"):
-        run_missing(dataclasses.replace(task, peak_rate=1.0), [DENSE], path, models, steps=1, seeds=[0], console=quiet)
+        run_missing(dataclasses.replace(task, peak_rate=1.0), [DENSE], path, models, steps=2, seeds=[0], console=quiet)
     with pytest.raises(ValueError, match="lacks the weights of 'dense', seed 0"):
-        run_missing(task, [DENSE], path, tmp_path / "others", steps=1, seeds=[0], console=quiet)
+        run_missing(task, [DENSE], path, tmp_path / "others", steps=2, seeds=[0], console=quiet)
 
 
 @pytest.mark.parametrize("arguments", ["--steps 0", "nonsense", "--rows few", "--row x", "--seed a"])

@@ -191,3 +191,14 @@ def test_a_fall_back_to_the_reference_is_said_unless_asked_for(cell, options, re
     if reason:
         assert said[0].startswith("the layer will run on backend 'reference', plain torch")
         assert reason in said[0]
+
+
+@pytest.mark.parametrize(("input_size", "warns"), [(2, False), (3, True)])
+def test_of_a_dense_input_weight_of_few_columns_nothing_is_said(input_size, warns):
+    layer = nn.GRU(input_size, 32)
+    with torch.no_grad():
+        layer.weight_hh_l0[:, 3:] = 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        store_weights(layer, torch.float32, None)
+    assert [str(warning.message)[:12] for warning in caught] == ["weight_ih_l0"] * warns

@@ -36,7 +36,7 @@ def test_each_gate_prunes_its_lowest_blocks_at_every_remainder(kind, block_size)
         rows, columns = count_blocks(7, old.shape[1], block_size)
         for gate_weight, gate_mask in zip(old.split(7), mask.split(7), strict=True):
             blocks = to_blocks(gate_mask, block_size).any(-1).any(-1)
-            scores = block_scores(gate_weight[None], block_size, "max")[0]
+            scores = block_scores(gate_weight[None], block_size, "l2")[0]
             assert (~blocks).sum() == round(0.6 * rows * columns)
             if 0 < blocks.sum() < blocks.numel():
                 assert scores[~blocks].max() < scores[blocks].min()

@@ -121,9 +121,11 @@ def test_from_weights_takes_the_percentile_of_pooled_block_scores(block_size, sc
 
 def test_from_weights_with_tied_gates_pools_unit_groups():
     layer = nn.GRU(4, 8)
-    tied = ThresholdRamp.from_weights(layer, 0.5, names="*ih*", block_size=(1, 1), tie_gates=True, **SPAN)
-    largest = layer.get_parameter("weight_ih_l0").detach().unflatten(0, (3, 8)).abs().amax(0)
-    assert (largest <= tied.q).sum() == 16
+    scores = {"max": lambda gates: gates.abs().amax(0), "l2": lambda gates: gates.norm(dim=0)}
+    for score, combined in scores.items():
+        options: dict[str, Any] = {"names": "*ih*", "block_size": (1, 1), "score": score, "tie_gates": True}
+        tied = ThresholdRamp.from_weights(layer, 0.5, **options, **SPAN)
+        assert (combined(layer.get_parameter("weight_ih_l0").detach().unflatten(0, (3, 8))) <= tied.q).sum() == 16
 
 
 def test_from_weights_refuses_what_gives_no_threshold():

@@ -132,7 +132,7 @@ def test_state_is_a_snapshot():
     ("changes", "message"),
     [
         ({"block_size": (8, 1)}, r"block_size=\[16, 1\] in state_dict, but this pruner has \[8, 1\]"),
-        ({"score": "l2"}, "score='max' in state_dict, but this pruner has 'l2'"),
+        ({"score": "max"}, "score='l2' in state_dict, but this pruner has 'max'"),
         ({"tie_gates": True}, "tie_gates=False in state_dict, but this pruner has True"),
         ({"balanced": True}, "balanced=False"),
         ({"schedule": OneShot(sparsity=0.6, step=7)}, r"weight_ih_l0 has schedules=.*PolynomialDecay.* has .*OneShot"),

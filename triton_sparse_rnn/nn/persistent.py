@@ -7,7 +7,6 @@ weight_ih that was kept dense, are buffers under their own names. No other copy 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +16,7 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_sparse_rnn.nn.calls import Call, CallLayout, cast, layout_of, read_call, read_step, result_dtype, run_layers
+from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES
 from triton_sparse_rnn.nn.plan import Plan, make_plan
 from triton_sparse_rnn.nn.weight_storage import (
     describe_storage,
@@ -27,6 +27,7 @@ from triton_sparse_rnn.nn.weight_storage import (
     warn_if_slow,
     weight_names,
 )
+from triton_sparse_rnn.notices import warn
 from triton_sparse_rnn.ops.dispatch import check_backend, choose_backend, unsupported_reason
 from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
 from triton_sparse_rnn.ops.operators import is_observed, traced_layer
@@ -39,11 +40,15 @@ if TYPE_CHECKING:
 
 
 class PersistentLayer(nn.Module):
-    """What the three persistent modules share; see `PersistentGRU`."""
+    """What the three persistent modules share; see `PersistentGRU`. Layers of `dense_class` are converted to it."""
 
     dense_class: ClassVar[type[nn.RNNBase]]
     _said_train_changes_nothing: ClassVar[bool] = False
     _marker: Tensor
+
+    def __init_subclass__(cls) -> None:
+        if "dense_class" in vars(cls):
+            PERSISTENT_CLASSES[cls.dense_class] = cls
 
     def __init__(
         self,
@@ -331,10 +336,9 @@ class PersistentLayer(nn.Module):
         """Set the flag that nn.Module.train sets; it changes nothing here, and a warning says so, once."""
         if mode and not PersistentLayer._said_train_changes_nothing:
             PersistentLayer._said_train_changes_nothing = True
-            warnings.warn(
+            warn(
                 f"{type(self).__name__} is for inference: train() changes nothing, dropout stays off and there is no "
-                "backward",
-                stacklevel=2,
+                "backward"
             )
         return super().train(mode)
 
@@ -393,8 +397,3 @@ class PersistentLSTM(PersistentLayer):
     """nn.LSTM for inference with block-sparse weights; states are pairs (h, c). See `PersistentGRU`."""
 
     dense_class = nn.LSTM
-
-
-PERSISTENT_CLASSES: dict[type[nn.RNNBase], type[PersistentLayer]] = {
-    cls.dense_class: cls for cls in (PersistentRNN, PersistentGRU, PersistentLSTM)
-}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -13,6 +12,7 @@ from triton_sparse_rnn.nn.gate_gradient import GateGradientSparsity
 from triton_sparse_rnn.nn.gated_training import GateGradientLayer, check_gate_gradient
 from triton_sparse_rnn.nn.replace import added_members, named_recurrent_layers
 from triton_sparse_rnn.nn.training import TRAINING_CLASSES
+from triton_sparse_rnn.notices import warn
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -81,7 +81,7 @@ def sparsify(
             layer.gate_gradient = gate_gradient
     if left:
         advice = "derive the class from SparseGRU and the like, or undo a parametrization first"
-        warnings.warn(f"sparsify left some layers as they are: {'; '.join(left)}; {advice}", stacklevel=2)
+        warn(f"sparsify left some layers as they are: {'; '.join(left)}; {advice}")
     return model
 
 

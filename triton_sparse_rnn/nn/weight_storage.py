@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -11,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from triton_sparse_rnn.notices import in_layer, warn
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS, to_blocks
 
 BLOCK_SIZES = ((16, 1), (16, 4), (16, 16), (16, 32))
 MATRIX_PARTS = ("values", "columns", "starts", "scales")
 NOT_PRUNED_ABOVE = 0.95  # the fraction of stored blocks above which an input weight stays an ordinary matrix
+FEW_COLUMNS = 1 / 16  # of H: a weight_ih so narrow is little of the work, and may well be left dense
 LITTLE_TO_SKIP_ABOVE = 0.5  # the fraction of stored blocks above which a user is told so
 # The fraction of zeros from which a GRU layer on the CPU is faster than another engine: {engine: {H: fraction}}.
 # Measured by bench/bench_cpu_break_even.py; 0 is the lowest that was.
@@ -130,7 +131,10 @@ def store_weights(
         density = kept_blocks(weight, gates, size).double().mean().item()
         as_it_is = dtype == weight.dtype and (block_size is None or block_size[0] < VECTOR_ROWS)
         kept_dense = as_it_is and name.startswith("weight_ih") and density > NOT_PRUNED_ABOVE
-        if not name.startswith("weight_hr"):  # a Pruner leaves it dense unless it is told to include it
+        few_columns = name.startswith("weight_ih") and weight.shape[1] <= dense.hidden_size * FEW_COLUMNS
+        if (
+            not name.startswith("weight_hr") and not few_columns
+        ):  # a Pruner leaves weight_hr dense unless told otherwise
             warn_if_dense(name, weight, size, density, kept_dense=kept_dense)
         weights[name] = (
             weight.clone(memory_format=torch.contiguous_format)
@@ -200,10 +204,9 @@ def warn_if_dense(
         else f"its zeros do not fill blocks: prune with block_size=({rows}, {columns})"
     )
     measured = "" if weight.is_cuda else f" ({break_even_text()})"
-    warnings.warn(
-        f"{name} is {zeros:.0%} zeros and {density:.0%} of its {rows}x{columns} blocks hold other weights, so there is "
-        f"little to skip and it {consequence}; {advice}.{measured}",
-        stacklevel=4,
+    warn(
+        f"{in_layer(name)} is {zeros:.0%} zeros and {density:.0%} of its {rows}x{columns} blocks hold other weights, so "
+        f"there is little to skip and it {consequence}; {advice}.{measured}"
     )
 
 
@@ -223,8 +226,8 @@ def warn_if_slow(backend: str, reason: str | None) -> None:
         backend: the fast one of the device.
         reason: why it cannot run the layer.
     """
-    warnings.warn(
-        f"the layer will run on backend 'reference', plain torch, and slower than torch.nn: backend {backend!r} cannot "
-        f"run it because {reason}. backend='reference' asks for this and says nothing",
-        stacklevel=3,
+    layer = f"layer {path!r}" if (path := in_layer("")) else "the layer"
+    warn(
+        f"{layer} will run on backend 'reference', plain torch, and slower than torch.nn: backend {backend!r} cannot "
+        f"run it because {reason}. backend='reference' asks for this and says nothing"
     )

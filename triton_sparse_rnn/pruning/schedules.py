@@ -196,7 +196,7 @@ class ThresholdRamp(Schedule):
         *,
         names: str = "*",
         block_size: tuple[int, int] = (16, 1),
-        score: str = "max",
+        score: str = "l2",
         tie_gates: bool = False,
         **steps: Any,
     ) -> ThresholdRamp:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
+from triton_sparse_rnn.notices import warn
 from triton_sparse_rnn.pruning.schedules import Schedule
 from triton_sparse_rnn.pruning.weights import (
     clean_name,
@@ -100,7 +100,7 @@ def match_weights(
 
 
 def warn_of_emptied_gates(weights: Iterable[Weight], block_size: tuple[int, int], *, balanced: bool) -> None:
-    """Warn the caller's caller of gates of which the final sparsity, rounded to whole blocks, leaves nothing."""
+    """Warn of gates of which the final sparsity, rounded to whole blocks, leaves nothing."""
     for weight in weights:
         _, block_rows, block_columns = weight.block_grid(block_size)
         blocks = block_columns if balanced else block_rows * block_columns
@@ -111,11 +111,10 @@ def warn_of_emptied_gates(weights: Iterable[Weight], block_size: tuple[int, int]
                 emptied.append(gate)
         if emptied:
             gates = f" in gates {', '.join(emptied)}" if emptied != [""] else ""
-            warnings.warn(
+            warn(
                 f"{weight.name} will be pruned to nothing{gates}: the final sparsity rounds to all blocks, {blocks} of "
                 f"{block_size[0]}x{block_size[1]} in each {'block row' if balanced else 'gate'}; use smaller blocks, "
-                f"or leave it dense by targets={{{weight.name!r}: None}}",
-                stacklevel=3,
+                f"or leave it dense by targets={{{weight.name!r}: None}}"
             )
 
 
