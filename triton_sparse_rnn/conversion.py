@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ def to_sparse(
     backend: str | None = None,
     activation_dtype: torch.dtype | None = None,
     num_threads: int = 1,
-) -> nn.Module:
+) -> Any:  # a module; of a class whose annotations do not know that its layers have other classes now
     """Return a model whose recurrent layers run from block-sparse weights, for inference.
 
     Every nn.RNN, nn.GRU and nn.LSTM is converted, sparse training modules and plain ones alike, by reading the zeros in
@@ -87,7 +87,7 @@ def to_sparse(
     return _converted_copy(model, converted)
 
 
-def to_dense(model: nn.Module) -> nn.Module:
+def to_dense(model: nn.Module) -> Any:
     """Return a model with plain nn.RNN, nn.GRU and nn.LSTM in place of the persistent modules.
 
     This is the way to what knows torch.nn only, such as dynamic quantisation or ONNX. Weights are exactly the ones that
