@@ -17,25 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.accuracy.rows import RECORDS, ROWS, rows_of
+from bench.runs.command_line import exit_status, positive
 from bench.tasks import TASKS
-from bench.tasks.task import MissingDataError
 
 DEFAULT_FILE, DEFAULT_MODELS, DEFAULT_TIMES = Path("accuracy.jsonl"), Path("accuracy-models"), Path("times.jsonl")
-INTERRUPTED = 130  # exit status of a program that Ctrl-C ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; 2 for what cannot be done."""
     options = _parser().parse_args(arguments)
-    try:
-        {"run": _run, "time": _time, "table": _table, "plot": _plot}[options.command](options)
-    except KeyboardInterrupt:
-        print(f"Stopped; the same command goes on after the last finished run in {options.out}", file=sys.stderr)
-        return INTERRUPTED
-    except (OSError, ValueError, MissingDataError) as error:
-        print(f"bench.accuracy: {error}", file=sys.stderr)
-        return 2
-    return 0
+    do = {"run": _run, "time": _time, "table": _table, "plot": _plot}[options.command]
+    goes_on = f"after the last finished run in {options.out}" if options.command == "run" else ""
+    return exit_status("bench.accuracy", lambda: do(options), goes_on=goes_on)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -79,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     only = "only this row and the dense one; may be repeated: " + "; ".join(names).replace("%", "%%")
     run.add_argument("--row", action="append", choices=names, metavar="NAME", help=only)
     run.add_argument("--seed", action="append", type=int, help="may be repeated (default: the rows' own)")
-    run.add_argument("--steps", type=_positive, help="optimizer steps of every run (default: the task's own)")
+    run.add_argument("--steps", type=positive, help="optimizer steps of every run (default: the task's own)")
     run.add_argument("--out", type=Path, default=DEFAULT_FILE, metavar="FILE", help="(default: %(default)s)")
     run.add_argument("--models", type=Path, default=DEFAULT_MODELS, metavar="DIR", help="(default: %(default)s)")
     time = commands.add_parser("time", help="measure the layers of finished runs")
@@ -93,12 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     for command in (time, table, plot):
         command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="that run wrote")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -64,11 +64,6 @@ class Row:
         return self.sparsity is None
 
     @property
-    def needs_dense(self) -> bool:
-        """Whether the dense model of the same seed has to be there."""
-        return self.taught or self.schedule == "ThresholdRamp"
-
-    @property
     def seeds(self) -> tuple[int, ...]:
         return SEEDS if self.family == HEADLINE else SEEDS[:1]
 
@@ -98,6 +93,7 @@ DENSE = Row("dense", HEADLINE, None, weight_dtypes=(torch.float32, torch.float16
 SMALL = Row("small dense, as many parameters", HEADLINE, None, None)
 GRADUAL = Row("gradual, 90 %", HEADLINE, weight_dtypes=(torch.float32, torch.float16, torch.int8))
 WIDE = Row("1.5 times wider, as many recurrent weights", HEADLINE, width=1.5)
+RAMP = _ramp(0.95)
 ONE_SHOT = Row("hard pruning, 90 %", HEADLINE, schedule="OneShot", fractions={"step": 0.275})
 
 OTHERS: tuple[Row, ...] = (
@@ -111,7 +107,7 @@ OTHERS: tuple[Row, ...] = (
     Row("weight_hh only, 90 %", MASKS, pruner={"targets": {"*weight_ih*": None}}),
     Row("r and z 95 %, n 80 %", MASKS, gates={"r": 0.95, "z": 0.95, "n": 0.8}),
     _ramp(0.9),
-    _ramp(0.95),
+    RAMP,
     Row(
         "L1, then hard pruning, 1x1", PENALTIES, schedule="OneShot", fractions={"step": 0.5},
         pruner={"block_size": [1, 1]}, penalty="l1", strength=1e-5,
@@ -136,11 +132,8 @@ VARIED: tuple[Row, ...] = (
     *_varied("end_step", (0.2, 0.35, 0.7, 0.9)),
     *_varied("frequency", (1 / 800, 0.1, 0.225)),
     *_varied("ramp_step", (0.1, 0.4), schedule="ThresholdRamp", arguments={"quantile": 0.95}),
-    *(
-        Row(f"power {power:g}", SENSITIVITY + "power", arguments={"power": power}, x=power)
-        for power in (1.0,)
-    ),
-)  # fmt: skip
+    Row("power 1", SENSITIVITY + "power", arguments={"power": 1.0}, x=1.0),
+)
 ROWS: tuple[Row, ...] = (DENSE, SMALL, GRADUAL, WIDE, ONE_SHOT, *OTHERS, *VARIED)
 
 

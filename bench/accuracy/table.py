@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.accuracy.rows import DENSE, GRADUAL, ONE_SHOT, SENSITIVITY, SMALL, WIDE, Row
+from bench.accuracy.rows import DENSE, GRADUAL, ONE_SHOT, RAMP, SENSITIVITY, SMALL, WIDE, Row
 from bench.accuracy.summary import FLOAT32, Section, Times, sections
 from bench.runs.records import Key
 from bench.runs.spread import Spread, markdown
@@ -85,7 +85,7 @@ def _worse(section: Section, row: Row, other: Row) -> Spread | None:
 
 
 def _sensitivity(section: Section) -> list[str]:
-    """Return a table of the varied schedules, by how much each differs from the default of the same seed."""
+    """Return a table of the varied schedules, by how much each differs from its default, of the same seed."""
     varied = [model for model in section.models if model.row.family.startswith(SENSITIVITY)]
     default = section.model(GRADUAL)
     if not varied or default is None:
@@ -97,14 +97,15 @@ def _sensitivity(section: Section) -> list[str]:
             model.name,
             f"{100 * model.sparsity:.1f}",
             model.quality[first.key].text(first.digits),
-            _percent(_worse(section, model.row, GRADUAL)),
+            _percent(_worse(section, model.row, RAMP if model.row.schedule == RAMP.schedule else GRADUAL)),
         ]
         for model in varied
     ]
     spread = default.quality[first.key]
     return [
         f"## Sensitivity to the schedule, {section.task}",
-        f"`PolynomialDecay.for_training` ({GRADUAL.name}): {spread.text(first.digits)}, {spread.seeds} seeds.",
+        f"`PolynomialDecay.for_training` ({GRADUAL.name}): {spread.text(first.digits)}, {spread.seeds} seeds. "
+        f"The default of ramp_step is {RAMP.name}.",
         markdown(["varied", "schedule", "zeros, %", first.heading, "worse than the default, same seed, %"], cells),
     ]
 

@@ -17,26 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.denoising.rows import BY_NAME, ROWS
-from bench.tasks.task import MissingDataError
+from bench.runs.command_line import exit_status, positive
 
 DEFAULT_FILE = Path("denoising.jsonl")
-INTERRUPTED = 130  # exit status of a program that Ctrl-C ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; 2 for what cannot be done."""
     options = _parser().parse_args(arguments)
-    try:
-        return options.do(options)
-    except KeyboardInterrupt:
-        print("Stopped; the same command goes on after what is in the file", file=sys.stderr)
-        return INTERRUPTED
-    except (OSError, ValueError, MissingDataError) as error:
-        print(f"bench.denoising: {error}", file=sys.stderr)
-        return 2
+    return exit_status("bench.denoising", lambda: options.do(options), goes_on="after what is in the file")
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> None:
     from bench.denoising.runner import run_missing
     from bench.denoising.training import Settings
 
@@ -45,31 +37,27 @@ def _run(options: argparse.Namespace) -> int:
         rows = [dataclasses.replace(row, seeds=options.seeds) for row in rows]
     settings = Settings(steps=options.steps) if options.steps else Settings()
     run_missing(rows, options.models, options.out, settings)
-    return 0
 
 
-def _time(options: argparse.Namespace) -> int:
+def _time(options: argparse.Namespace) -> None:
     from bench.denoising.timing import time_all
 
     time_all(options.models, options.out)
-    return 0
 
 
-def _table(options: argparse.Namespace) -> int:
+def _table(options: argparse.Namespace) -> None:
     from bench.denoising.runner import RECORDS
     from bench.denoising.table import tables
 
     print(tables(RECORDS.read_files(options.files)))
-    return 0
 
 
-def _plot(options: argparse.Namespace) -> int:
+def _plot(options: argparse.Namespace) -> None:
     from bench.denoising.plots import plot_quality
     from bench.denoising.runner import RECORDS
 
     plot_quality(RECORDS.read_files(options.files), options.out)
     print(options.out)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"may be repeated (default: all): {'; '.join(BY_NAME)}".replace("%", "%%"),
     )
-    run.add_argument("--seeds", type=_positive, help="runs of every row (default: the row's own)")
-    run.add_argument("--steps", type=_positive, help="optimizer steps of every run (default: 800)")
+    run.add_argument("--seeds", type=positive, help="runs of every row (default: the row's own)")
+    run.add_argument("--steps", type=positive, help="optimizer steps of every run (default: 800)")
     timing = commands.add_parser("time", help="time the models of a file, within a minute")
     timing.set_defaults(do=_time)
     for command in (run, timing):
@@ -99,12 +87,6 @@ def _parser() -> argparse.ArgumentParser:
     for command in (table, plot):
         command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="that run and time wrote")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return int(text)
 
 
 if __name__ == "__main__":

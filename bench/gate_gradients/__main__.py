@@ -16,42 +16,35 @@ from pathlib import Path
 
 from bench.gate_gradients.rows import RECORDS, ROWS, rows_of
 from bench.gate_gradients.table import tables
+from bench.runs.command_line import exit_status, positive
 from bench.tasks import TASKS
-from bench.tasks.task import MissingDataError
 
 DEFAULT_FILE = Path("gate-gradients.jsonl")
-INTERRUPTED = 130  # exit status of a program that Ctrl-C ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; 2 for what cannot be done."""
     options = _parser().parse_args(arguments)
-    try:
-        if options.command == "run":
-            return _run(options)
-        runs = RECORDS.read_files(options.files)
-        if options.command == "table":
-            print(tables(runs))
-        else:
-            from bench.gate_gradients.plots import plot_all
-
-            print(*plot_all(runs, options.out), sep="\n")
-    except (OSError, ValueError, MissingDataError) as error:
-        print(f"bench.gate_gradients: {error}", file=sys.stderr)
-        return 2
-    return 0
+    do = {"run": _run, "table": _table, "plot": _plot}[options.command]
+    goes_on = f"after the last finished run in {options.out}" if options.command == "run" else ""
+    return exit_status("bench.gate_gradients", lambda: do(options), goes_on=goes_on)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> None:
     from bench.gate_gradients.runner import run_missing
 
-    try:
-        for name in options.task or TASKS:
-            run_missing(TASKS[name].load(), rows_of(options.rows, options.row or ()), options.out, steps=options.steps)
-    except KeyboardInterrupt:
-        print(f"Stopped; the same command goes on after the last finished run in {options.out}", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    for name in options.task or TASKS:
+        run_missing(TASKS[name].load(), rows_of(options.rows, options.row or ()), options.out, steps=options.steps)
+
+
+def _table(options: argparse.Namespace) -> None:
+    print(tables(RECORDS.read_files(options.files)))
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from bench.gate_gradients.plots import plot_all
+
+    print(*plot_all(RECORDS.read_files(options.files), options.out), sep="\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     names = [row.name for row in ROWS]
     only = "only this row and the dense one; may be repeated: " + "; ".join(names).replace("%", "%%")
     run.add_argument("--row", action="append", choices=names, metavar="NAME", help=only)
-    run.add_argument("--steps", type=_positive, help="optimizer steps of every run (default: the task's own)")
+    run.add_argument("--steps", type=positive, help="optimizer steps of every run (default: the task's own)")
     run.add_argument("--out", type=Path, default=DEFAULT_FILE, metavar="FILE", help="(default: %(default)s)")
     table = commands.add_parser("table", help="print Markdown")
     plot = commands.add_parser("plot", help="draw the trade-off and the distributions")
@@ -71,12 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     for command in (table, plot):
         command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="that run wrote")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return int(text)
 
 
 if __name__ == "__main__":

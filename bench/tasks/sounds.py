@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.tasks.task import MakeRNN, Metric, MissingDataError
+from bench.tasks.task import MakeRNN, Metric, MissingDataError, distilled
 
 ROOT = Path("/usr/share/asterisk/sounds")
 VOICES = ("en_US_f_Allison", "es_MX_f_Allison", "fr_CA_f_June", "it_IT_m_Carlo", "ru_RU_f_IvrvoiceRU")
@@ -175,9 +175,8 @@ class Sounds:
             loss = F.cross_entropy(scores, voices)
             if teacher is not None:
                 with torch.no_grad():
-                    wanted = teacher(features).log_softmax(1)
-                divergence = F.kl_div(scores.log_softmax(1), wanted, reduction="batchmean", log_target=True)
-                loss = (loss + divergence) / 2
+                    taught = teacher(features)
+                loss = distilled(loss, scores.log_softmax(1), taught.log_softmax(1))
             yield loss
 
     def learning_rate(self, step: int, steps: int) -> float:

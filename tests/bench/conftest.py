@@ -1,10 +1,12 @@
 """The benchmarks are not installed: they are imported from the root of the project."""
 
+import io
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 sys.path.append(str(Path(__file__).parents[2]))
 
@@ -16,3 +18,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def quiet():
+    """A console that nobody sees."""
+    return Console(file=io.StringIO())
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A text of a few kB that can be learned a little."""
+    from triton_sparse_rnn.demo.text import load_text
+
+    path = tmp_path / "text"
+    path.write_text("".join(f"{k * k % 97} is {k % 7}\n" for k in range(300)), encoding="utf-8")
+    return load_text(path)

@@ -2,16 +2,14 @@
 
 import copy
 import dataclasses
-import io
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from bench.accuracy import runner, timing
-from bench.accuracy.__main__ import INTERRUPTED, main
+from bench.accuracy.__main__ import main
 from bench.accuracy.rows import (
     DENSE,
     GRADUAL,
@@ -31,11 +29,11 @@ from bench.accuracy.summary import sections
 from bench.accuracy.table import tables
 from bench.accuracy.timing import read_times, time_runs
 from bench.accuracy.training import make_pruner, model_path, train
+from bench.runs.command_line import INTERRUPTED
 from bench.runs.records import Key, key_of
 from bench.tasks import TASKS
 from bench.tasks.characters import Characters
 from triton_sparse_rnn import SparseGRU, to_dense
-from triton_sparse_rnn.demo.text import load_text
 
 NAMES = {row.name: row for row in ROWS}
 
@@ -43,15 +41,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def task(tmp_path):
-    path = tmp_path / "text"
-    path.write_text("".join(f"{k * k % 97} is {k % 7}\n" for k in range(300)), encoding="utf-8")
-    return Characters(load_text(path), embedding_size=40, hidden_size=33, batch_size=3, window=6, held_out=100)
-
-
-@pytest.fixture
-def quiet():
-    return Console(file=io.StringIO())
+def task(text):
+    return Characters(text, embedding_size=40, hidden_size=33, batch_size=3, window=6, held_out=100)
 
 
 @pytest.fixture
@@ -305,6 +296,8 @@ def many():
         made_up("hard pruning, 90 %", value=2.42),
         made_up("end_step 35 %", value=2.31),
         made_up("power 1", value=2.09),
+        made_up("ThresholdRamp, q at 95 %", value=2.0),
+        made_up("ramp_step 10 %", value=2.4),
     ]
     runs += [made_up(task="pronunciation", value=10.0)]
     return {key_of(run): run for run in runs}
@@ -324,8 +317,18 @@ def test_table():
     assert "| pruned, same width: 14 to 21 % worse than dense | +9.5 (+9.1 to +10.0) |  |" in lines
     assert "| end_step | end_step 35 % | 90.0 | 2.310 | +5.0 |" in lines
     assert "| power | power 1 | 90.0 | 2.090 | -5.0 |" in lines
+    assert "| ramp_step | ramp_step 10 % | 90.0 | 2.400 | +20.0 |" in lines
     assert "| characters | gradual, 90 % | 16x1 | 90.0 | 85.0 | +5.0 (+5.0 to +5.0) | -20.0 | 3 |" in lines
-    assert "9 runs, 9 minutes on a processor, torch 2.13." in lines
+    assert "11 runs, 11 minutes on a processor, torch 2.13." in lines
+
+
+def test_a_command_that_does_not_go_on_does_not_promise_it(monkeypatch, capsys):
+    def interrupted(records, paths):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.runs.records.Records.read_files", interrupted)
+    assert main(["table", "runs.jsonl"]) == INTERRUPTED
+    assert capsys.readouterr().err == "Stopped\n"
 
 
 def test_a_row_without_its_dense_run_has_no_difference():

@@ -15,7 +15,7 @@ from torch import nn
 
 from bench.denoising import noise as noise_module
 from bench.denoising import runner, speech, timing
-from bench.denoising.__main__ import INTERRUPTED, main
+from bench.denoising.__main__ import main
 from bench.denoising.conversion import UNCONVERTED, WEIGHT_DTYPES, convert, stored_bytes
 from bench.denoising.evaluation import evaluate, gains_of, unchanged
 from bench.denoising.linear import BlockLinear
@@ -31,6 +31,7 @@ from bench.denoising.summary import models
 from bench.denoising.table import tables
 from bench.denoising.timing import ONNXRUNTIME, SPEED_TASK, TORCH, TorchStream, contender_name
 from bench.denoising.training import Settings, fine_tune, spectral_loss
+from bench.runs.command_line import INTERRUPTED
 from bench.runs.records import key_of
 
 HIDDEN, WIDE = 48, 64  # in whole blocks

@@ -2,28 +2,26 @@
 
 import dataclasses
 import doctest
-import io
 import json
 import sys
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 from bench.gate_gradients import distribution, plots, runner
-from bench.gate_gradients.__main__ import INTERRUPTED, main
+from bench.gate_gradients.__main__ import main
 from bench.gate_gradients.distribution import GATES, Probe, describe, threshold_for
 from bench.gate_gradients.rows import DENSE, RECORDS, ROWS, Row, rows_of
 from bench.gate_gradients.runner import run_missing
 from bench.gate_gradients.summary import sections
 from bench.gate_gradients.table import tables
 from bench.gate_gradients.training import calibrated_thresholds, recurrent_share, train, zeros_over_time
+from bench.runs.command_line import INTERRUPTED
 from bench.runs.records import key_of
 from bench.tasks import TASKS
 from bench.tasks.characters import Characters
 from triton_sparse_rnn import GateGradientSparsity, GateGradientStats, SparseLSTM
-from triton_sparse_rnn.demo.text import load_text
 
 NAMES = {row.name: row for row in ROWS}
 BACKEND = {"backend": "reference"}  # compiles nothing
@@ -33,15 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def task(tmp_path):
-    path = tmp_path / "text"
-    path.write_text("".join(f"{k * k % 97} is {k % 7}\n" for k in range(300)), encoding="utf-8")
-    return Characters(load_text(path), embedding_size=5, hidden_size=17, batch_size=3, window=6, held_out=100)
-
-
-@pytest.fixture
-def quiet():
-    return Console(file=io.StringIO())
+def task(text):
+    return Characters(text, embedding_size=5, hidden_size=17, batch_size=3, window=6, held_out=100)
 
 
 def plain(row):
