@@ -2,8 +2,8 @@
 
 The model reads Python source, byte by byte, and tags every byte that belongs to a comment: a small task that needs a
 memory, with data that is already on the machine. `PrunerCallback` is the one line that pruning takes. The table shows
-the share of bytes tagged right in files that were not trained on (tagging none is the yardstick), the bytes of the
-recurrent layer, and the time of a step of a single stream, on one thread.
+the share of bytes tagged right in text that was not trained on, by which the best model was chosen (tagging none is the
+yardstick), the bytes of the recurrent layer, and the time of a step of a single stream, on one thread.
 
 About a minute; --quick about 8 seconds, too short to learn much.
 """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from triton_sparse_rnn.errors import SparseFileError
 from triton_sparse_rnn.nn.persistent import PersistentLayer
-from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES, persistent_class
+from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES, persistent_class, shown_name
 from triton_sparse_rnn.nn.replace import replace_modules, take_hooks
 from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS, weight_names, weight_shape
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
@@ -128,7 +128,7 @@ def _check_same_sizes(path: object, name: str, layer: nn.Module, described: dict
     new_class = _new_class(layer)
     if new_class is None or new_class.__name__ != described["class"]:
         dense_classes = [dense for dense, cls in PERSISTENT_CLASSES.items() if cls.__name__ == described["class"]]
-        advice = f"build the model with nn.{dense_classes[0].__name__} there" if dense_classes else "import that class"
+        advice = f"build the model with {shown_name(dense_classes[0])} there" if dense_classes else "import that class"
         raise SparseFileError(
             f"{path} holds a {described['class']} '{name}', where the model has a {type(layer).__name__}; {advice}"
         )

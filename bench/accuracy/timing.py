@@ -24,7 +24,7 @@ from bench.tasks import TASKS, Task
 from triton_sparse_rnn import PersistentGRU, SparseGRU
 from triton_sparse_rnn.doctor import processor_name, versions
 
-RECORDS = Records("bench.accuracy time", frozenset({"models"}))
+RECORDS = Records("bench.accuracy time", frozenset({"times"}))
 UNTIMED = {row.name for row in ROWS if row.family.startswith(SENSITIVITY)}
 T = 100  # steps of a call
 ROUNDS = 41  # in each of which every layer is called once
@@ -71,14 +71,14 @@ def time_runs(
                     if contender.key == key
                 ]
                 RECORDS.append(
-                    path, {**key._asdict(), "models": found, "processor": processor_name(), "versions": versions()}
+                    path, {**key._asdict(), "times": found, "processor": processor_name(), "versions": versions()}
                 )
 
 
 def read_times(paths: Iterable[Path]) -> dict[Key, dict[str, dict[str, float]]]:
     """Return what is known of each run's times, by weight dtype; the last measurement counts."""
     return {
-        key_of(run): {model["weight_dtype"]: model for model in run["models"]}
+        key_of(run): {model["weight_dtype"]: model for model in run["times"]}
         for path in paths
         for run in RECORDS.read(path)
     }

@@ -343,7 +343,7 @@ def test_plots(tmp_path, capsys):
     for run in many().values():
         RECORDS.append(path, run)
         measured = [{"weight_dtype": "float32", "us_per_step": 2.0, "torch_us_per_step": 40.0}]
-        timing.RECORDS.append(times, {**key_of(run)._asdict(), "models": measured})
+        timing.RECORDS.append(times, {**key_of(run)._asdict(), "times": measured})
     assert main(["plot", str(path), "--times", str(times), "--out", str(tmp_path / "plots")]) == 0
     names = ["accuracy-parameters.png", "accuracy-time.png", "accuracy-schedule-characters.png"]
     assert capsys.readouterr().out.split() == [str(tmp_path / "plots" / name) for name in names]

@@ -96,6 +96,7 @@ def masked(callback, model):
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
 def test_a_training_ends_at_the_sparsity(package):
+    pytest.importorskip(package)
     callback = pruner_callback()
     model, trainer = fit(callback, model=model_class(package)(), package=package)
     assert callback.pruner.weights[0].schedules[0] == PolynomialDecay.for_training(2 * STEPS, final_sparsity=0.8)

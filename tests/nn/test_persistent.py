@@ -238,7 +238,9 @@ def test_wrong_layers(cls):
     others = [dense() if dense is nn.Module else dense(2, 3) for dense in (nn.RNN, nn.GRU, nn.LSTM, nn.GRUCell)]
     for layer in others:
         if PERSISTENT_CLASSES.get(type(layer)) is not cls:  # type: ignore[arg-type]
-            with pytest.raises(TypeError, match=f"{cls.__name__}.from_dense takes an nn.*, got {type(layer).__name__}"):
+            with pytest.raises(
+                TypeError, match=f"{cls.__name__}.from_dense takes a layer of class nn.*, got {type(layer).__name__}"
+            ):
                 cls.from_dense(layer)
     with pytest.raises(ValueError, match="weight_ih_l0 is on the meta device"):
         cls.from_dense(cls.dense_class(2, 3, device="meta"))

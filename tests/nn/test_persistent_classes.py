@@ -61,8 +61,28 @@ def test_a_model_there_and_back(tmp_path):
 @little_to_skip
 def test_a_file_is_not_loaded_into_a_layer_of_another_class(tmp_path):
     save_sparse(to_sparse(nn.Sequential(Doubling(4, 8))), tmp_path / "file")
-    with pytest.raises(SparseFileError, match="holds a PersistentDoubling '0', where the model has a GRU"):
+    message = "holds a PersistentDoubling '0', where the model has a GRU; build the model with Doubling there"
+    with pytest.raises(SparseFileError, match=message):
         load_sparse(nn.Sequential(nn.GRU(4, 8)), tmp_path / "file")
+
+
+def test_messages_call_a_class_by_its_name():
+    with pytest.raises(TypeError, match=r"PersistentDoubling\.from_dense takes a layer of class Doubling, got GRU"):
+        PersistentDoubling.from_dense(nn.GRU(4, 8))
+    with pytest.raises(TypeError, match=r"PersistentGRU\.from_dense takes a layer of class nn\.GRU, got LSTM"):
+        PersistentGRU.from_dense(nn.LSTM(4, 8))
+
+
+def test_other_bases_of_a_class_get_their_options():
+    class Named:
+        def __init_subclass__(cls, *, label, **options):
+            super().__init_subclass__(**options)
+            cls.label = label
+
+    class PersistentNamed(PersistentGRU, Named, label="a name"):
+        pass
+
+    assert PersistentNamed.label == "a name"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_what_a_further_subclass_would_lose_is_said():

@@ -142,6 +142,11 @@ class PrunedTraining:
                     "the trainer does not know how many steps it will take, so that no schedule can be chosen: limit "
                     "its steps, or give schedule=PolynomialDecay(...)"
                 )
+            if steps_left < 1:
+                raise ValueError(
+                    "the trainer plans no further step, so there is nothing to prune in: train longer, or give "
+                    "schedule=PolynomialDecay(...)"
+                )
             total_steps = max(2, int(steps_left))  # a trial run has a single step, a schedule at least two
         self._total_steps = total_steps
         if self._schedule is not None:

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_sparse_rnn.nn.calls import Call, CallLayout, cast, layout_of, read_call, read_step, result_dtype, run_layers
-from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES
+from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES, shown_name
 from triton_sparse_rnn.nn.plan import Plan, make_plan
 from triton_sparse_rnn.nn.weight_storage import (
     describe_storage,
@@ -46,7 +46,8 @@ class PersistentLayer(nn.Module):
     _said_train_changes_nothing: ClassVar[bool] = False
     _marker: Tensor
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
         if "dense_class" in vars(cls):
             PERSISTENT_CLASSES[cls.dense_class] = cls
 
@@ -136,9 +137,8 @@ class PersistentLayer(nn.Module):
             BackendUnavailableError: `backend` is named and cannot run this layer.
         """
         if not isinstance(dense, cls.dense_class):
-            raise TypeError(
-                f"{cls.__name__}.from_dense takes an nn.{cls.dense_class.__name__}, got {type(dense).__name__}"
-            )
+            wanted = shown_name(cls.dense_class)
+            raise TypeError(f"{cls.__name__}.from_dense takes a layer of class {wanted}, got {type(dense).__name__}")
         check_backend(backend)
         check_num_threads(num_threads)
         sizes = None if block_size is None else check_block_size(block_size)

@@ -17,7 +17,7 @@ from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS, to_blocks
 BLOCK_SIZES = ((16, 1), (16, 4), (16, 16), (16, 32))
 MATRIX_PARTS = ("values", "columns", "starts", "scales")
 NOT_PRUNED_ABOVE = 0.95  # the fraction of stored blocks above which an input weight stays an ordinary matrix
-FEW_COLUMNS = 1 / 16  # of H: a weight_ih so narrow is little of the work, and may well be left dense
+FEW_COLUMNS = 1 / 16  # of H: a weight_ih so narrow may well be left dense, and nothing is said of it
 LITTLE_TO_SKIP_ABOVE = 0.5  # the fraction of stored blocks above which a user is told so
 # The fraction of zeros from which a GRU layer on the CPU is faster than another engine: {engine: {H: fraction}}.
 # Measured by bench/bench_cpu_break_even.py; 0 is the lowest that was.
@@ -132,9 +132,8 @@ def store_weights(
         as_it_is = dtype == weight.dtype and (block_size is None or block_size[0] < VECTOR_ROWS)
         kept_dense = as_it_is and name.startswith("weight_ih") and density > NOT_PRUNED_ABOVE
         few_columns = name.startswith("weight_ih") and weight.shape[1] <= dense.hidden_size * FEW_COLUMNS
-        if (
-            not name.startswith("weight_hr") and not few_columns
-        ):  # a Pruner leaves weight_hr dense unless told otherwise
+        on_request = name.startswith("weight_hr")  # a Pruner leaves it dense unless `include` names it
+        if not (few_columns or on_request):
             warn_if_dense(name, weight, size, density, kept_dense=kept_dense)
         weights[name] = (
             weight.clone(memory_format=torch.contiguous_format)
@@ -205,8 +204,8 @@ def warn_if_dense(
     )
     measured = "" if weight.is_cuda else f" ({break_even_text()})"
     warn(
-        f"{in_layer(name)} is {zeros:.0%} zeros and {density:.0%} of its {rows}x{columns} blocks hold other weights, so "
-        f"there is little to skip and it {consequence}; {advice}.{measured}"
+        f"{in_layer(name)} is {zeros:.0%} zeros and {density:.0%} of its {rows}x{columns} blocks hold other weights, "
+        f"so there is little to skip and it {consequence}; {advice}.{measured}"
     )
 
 

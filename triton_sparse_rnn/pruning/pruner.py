@@ -67,7 +67,7 @@ class Pruner:
             schedule: for each weight that `targets` does not match; None leaves those dense.
             block_size: (BR, BC), BR hidden units of one gate by BC inputs. Blocks at the edge of a gate may be smaller.
             score: "max", "mean" or "l2" of the weights in a block; see `block_scores`. Narang et al. take "max"; "l2"
-                was more accurate on all three tasks of docs/results.md.
+                was 1 to 5 % more accurate on the tasks of docs/results.md.
             targets: {glob: schedule, None for dense, or {gate: schedule or None}}; the first glob that matches counts.
                 Gates are "r" "z" "n" of a GRU, "i" "f" "g" "o" of an LSTM, "h" of an RNN; one that is not named
                 follows `schedule`.
