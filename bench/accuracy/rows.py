@@ -130,7 +130,7 @@ def _varied(argument: str, values: Sequence[float], **others: Any) -> tuple[Row,
 VARIED: tuple[Row, ...] = (
     *_varied("begin_step", (0.0, 0.2, 0.35)),
     *_varied("end_step", (0.2, 0.35, 0.7, 0.9)),
-    *_varied("frequency", (1 / 800, 0.1, 0.225)),
+    *_varied("frequency", (1 / 800, 0.00375, 0.1, 0.225)),
     *_varied("ramp_step", (0.1, 0.4), schedule="ThresholdRamp", arguments={"quantile": 0.95}),
     Row("power 1", SENSITIVITY + "power", arguments={"power": 1.0}, x=1.0),
 )

@@ -20,11 +20,23 @@ CLAIMS = (  # what the paper says, the model, and what it is compared with
 
 
 def tables(runs: Mapping[Key, dict[str, Any]], times: Times) -> str:
-    """Return the models of each task, what became of the papers' claims, the sensitivities, and the forecasts."""
+    """Return an overview, the models of each task, the papers' claims, sensitivities, and forecasts."""
     found = sections(runs, times)
-    parts = [part for section in found for part in _section(section)]
+    parts = ["## Worse than dense, %", _overview(found)]
+    parts += [part for section in found for part in _section(section)]
     parts += ["## The papers' claims", _claims(found), *(part for section in found for part in _sensitivity(section))]
     return "\n\n".join([*parts, "## Forecast and outcome", _forecasts(runs)])
+
+
+def _overview(found: Sequence[Section]) -> str:
+    """Return a line for each model that is not dense, and a column for each task."""
+    shown = [model for section in found for model in section.models if not model.row.family.startswith(SENSITIVITY)]
+    names = dict.fromkeys(model.name for model in shown if model.row is not DENSE)
+    cells = []
+    for name in names:
+        by_task = [next((model for model in section.models if model.name == name), None) for section in found]
+        cells.append([name, *("" if model is None else _percent(model.loss_percent) for model in by_task)])
+    return markdown(["model", *(f"{section.task}, {section.steps:,} steps" for section in found)], cells)
 
 
 def _section(section: Section) -> list[str]:

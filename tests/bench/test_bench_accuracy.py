@@ -306,7 +306,9 @@ def many():
 def test_table():
     times = {Key("characters", "gradual, 90 %", 0, 500): {"float32": {"us_per_step": 2.25, "torch_us_per_step": 44.5}}}
     lines = tables(many(), times).splitlines()
-    assert lines[0] == "## characters, 500 steps"
+    assert lines[2] == "| model | characters, 500 steps | pronunciation, 500 steps |"
+    assert "| gradual, 90 % | +9.5 (+9.1 to +10.0) |  |" in lines
+    assert "## characters, 500 steps" in lines
     assert "| dense | 256 | 0.0 | 2.100 (2.000 to 2.200) |  | 278,000 | 230,000 |  |  | 3 |" in lines
     percent = "+9.5 (+9.1 to +10.0)"
     kept = f"| gradual, 90 % | 256 | 90.0 | 2.300 (2.200 to 2.400) | {percent} | 57,000 | 230,000 | 2.25 | 44.5 | 3 |"
