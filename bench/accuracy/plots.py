@@ -37,12 +37,14 @@ STYLES = {  # by family: colour, marker
     SCHEDULES: ("#862e9c", "D"),
     PENALTIES: ("#74838f", "v"),
 }
-SHORT = {  # labels of headline rows
+SHORT = {  # labels of the rows that are named
     DENSE.name: "dense",
     SMALL.name: "small dense",
     GRADUAL.name: "gradual 90 %",
     WIDE.name: "wider, pruned",
     ONE_SHOT.name: "hard 90 %",
+    "r and z 95 %, n 80 %": "r, z 95 %, n 80 %",
+    "weight_hh only, 90 %": "weight_hh only",
 }
 PANELS = {  # arguments of a schedule that are varied: axis, where the default lies
     "begin_step": ("begin, % of the steps (end 50 %)", 5.0),
@@ -63,7 +65,8 @@ def plot_all(runs: Mapping[Key, dict[str, Any]], times: Times, folder: Path) -> 
         paths.append(folder / "accuracy-time.png")
         plot_trade_off(found, shipped_us, "µs per step of the layer, batch 1, one thread", paths[-1])
     for section in found:
-        if any(model.row.family.startswith(SENSITIVITY) for model in section.models):
+        varied = {model.row.family for model in section.models if model.row.family.startswith(SENSITIVITY)}
+        if len(varied) > 1:
             paths.append(folder / f"accuracy-schedule-{section.task}.png")
             plot_sensitivity(section, paths[-1])
     return paths
