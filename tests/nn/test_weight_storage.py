@@ -197,7 +197,7 @@ def test_a_fall_back_to_the_reference_is_said_unless_asked_for(cell, options, re
 def test_of_a_dense_input_weight_of_few_columns_nothing_is_said(input_size, warns):
     layer = nn.GRU(input_size, 32)
     with torch.no_grad():
-        layer.weight_hh_l0[:, 3:] = 0
+        layer.get_parameter("weight_hh_l0")[:, 3:] = 0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         store_weights(layer, torch.float32, None)
