@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,10 +19,13 @@ from bench.accuracy.rows import (
     MASKS,
     ONE_SHOT,
     PENALTIES,
+    RAMP,
     SCHEDULES,
+    SEEDS,
     SENSITIVITY,
     SMALL,
     WIDE,
+    Row,
 )
 from bench.accuracy.summary import FLOAT32, ModelSummary, Section, Times, sections
 from bench.runs.labels import Label, place_labels
@@ -46,12 +49,26 @@ SHORT = {  # labels of the rows that are named
     "r and z 95 %, n 80 %": "r, z 95 %, n 80 %",
     "weight_hh only, 90 %": "weight_hh only",
 }
-PANELS = {  # arguments of a schedule that are varied: axis, where the default lies
-    "begin_step": ("begin, % of the steps (end 50 %)", 5.0),
-    "end_step": ("end, % of the steps (begin 5 %)", 50.0),
-    "frequency": ("steps between updates, % of the steps", 2.25),
-    "power": ("power of PolynomialDecay", 3.0),
+
+
+class Panel(NamedTuple):
+    """An argument of a schedule that is varied: its axis, the row that has the default, and where that lies."""
+
+    axis: str
+    default: Row
+    at: float
+
+
+PANELS = {
+    "begin_step": Panel("begin, % of the steps (end 50 %)", GRADUAL, 5.0),
+    "end_step": Panel("end, % of the steps (begin 5 %)", GRADUAL, 50.0),
+    "frequency": Panel("steps between updates, % of the steps", GRADUAL, 2.25),
+    "power": Panel("power of PolynomialDecay", GRADUAL, 3.0),
+    "ramp_step": Panel("ramp of a ThresholdRamp, % of the steps", RAMP, 25.0),
+    "q": Panel("q of a ThresholdRamp, % of dense blocks", RAMP, 95.0),
+    "final_sparsity": Panel("final sparsity of PolynomialDecay, %", GRADUAL, 90.0),
 }
+PANELS_IN_A_LINE = 4  # that share the metric's axis
 Value = Callable[[ModelSummary], float | None]
 
 
@@ -122,32 +139,46 @@ def _draw_models(axes: Axes, section: Section, value: Value) -> list[Label]:
 
 def plot_sensitivity(section: Section, path: Path) -> None:
     """Draw the first metric over each argument of the schedule, with the spread of the default's seeds behind it."""
-    metric = section.metrics[0]
-    default = section.model(GRADUAL)
-    figure = new_figure(3.3 * len(PANELS), 3.6)
-    panels = figure.subplots(1, len(PANELS), sharey=True)
-    for axes, (argument, (label, default_at)) in zip(panels, PANELS.items(), strict=True):
-        scale = 1.0 if argument == "power" else 100.0
-        points = [
-            (scale * model.row.x, model.quality[metric.key].mean)
-            for model in section.models
-            if model.row.family == SENSITIVITY + argument
-        ]
-        if default is not None:
-            spread = default.quality[metric.key]
-            axes.axhspan(spread.low, spread.high, color=PALE, alpha=0.3, linewidth=0, label="seeds of the default")
-            run = next((r for r in section.runs if (r["row"], r["seed"]) == (GRADUAL.name, 0)), None)
-            if run is not None:
-                here = (default_at, run["models"][0]["quality"][metric.key])
-                points.append(here)
-                axes.plot(*here, color=STYLES[HEADLINE][0], marker="o", linestyle="none", zorder=3, label="default")
-        x, y = zip(*sorted(points), strict=True) if points else ((), ())
-        axes.plot(x, y, color=INK, marker=".", linewidth=1, label="one seed, that of the default")
-        axes.set_xlabel(label, color=INK, fontsize=9)
-        strip(axes, labelsize=8)
-    panels[0].set_ylabel(metric.heading, color=INK)
-    handles, texts = panels[0].get_legend_handles_labels()
+    lines = -(-len(PANELS) // PANELS_IN_A_LINE)
+    figure = new_figure(3.3 * PANELS_IN_A_LINE, 3.2 * lines)
+    grid = figure.subplots(lines, PANELS_IN_A_LINE, sharey="row", squeeze=False)
+    for axes, (argument, panel) in zip(grid.flat, PANELS.items(), strict=False):
+        _draw_panel(axes, section, argument, panel)
+    for axes in grid.flat[len(PANELS) :]:
+        axes.set_visible(False)
+    for line in grid:
+        line[0].set_ylabel(section.metrics[0].heading, color=INK)
+    handles, texts = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    title = f"{section.task}, {section.steps:,} steps, 90 % in 16x1 blocks: how much the steps of the schedule matter"
+    title = f"{section.task}, {section.steps:,} steps, 16x1 blocks: how much the arguments of a schedule matter"
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=11)
     figure.savefig(path)
+
+
+def _draw_panel(axes: Axes, section: Section, argument: str, panel: Panel) -> None:
+    metric = section.metrics[0]
+    points = [(x, m.quality[metric.key].mean) for m in section.models if (x := _place(argument, m.row)) is not None]
+    default = section.model(panel.default)
+    if default is not None:
+        spread = default.quality[metric.key]
+        axes.axhspan(spread.low, spread.high, color=PALE, alpha=0.3, linewidth=0, label="seeds of the default")
+        run = next((r for r in section.runs if (r["row"], r["seed"]) == (panel.default.name, SEEDS[0])), None)
+        if run is not None:
+            here = (panel.at, run["models"][0]["quality"][metric.key])
+            points.append(here)
+            axes.plot(*here, color=STYLES[HEADLINE][0], marker="o", linestyle="none", zorder=3, label="default")
+    x, y = zip(*sorted(points), strict=True) if points else ((), ())
+    axes.plot(x, y, color=INK, marker=".", linewidth=1, label="varied: the default's first seed, or a mean")
+    axes.set_xlabel(panel.axis, color=INK, fontsize=9)
+    strip(axes, labelsize=8)
+
+
+def _place(argument: str, row: Row) -> float | None:
+    """Return where a row is drawn in the panel of an argument; None: it is not."""
+    if row.family == SENSITIVITY + argument:
+        return row.x if argument == "power" else 100 * row.x
+    if argument == "final_sparsity" and row.family == LEVELS and row.sparsity is not None:
+        return 100 * row.sparsity
+    if argument == "q" and row.family == SCHEDULES and row is not RAMP:
+        return 100 * row.arguments["quantile"]
+    return None
