@@ -151,14 +151,6 @@ def link_faults(page: Path, text: str) -> list[str]:
 
 
 @pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def in_project(monkeypatch):
     """The benchmarks are not installed: `python -m bench.report` finds them from the root of the project."""
     monkeypatch.chdir(PROJECT)

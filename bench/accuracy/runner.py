@@ -11,7 +11,7 @@ from rich.console import Console
 from bench.accuracy.rows import RECORDS, STEPS, Row
 from bench.accuracy.training import model_path, settings, train
 from bench.runs.progress import one_thread, run_bars
-from bench.runs.records import Key, key_of
+from bench.runs.records import Key
 from bench.tasks import Task
 
 
@@ -41,21 +41,17 @@ def run_missing(
     console = Console() if console is None else console
     steps = STEPS.get(task.name, task.steps) if steps is None else steps
     models.mkdir(parents=True, exist_ok=True)
-    done = {key_of(run): run for run in RECORDS.read(path)}
-    plan = [(row, seed) for row in rows for seed in (seeds or row.seeds)]
-    missing = []
-    for row, seed in plan:
-        key = Key(task.name, row.name, seed, steps)
-        if key not in done:
-            missing.append((row, seed))
-        elif done[key]["settings"] != settings(task, row):
-            raise ValueError(f"{path} holds a run of {row.name!r} with other settings; name another file")
-        elif not model_path(models, key).exists():
-            raise ValueError(f"{models} lacks the weights of {row.name!r}, seed {seed}, which {path} has as finished")
+    plan = {Key(task.name, row.name, seed, steps): row for row in rows for seed in (seeds or row.seeds)}
+    missing = RECORDS.missing(path, {key: settings(task, row) for key, row in plan.items()})
+    for key in plan.keys() - missing:
+        if not model_path(models, key).exists():
+            raise ValueError(
+                f"{models} lacks the weights of {key.row!r}, seed {key.seed}, which {path} has as finished"
+            )
     with one_thread(), run_bars(console, task.name, len(plan), len(plan) - len(missing)) as begin:
-        for row, seed in sorted(missing, key=lambda run: run[1]):  # the dense run of a seed comes before its others
-            under_way = begin(f"{row.name}, seed {seed}", steps)
-            run = train(task, row, seed, steps, models, under_way.on_step)
+        for key in sorted(missing, key=lambda key: key.seed):  # the dense run of a seed comes before its others
+            under_way = begin(f"{key.row}, seed {key.seed}", steps)
+            run = train(task, plan[key], key.seed, steps, models, under_way.on_step)
             RECORDS.append(path, run)
             under_way.finish(_outcome(task, run))
 

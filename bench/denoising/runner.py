@@ -52,22 +52,18 @@ def run_missing(
         console.print(f"Decoding speech into {folder / SPEECH_FILE}, once", highlight=False, soft_wrap=True)
     speech = Speech.load(folder / SPEECH_FILE)
     pairs, common = held_out_pairs(speech), common_settings(speech)
-    plan = [(row, seed) for row in rows for seed in range(row.seeds)]
-    missing = []
-    for row, seed in plan:
-        wanted = common | dataclasses.asdict(settings) | row.settings()
-        if (run := done.get(Key(TASK, row.name, seed, settings.steps))) is None:
-            missing.append((row, seed, wanted))
-        elif run["settings"] != wanted:
-            raise ValueError(f"{path} holds a run of {row.name!r} with other settings; name another file")
+    plan = {Key(TASK, row.name, seed, settings.steps): row for row in rows for seed in range(row.seeds)}
+    deciding = {key: common | dataclasses.asdict(settings) | row.settings() for key, row in plan.items()}
+    missing = RECORDS.missing(path, deciding)
     with one_thread(), run_bars(console, TASK, len(plan), len(plan) - len(missing)) as begin:
         for name, gains in ((NOISY, unchanged), (ORIGINAL, OnnxOriginal())):
             if Key(TASK, name, 0, 0) not in done:
                 quality = {UNCONVERTED: evaluate(gains, pairs)}
                 RECORDS.append(path, record(TASK, name, 0, 0, common, quality=quality))
                 console.print(f"{name}: {_outcome(quality[UNCONVERTED])}", highlight=False, soft_wrap=True)
-        for row, seed, wanted in missing:
-            bars = begin(f"{row.name}, seed {seed}", settings.steps)
+        for key in missing:
+            row, seed = plan[key], key.seed
+            bars = begin(f"{key.row}, seed {seed}", settings.steps)
             began = time.perf_counter()
             model = load_original()
             losses = fine_tune(model, row, speech, seed, settings, bars.on_step)
@@ -75,7 +71,7 @@ def run_missing(
             save_file(model.state_dict(), weights_file(folder, row.name, seed, settings.steps))
             quality = evaluate_conversions(model, row, pairs)
             facts = {"quality": quality, "training_loss": thinned(losses, LOSSES), "seconds": seconds}
-            RECORDS.append(path, record(TASK, row.name, seed, settings.steps, wanted, **facts))
+            RECORDS.append(path, record(TASK, row.name, seed, settings.steps, deciding[key], **facts))
             bars.finish(f"{_outcome(quality[UNCONVERTED])}, {seconds:.0f} s")
 
 

@@ -31,22 +31,17 @@ def run_missing(
     console = Console() if console is None else console
     steps = task.steps if steps is None else steps
     done = {key_of(run): run for run in RECORDS.read(path)}
-    plan = [(row, seed) for row in rows for seed in row.seeds]
-    missing = []
-    for row, seed in plan:
-        key = Key(task.name, row.name, seed, steps)
-        if key not in done:
-            missing.append((row, seed))
-        elif done[key]["settings"] != settings(task, row):
-            raise ValueError(f"{path} holds a run of {row.name!r} with other settings; name another file")
+    plan = {Key(task.name, row.name, seed, steps): row for row in rows for seed in row.seeds}
+    missing = RECORDS.missing(path, {key: settings(task, row) for key, row in plan.items()})
     with one_thread(), run_bars(console, task.name, len(plan), len(plan) - len(missing)) as begin:
-        for row, seed in missing:
-            on_step, finish = begin(f"{row.name}, seed {seed}", steps)
+        for key in missing:
+            row = plan[key]
+            on_step, finish = begin(f"{key.row}, seed {key.seed}", steps)
             thresholds = {}
             if row.quantile is not None:
                 dense = done[Key(task.name, DENSE.name, CALIBRATION_SEED, steps)]
                 thresholds = calibrated_thresholds(dense, task.loss_scale)
-            run = train(task, row, seed, steps, thresholds=thresholds, on_step=on_step)
+            run = train(task, row, key.seed, steps, thresholds=thresholds, on_step=on_step)
             RECORDS.append(path, run)
             done[key_of(run)] = run
             finish(_outcome(task, run))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +61,18 @@ class Records:
         if not runs:
             raise ValueError("there is no finished run to show")
         return runs
+
+    def missing(self, path: Path, settings: Mapping[Key, Any]) -> list[Key]:
+        """Return which runs the file lacks, in the order of `settings`, that says what decides their outcomes.
+
+        Raises:
+            ValueError: the file is not of this program, or holds one of the runs with other settings.
+        """
+        held = {key_of(run): run["settings"] for run in self.read(path)}
+        for key, wanted in settings.items():
+            if key in held and held[key] != wanted:
+                raise ValueError(f"{path} holds a run of {key.row!r} with other settings; name another file")
+        return [key for key in settings if key not in held]
 
     def append(self, path: Path, run: dict[str, Any]) -> None:
         """Write a run behind the whole lines of a file."""

@@ -3,12 +3,8 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Layers this small train many times faster on one thread than on two that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """For every test of this folder."""
 
 
 @pytest.fixture(autouse=True)
