@@ -40,6 +40,7 @@ NO_MORE = -(1 << 62)
 _CALL_WORDS = 4
 _CHUNKS_PER_THREAD = 4  # more, and taking them costs; fewer, and one thread ends late
 _SPINS = 1000  # some 40 us
+_IDLE_SPINS = 1200  # of a helper, before it looks whether it is still wanted: a caller may have been interrupted
 
 
 def make_share_work(fingerprint: str) -> Callable[..., None]:
@@ -67,10 +68,10 @@ def make_help_out(fingerprint: str) -> Callable[[int], int]:
     """Return the function, for numba to compile; `fingerprint` as for `layer.make_run_layer`."""
 
     def help_out(team):
-        """Take chunks until there will be no more; returns how many."""
+        """Take chunks until there will be no more, or none came for a moment; returns how many."""
         close_over(fingerprint)
         taken = spins = 0
-        while load_shared(team + 8 * TICKET) >= 0:
+        while spins < _IDLE_SPINS and load_shared(team + 8 * TICKET) >= 0:
             if _take_chunk(team):
                 taken, spins = taken + 1, 0
             else:

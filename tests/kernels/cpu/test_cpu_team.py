@@ -52,7 +52,8 @@ class Helpers:
             thread.start()
 
     def run(self, n):
-        self.taken[n] = compiled_helper()(self.words.ctypes.data)
+        while self.words[TICKET] >= 0:
+            self.taken[n] += compiled_helper()(self.words.ctypes.data)
 
     def dismiss(self):
         self.words[TICKET] = NO_MORE
@@ -96,6 +97,12 @@ def test_helpers_come_and_go(words):
 def test_a_dismissed_helper_takes_nothing(words):
     words[TICKET] = NO_MORE
     assert compiled_helper()(words.ctypes.data) == 0
+
+
+def test_a_helper_without_work_comes_back(words):
+    """So that whoever called it can find out that the caller is gone."""
+    assert compiled_helper()(words.ctypes.data) == 0
+    assert words[TICKET] == 0
 
 
 def test_alone_and_in_a_team(words):

@@ -1,6 +1,5 @@
 """Layers with several threads: the same bits as with one, whether helpers come, come late or never come."""
 
-import concurrent.futures
 import math
 import subprocess
 import sys
@@ -14,7 +13,8 @@ from cpu_layers import MODES, RAGGED, Layer
 from numba import cfunc, types
 
 from triton_sparse_rnn.kernels.cpu import recurrent_layer, threads
-from triton_sparse_rnn.kernels.cpu.threads import Team, run_calls
+from triton_sparse_rnn.kernels.cpu.team import NO_MORE, TICKET
+from triton_sparse_rnn.kernels.cpu.threads import Team, help_team, run_calls
 
 
 @pytest.fixture(autouse=True)
@@ -79,17 +79,15 @@ class SlowPool:
     def __init__(self, seconds: float = math.inf):
         self.seconds, self.kept, self.threads = seconds, [], []
 
-    def submit(self, function, *arguments):
-        self.kept.append((function, arguments))
+    def submit(self, words):
+        self.kept.append(words)
         if self.seconds < math.inf:
-            self.threads.append(threading.Thread(target=self.run, args=(len(self.kept) - 1,), daemon=True))
+            self.threads.append(threading.Thread(target=self.run, args=(words,), daemon=True))
             self.threads[-1].start()
-        return concurrent.futures.Future()
 
-    def run(self, number):
+    def run(self, words):
         time.sleep(self.seconds)
-        function, arguments = self.kept[number]
-        function(*arguments)
+        help_team(words, time.monotonic())
 
 
 def test_helpers_that_never_come_are_not_waited_for(monkeypatch):
@@ -97,8 +95,8 @@ def test_helpers_that_never_come_are_not_waited_for(monkeypatch):
     monkeypatch.setattr(threads, "_pool", lambda: pool)
     assert_same_bits(Layer("GRU", 21, 150, (5, 3), (4, 3)), RAGGED, 3)
     assert len(pool.kept) == 2
-    for function, arguments in pool.kept:  # after the call: nothing is left to do
-        assert function(*arguments) == 0
+    for words in pool.kept:  # after the call: nothing is left to do
+        assert help_team(words, time.monotonic()) == 0
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.0005, 0.002])
@@ -111,13 +109,34 @@ def test_helpers_that_come_late(monkeypatch, seconds):
     assert not any(thread.is_alive() for thread in pool.threads)
 
 
-def test_helpers_are_let_go_after_an_error():
-    team = Team(2)
-    with pytest.raises(KeyError), team:
+def test_helpers_are_let_go_after_an_error(monkeypatch):
+    pool = SlowPool()
+    monkeypatch.setattr(threads, "_pool", lambda: pool)
+    with pytest.raises(KeyError), Team(2):
         raise KeyError
-    done, late = concurrent.futures.wait(team._calls, timeout=30)
-    assert len(done) == 2
-    assert not late
+    assert [words[TICKET] for words in pool.kept] == [NO_MORE] * 2
+
+
+def test_a_helper_that_is_not_let_go_leaves():
+    """As after an interrupt: neither work nor word of an end ever comes."""
+    team = Team(1)
+    assert team.__enter__() != 0
+    began = time.monotonic()
+    assert help_team(team._words, began) == 0
+    assert time.monotonic() - began < 20
+    assert help_team(team._words, began) == 0  # called long ago: at once
+
+
+def test_no_thread_can_be_started(monkeypatch):
+    pool = threads.HelperPool()
+    monkeypatch.setattr(threads, "_pool", lambda: pool)
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threads._thread, "start_new_thread", refuse)
+    assert_same_bits(Layer("GRU", 21, 150, (5, 3), (4, 3)), RAGGED, 3)
+    assert pool._teams.empty()
 
 
 def test_small_layers_call_nobody(monkeypatch):
@@ -149,7 +168,7 @@ def test_every_call_is_made_once(num_threads, pool, monkeypatch):
 
 
 FORK = """
-import os, signal, sys, torch
+import os, signal, sys, time, torch
 torch.set_num_threads(1)
 from cpu_layers import Layer
 from triton_sparse_rnn.kernels.cpu import recurrent_layer, threads
@@ -162,8 +181,10 @@ same = lambda: all(map(torch.equal, shared(*inputs, None), expected))
 child = os.fork()
 if child == 0:
     signal.alarm(30)  # a child that hangs is ended
-    answer = threads._pool().submit(lambda: 7).result(timeout=20)  # by a thread of its own
-    os._exit(0 if same() and same() and answer == 7 else 1)
+    right = same() and same()
+    while threads._pool()._idle.empty():  # until a thread of its own has helped
+        time.sleep(0.01)
+    os._exit(0 if right else 1)
 _, status = os.waitpid(child, 0)
 sys.exit(0 if status == 0 and same() else 1)
 """
