@@ -27,11 +27,15 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model that `to_sparse` made to one safetensors file.
 
     It holds the stored blocks of the persistent modules, every other tensor of model.state_dict() unchanged, a
-    description of the blocks and a SHA-256 of it all. A file that was there before is replaced in one go.
+    description of the blocks and a SHA-256 of it all. The same model gives the same bytes.
+
+    A file that was there before is replaced in one go and keeps its permissions; a symbolic link is followed. When this
+    returns, the file would survive a power cut; if it raises or is interrupted, an old file is as it was.
 
     Raises:
         TypeError: `model` is not a module, or its state_dict holds something other than tensors.
         ValueError: it has no persistent module, or a tensor whose layout or dtype safetensors cannot hold.
+        OSError: the file cannot be written, for example as the disk is full.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
