@@ -1,6 +1,8 @@
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -133,6 +135,22 @@ def test_demo_resumed_without_or_with_a_damaged_checkpoint(
     (tmp_path / "checkpoint.pt").write_bytes(b"PK damaged")
     assert cli.main(arguments) == 2
     assert "checkpoint.pt: damaged" in error_of(capsys)
+
+
+def test_demo_on_a_full_disk(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(settings, "QUICK", dataclasses.replace(eval(f"settings.Settings({TINY})"), steps=2))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))  # less than a checkpoint takes
+    try:
+        status = cli.main(["demo", "--quick", "--text", str(text_file), "--output", str(tmp_path / "output")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    path = tmp_path / "output" / "checkpoint.pt"
+    assert error_of(capsys) == f"{path}: File too large (nothing was written)"
+    assert list(path.parent.iterdir()) == []
 
 
 def test_demo_interrupted_by_ctrl_c_and_resumed(
