@@ -107,6 +107,25 @@ def test_report_of_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureF
     assert error_of(capsys).endswith("missing: No such file or directory")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"weight\n": torch.zeros(3, dtype=torch.uint8).view(torch.bits8)}, "weight , torch.bits8"),
+        ({"a\nb": 1}, "holds no state_dict, but a dict of"),
+        ({f"{'x' * 1000}{i}": 1 for i in range(100)}, "holds no state_dict, but a dict of"),
+        ({"weight": torch.zeros(1).expand(10**9, 10**9)}, "would take"),
+    ],
+)
+def test_report_says_what_is_wrong_in_one_short_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: object, words: str
+):
+    torch.save(content, tmp_path / "model.pt")
+    assert cli.main(["report", str(tmp_path / "model.pt")]) == 2
+    error = error_of(capsys)
+    assert words in error
+    assert len(error) < 500
+
+
 def test_demo_without_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else find(name))

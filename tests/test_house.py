@@ -16,7 +16,7 @@ ORDER = [
     {"__init__", "cli"},
     {"demo"},
     {"doctor", "report", "integrations"},
-    {"checkpoint_files"},
+    {"checkpoint_files", "recurrent_tensors"},
     {"conversion", "pruning", "saving"},
     {"nn"},
     {"ops"},
