@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.bench_gpu_grid import PARTS
+from triton_sparse_rnn.atomic_files import write_atomically
 
 SUITE = Path("bench") / "bench_gpu_grid.py"
 PROJECT = Path(__file__).resolve().parent.parent
@@ -53,7 +54,7 @@ def run_grid(folder: Path, seconds: float, run_part: Callable[[str, Path, float]
             status = run_part(part, result, min(left, PART_SECONDS))
             took = time.monotonic() - begin
             if status in FINISHED and _add(grid, part, result, status, took):
-                _write(path, grid)
+                write_atomically(path, [json.dumps(grid).encode()])
                 guess = max(recorded["seconds"] for recorded in grid["parts"].values())
             else:
                 broken = True
@@ -88,12 +89,6 @@ def _add(grid: dict[str, Any], part: str, result: Path, status: int, seconds: fl
     grid["benchmarks"] += found
     grid["parts"][part] = {"status": status, "seconds": seconds, "rows": len(found)}
     return bool(found)
-
-
-def _write(path: Path, grid: dict[str, Any]) -> None:
-    unfinished = path.with_suffix(".new")
-    unfinished.write_text(json.dumps(grid), encoding="utf-8")
-    unfinished.replace(path)
 
 
 def run_with_pytest(part: str, result: Path, seconds: float) -> int:

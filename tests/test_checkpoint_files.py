@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,101 @@ def test_forged_blocks_are_found(tmp_path: Path, model: nn.Module, forge: Callab
         read_state_dict(path)
 
 
-def test_forged_columns_take_no_memory(tmp_path: Path, model: nn.Module):
+@pytest.mark.parametrize("columns", [2**30, 2**31, 10**12, 10**30])
+def test_forged_columns_take_no_memory(tmp_path: Path, model: nn.Module, columns: int):
     path = tmp_path / "model"
     save_sparse(to_sparse(model, block_size=(16, 1)), path)
     tensors, description = read_file(path)
-    description["modules"]["0"]["weights"]["weight_ih_l0"]["shape"] = [96, 2**30]
+    description["modules"]["0"]["weights"]["weight_ih_l0"]["shape"] = [96, columns]
     write_file(path, tensors, description)
-    assert sparsity_report(read_state_dict(path)).nonzero == sparsity_report(model).nonzero
+    with pytest.raises(CheckpointFileError, match=r"model: 0.weight_ih_l0 of shape .* would take|shape must be two"):
+        read_state_dict(path)
+
+
+def test_no_weights_at_all_of_any_shape(tmp_path: Path, model: nn.Module):
+    path = tmp_path / "model"
+    save_sparse(to_sparse(model, block_size=(16, 1)), path)
+    tensors, description = read_file(path)
+    description["modules"]["0"]["weights"]["weight_hh_l0"] |= {"shape": [2**31 - 1, 2**31 - 1], "gates": 1}
+    tensors[f"{WEIGHT}_values"] = torch.empty(0, 2**31 - 1, 2**31 - 1)
+    tensors[f"{WEIGHT}_columns"] = torch.empty(0, dtype=torch.int32)
+    tensors[f"{WEIGHT}_starts"] = torch.zeros(2, dtype=torch.int32)
+    write_file(path, tensors, description)
+    with pytest.raises(CheckpointFileError, match=r"0.weight_hh_l0 of shape .* would take .* the whole file has"):
+        read_state_dict(path)
+
+
+def test_blocks_of_another_number_of_gates(tmp_path: Path, model: nn.Module):
+    path = tmp_path / "model"
+    save_sparse(to_sparse(model, block_size=(16, 1)), path)
+    tensors, description = read_file(path)
+    description["modules"]["0"]["weights"]["weight_hh_l0"]["gates"] = 2  # of the same number of rows of blocks
+    write_file(path, tensors, description)
+    with pytest.raises(ValueError, match=r"0.weight_hh_l0 is of 3 gates in its layer, but has blocks of 2"):
+        sparsity_report(read_state_dict(path))
+
+
+@pytest.mark.parametrize("keys", [["model"], ["model", "state_dict"], ["module", "model", "state_dict"]])
+def test_a_dict_that_holds_itself(tmp_path: Path, keys: list[str]):
+    outer: dict[str, Any] = {"epoch": 1}
+    inner = outer
+    for key in keys[:-1]:
+        inner[key] = {}
+        inner = inner[key]
+    inner[keys[-1]] = outer
+    torch.save(outer, tmp_path / "model.pt")
+    with pytest.raises(CheckpointFileError, match=r"model.pt: holds no state_dict, but a dict of \['epoch', "):
+        read_state_dict(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(10**6, 10**6),
+        torch.sparse_coo_tensor(
+            torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0), (10**6, 10**6), check_invariants=True
+        ),
+    ],
+    ids=["expanded", "sparse"],
+)
+def test_a_tensor_of_which_next_to_nothing_is_stored(tmp_path: Path, tensor: torch.Tensor):
+    torch.save({"weight": tensor}, tmp_path / "model.pt")
+    with pytest.raises(
+        CheckpointFileError, match=r"weight of shape .* would take 4,000,000,000,000 bytes, and the whole"
+    ):
+        read_state_dict(tmp_path / "model.pt")
+    torch.save({"weight": torch.zeros(1).expand(500, 500)}, tmp_path / "model.pt")  # an ordinary one
+    assert read_state_dict(tmp_path / "model.pt")["weight"].shape == (500, 500)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_sparse_indices_beyond_the_tensor(tmp_path: Path, layout: str):
+    """They are looked at only when torch is told to, which reads and writes where they say."""
+    eye = torch.eye(4)
+    sparse = eye.to_sparse() if layout == "coo" else eye.to_sparse_csr()
+    (sparse._indices()[1] if layout == "coo" else sparse.col_indices())[2] = 10**9
+    torch.save({"weight": sparse}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointFileError, match=r"model.pt: not a checkpoint, or damaged"):
+        read_state_dict(tmp_path / "model.pt")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointFileError, match="pipe: Not a regular file"):
+        read_state_dict(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("dtype", ["F99", "F4", "F6_E2M3", "I32"])
+def test_forged_safetensors(tmp_path: Path, dtype: str):
+    path = tmp_path / "model"
+    save_file({"weight": torch.zeros(8)}, path)
+    path.write_bytes(path.read_bytes().replace(b'"F32"', f'"{dtype}"'.encode().ljust(5)))
+    if dtype == "I32":
+        assert read_state_dict(path)["weight"].dtype == torch.int32
+    else:
+        with pytest.raises(CheckpointFileError, match="model: a damaged safetensors file"):
+            read_state_dict(path)
 
 
 @pytest.mark.parametrize("kind", ["torch", "safetensors", "save_sparse"])

@@ -1,6 +1,8 @@
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -105,6 +107,25 @@ def test_report_of_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureF
     assert error_of(capsys).endswith("missing: No such file or directory")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"weight\n": torch.zeros(3, dtype=torch.uint8).view(torch.bits8)}, "weight , torch.bits8"),
+        ({"a\nb": 1}, "holds no state_dict, but a dict of"),
+        ({f"{'x' * 1000}{i}": 1 for i in range(100)}, "holds no state_dict, but a dict of"),
+        ({"weight": torch.zeros(1).expand(10**9, 10**9)}, "would take"),
+    ],
+)
+def test_report_says_what_is_wrong_in_one_short_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: object, words: str
+):
+    torch.save(content, tmp_path / "model.pt")
+    assert cli.main(["report", str(tmp_path / "model.pt")]) == 2
+    error = error_of(capsys)
+    assert words in error
+    assert len(error) < 500
+
+
 def test_demo_without_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else find(name))
@@ -133,6 +154,22 @@ def test_demo_resumed_without_or_with_a_damaged_checkpoint(
     (tmp_path / "checkpoint.pt").write_bytes(b"PK damaged")
     assert cli.main(arguments) == 2
     assert "checkpoint.pt: damaged" in error_of(capsys)
+
+
+def test_demo_on_a_full_disk(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(settings, "QUICK", dataclasses.replace(eval(f"settings.Settings({TINY})"), steps=2))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))  # less than a checkpoint takes
+    try:
+        status = cli.main(["demo", "--quick", "--text", str(text_file), "--output", str(tmp_path / "output")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    path = tmp_path / "output" / "checkpoint.pt"
+    assert error_of(capsys) == f"{path}: File too large (nothing was written)"
+    assert list(path.parent.iterdir()) == []
 
 
 def test_demo_interrupted_by_ctrl_c_and_resumed(

@@ -16,13 +16,13 @@ ORDER = [
     {"__init__", "cli"},
     {"demo"},
     {"doctor", "report", "integrations"},
-    {"checkpoint_files"},
+    {"checkpoint_files", "recurrent_tensors"},
     {"conversion", "pruning", "saving"},
     {"nn"},
     {"ops"},
     {"kernels"},
     {"sparse"},
-    {"errors", "notices", "tables"},
+    {"atomic_files", "errors", "notices", "tables"},
 ]
 RANK = {name: len(ORDER) - line for line, names in enumerate(ORDER) for name in names}
 
@@ -90,6 +90,8 @@ def test_kernels_is_one_folder_under_two_paths():
 
 
 def test_public_names():
+    errors = {name for name, value in vars(triton_sparse_rnn.errors).items() if isinstance(value, type)}
+    assert errors <= {*triton_sparse_rnn.__all__}  # whoever calls must be able to catch them
     assert sorted(triton_sparse_rnn.__all__) == triton_sparse_rnn.__all__
     for name in triton_sparse_rnn.__all__:
         assert getattr(triton_sparse_rnn, name).__doc__, name

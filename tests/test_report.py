@@ -1,5 +1,7 @@
 import copy
 import dataclasses
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -259,3 +261,70 @@ def test_the_model_is_not_changed():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.weights = ()  # type: ignore[misc]
+
+
+def quantized(tensor: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch will take them away
+        return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+
+
+ODD = {
+    "quantized": quantized,
+    "coo": torch.Tensor.to_sparse,
+    "csr": torch.Tensor.to_sparse_csr,
+    "bsr": lambda tensor: tensor.to_sparse_bsr((8, 1)),
+    "bool": torch.Tensor.bool,
+    "int32": lambda tensor: tensor.mul(100).int(),
+    "uint16": lambda tensor: tensor.abs().mul(100).to(torch.uint16),
+    "float8_e4m3fn": lambda tensor: tensor.to(torch.float8_e4m3fn),
+    "float8_e5m2": lambda tensor: tensor.to(torch.float8_e5m2),
+    "complex": lambda tensor: tensor.to(torch.complex64).conj(),
+    "0-dim": lambda tensor: tensor[0, 0].clone(),
+    "3-dim": lambda tensor: tensor[..., None],
+    "empty": lambda tensor: tensor[:, :0],
+    "of other rows": lambda tensor: tensor[1:],
+}
+NOT_A_WEIGHT = ("complex", "0-dim", "3-dim", "empty", "of other rows")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", ["weight_hh_l0", "weight_ih_l0", "weight_hr_l0", "bias_hh_l0", "other"])
+def test_tensors_of_every_kind_are_reported(name: str, kind: str):
+    layer = nn.LSTM(8, 16, proj_size=8)
+    state = layer.state_dict()
+    dense = torch.zeros(64, 8) if name == "other" else state[name].detach().clone()
+    dense = torch.where(torch.arange(dense.numel()).view(dense.shape) % 4 == 0, 1.0, 0.0)
+    if dense.dim() == 1 and kind in ("csr", "bsr", "0-dim", "empty"):
+        pytest.skip("not of a vector")
+    state[name] = ODD[kind](dense)
+    report = sparsity_report(state)
+    reported: Any = {tensor.name: tensor for tensor in (*report.weights, *report.others)}
+    assert reported.keys() == state.keys()
+    assert tuple(reported[name].shape) == tuple(state[name].shape)
+    if kind in ("0-dim", "3-dim", "empty", "of other rows"):
+        return
+    assert reported[name].nonzero == dense.ne(0).sum()
+    if name.startswith("weight") and kind not in NOT_A_WEIGHT:
+        assert reported[name].dense_bytes == dense.numel() * state[name].element_size()
+        assert name in [weight.name for weight in report.weights]
+
+
+@pytest.mark.parametrize("name", ["weight_hh_l0", "other"])
+@pytest.mark.parametrize("dtype", [torch.float4_e2m1fn_x2, torch.bits8], ids=str)
+def test_numbers_that_torch_cannot_read_are_named(name: str, dtype: torch.dtype):
+    state = nn.GRU(8, 8).state_dict() | {name: torch.zeros(24, 8, dtype=torch.uint8).view(dtype)}
+    with pytest.raises(
+        ValueError, match=rf"^{name}, {dtype} of layout torch.strided, cannot be read: .* not implemented"
+    ):
+        sparsity_report(state)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_named(layout: torch.layout):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are a prototype
+        nested = torch.nested.as_nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)], layout=layout)
+    with pytest.raises(ValueError, match="model has nested tensors, which have several shapes, such as weight_hh_l0"):
+        sparsity_report({"weight_hh_l0": nested})

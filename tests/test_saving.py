@@ -410,6 +410,25 @@ def test_forged_tensors_are_refused(tmp_path, change, message):
     assert_refused(tmp_path / "file", message)
 
 
+@pytest.mark.parametrize("block_size", [(10**9, 1), (1, 10**9), (4097, 1)])
+@pytest.mark.parametrize("backend", [None, "cpu"])
+def test_blocks_larger_than_their_matrix_and_none_stored_are_refused(tmp_path, block_size, backend):
+    """A file of 3 KB, of which the first call took gigabytes."""
+    BR, BC = block_size
+    save_sparse(to_sparse(make_gru(), block_size=(2, 1)), tmp_path / "file")
+
+    def enlarge(tensors):
+        tensors["weight_hh_l0_values"] = torch.empty(0, BC, BR)
+        tensors["weight_hh_l0_columns"] = torch.empty(0, dtype=torch.int32)
+        tensors["weight_hh_l0_starts"] = torch.zeros(4, dtype=torch.int32)
+
+    forge(
+        tmp_path / "file", enlarge, lambda modules: modules[""]["weights"]["weight_hh_l0"].update(block_size=[BR, BC])
+    )
+    model = make_gru(1) if backend is None else to_sparse(make_gru(1), block_size=(2, 1), backend=backend)
+    assert_refused(tmp_path / "file", r"block_size must be at most \(4096, 4096\) for a matrix of 6 x 6, got", model)
+
+
 def test_a_recurrent_weight_that_is_not_in_blocks_is_refused(tmp_path):
     prepare(tmp_path / "file")
     forge(
@@ -429,6 +448,20 @@ def test_a_recurrent_weight_that_is_not_in_blocks_is_refused(tmp_path):
         lambda modules: modules["rnn"].pop("dtype"),
         lambda modules: modules["rnn"].update(dtype="load"),
         lambda modules: modules["rnn"]["sizes"].update(width=3),
+        lambda modules: modules["rnn"]["sizes"].update(weight_ih_l0=3),
+        lambda modules: modules["rnn"]["sizes"].update(weight_ih_l0=[[1.0]]),
+        lambda modules: modules["rnn"]["sizes"].update(forward=3),
+        lambda modules: modules["rnn"]["sizes"].update(__class__="x"),
+        lambda modules: modules["rnn"]["sizes"].pop("mode"),
+        lambda modules: modules["rnn"]["sizes"].update(bias=None),
+        lambda modules: modules["rnn"]["sizes"].update(hidden_size="6"),
+        lambda modules: modules["rnn"]["sizes"].update(hidden_size=[6]),
+        lambda modules: modules["rnn"]["weights"]["weight_hh_l1"].update(shape=[18, 7]),
+        lambda modules: modules["rnn"]["weights"]["weight_hh_l1"].update(shape=["18", 6]),
+        lambda modules: modules["rnn"]["weights"]["weight_hh_l1"].update(shape=[10**12, 10**12]),
+        lambda modules: modules["rnn"]["weights"]["weight_hh_l1"].update(gates=1),
+        lambda modules: modules["rnn"]["weights"]["weight_hh_l1"].update(gates=None),
+        lambda modules: modules["rnn"].update(weights=[3]),
         lambda modules: modules["rnn"]["weights"].pop("weight_hh_l1"),
         lambda modules: modules["rnn"]["weights"]["weight_hh_l1"].pop("shape"),
         lambda modules: modules["rnn"]["weights"]["weight_hh_l1"].update(shape=3),

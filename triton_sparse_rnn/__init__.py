@@ -1,7 +1,7 @@
 """Recurrent layers that are pruned while they train and then run from block-sparse weights kept on chip."""
 
 from triton_sparse_rnn.conversion import sparsify, to_dense, to_sparse
-from triton_sparse_rnn.errors import BackendUnavailableError
+from triton_sparse_rnn.errors import BackendUnavailableError, SparseFileError
 from triton_sparse_rnn.nn import (
     GateGradientSparsity,
     GateGradientStats,
@@ -38,6 +38,7 @@ __all__ = [
     "PersistentRNN",
     "PolynomialDecay",
     "Pruner",
+    "SparseFileError",
     "SparseGRU",
     "SparseLSTM",
     "SparseRNN",

@@ -10,6 +10,7 @@ import io
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,18 +112,21 @@ def _report(arguments: argparse.Namespace) -> int:
 
     try:
         state = read_state_dict(arguments.file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about layouts and dtypes that a file happens to hold
+            report = sparsity_report(state)
     except CheckpointFileError as error:
         return _fail(str(error))
-    try:
-        report = sparsity_report(state)
     except ValueError as error:
         return _fail(f"{arguments.file}: {error}")
+    except MemoryError:
+        return _fail(f"{arguments.file}: there is not enough memory to read it")
     print(report)
     return 0
 
 
 def _fail(message: str, code: int = USER_ERROR) -> int:
-    print(f"triton-sparse-rnn: {message}", file=sys.stderr)
+    print(f"triton-sparse-rnn: {' '.join(message.splitlines())}", file=sys.stderr)
     return code
 
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn.kernels.row_blocks import row_blocks
-from triton_sparse_rnn.sparse.block_matrix import GATE_NAMES, STORAGE_DTYPES, BlockMatrix
+from triton_sparse_rnn.recurrent_tensors import NAMES_BY_COUNT, find_gates, is_nonzero
+from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES, BlockMatrix
 from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS, check_block_size
 from triton_sparse_rnn.tables import align
 
-NAMES_BY_COUNT = {len(names): names for names in GATE_NAMES.values()}
 UNEVEN_ABOVE = 1.2  # of WeightReport.fullest_group: from where on a user is told so
-_MATRIX = re.compile(r"(?P<prefix>.*)weight_(?P<kind>ih|hh|hr)(?P<suffix>(_l\d+(_reverse)?)?)")
 _BLOCKS = re.compile(r".*weight_(ih|hh|hr)_l\d+(_reverse)?_(values|columns|starts|scales)")  # see PersistentLayer
 _HEADINGS = ["weight", "gate", "shape", "density", "non-zero", "blocks", "bytes", "MAC/step"]
 
@@ -235,8 +234,8 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, block_size: tuple[i
         A report for every weight_ih, weight_hh and weight_hr (of nn.RNN, nn.GRU, nn.LSTM and their cells) and gate.
     Raises:
         TypeError: `model` is neither.
-        ValueError: it has no tensors, or some without data (meta device), or is the bare state_dict of a converted
-            model, which does not tell sizes.
+        ValueError: it has no tensors, or some whose numbers cannot be read (on the meta device, nested, of a dtype that
+            torch cannot compare), or is the bare state_dict of a converted model, which does not tell sizes.
 
     >>> layer = nn.GRU(2, 16, bias=False)
     >>> _ = layer.weight_hh_l0.data[:, 4:].zero_()
@@ -266,12 +265,14 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, block_size: tuple[i
         raise ValueError("model has no tensors to report")
     if missing := [name for name, value in tensors.items() if isinstance(value, Tensor) and value.is_meta]:
         raise ValueError(f"model has tensors without data on the meta device, such as {missing[0]}")
+    if nested := [name for name, value in tensors.items() if isinstance(value, Tensor) and value.is_nested]:
+        raise ValueError(f"model has nested tensors, which have several shapes, such as {nested[0]}")
     if parts := [name for name in tensors if _BLOCKS.fullmatch(name)]:
         raise ValueError(
             f"model has blocks of a converted layer without their sizes, such as {parts[0]}: "
             "give the module itself, or save it by save_sparse()"
         )
-    gates = dict(_find_gates(tensors))
+    gates = dict(find_gates(tensors))
     return SparsityReport(
         tuple(_report_weight(name, tensors, count, block_size) for name, count in gates.items()),
         tuple(_report_tensor(name, value) for name, value in tensors.items() if name not in gates),
@@ -297,26 +298,6 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor | BlockMatrix]:
     return tensors
 
 
-def _find_gates(tensors: Mapping[str, Tensor | BlockMatrix]) -> Iterator[tuple[str, int]]:
-    """Yield each recurrent and input weight with its G, which the shape of the layer's recurrent weight tells."""
-    for name, tensor in tensors.items():
-        match = _MATRIX.fullmatch(name)
-        if match is None:
-            continue
-        recurrent = tensors.get(f"{match['prefix']}weight_hh{match['suffix']}")
-        projection = tensors.get(f"{match['prefix']}weight_hr{match['suffix']}")
-        if recurrent is None or len(recurrent.shape) != 2 or len(tensor.shape) != 2:
-            continue
-        rows, columns = recurrent.shape
-        hidden = projection.shape[-1] if projection is not None else columns
-        gates, rest = divmod(rows, max(1, hidden))
-        if rest == 0 and gates in NAMES_BY_COUNT:
-            if match["kind"] == "hr" and tensor.shape == (columns, hidden):
-                yield name, 1
-            elif match["kind"] != "hr" and tensor.shape[0] == rows:
-                yield name, gates
-
-
 def _report_weight(
     name: str, tensors: Mapping[str, Tensor | BlockMatrix], gates: int, block_size: tuple[int, int]
 ) -> WeightReport:
@@ -325,9 +306,10 @@ def _report_weight(
         return _report_blocks(name, weight, math.prod(weight.shape) * weight.scaled_blocks().element_size())
     if isinstance(tensors.get(name.replace("weight_ih", "weight_hh")), BlockMatrix):
         return _report_kept_dense(name, weight, gates)
-    dense = weight.detach().to_dense()
-    dense = dense if dense.dtype in STORAGE_DTYPES and dense.is_floating_point() else dense.float()
-    return _report_blocks(name, BlockMatrix.from_dense(dense, block_size, gates=gates), weight.nbytes)
+    dtype = weight.dtype if weight.dtype in STORAGE_DTYPES and weight.is_floating_point() else torch.float32
+    kept = is_nonzero(name, weight).to(dtype)  # all that is counted
+    stored = BlockMatrix.from_dense(kept, block_size, gates=gates)
+    return _report_blocks(name, stored, weight.numel() * weight.element_size())
 
 
 def _report_blocks(name: str, stored: BlockMatrix, dense_bytes: int) -> WeightReport:
@@ -349,13 +331,13 @@ def _report_blocks(name: str, stored: BlockMatrix, dense_bytes: int) -> WeightRe
 
 
 def _report_kept_dense(name: str, weight: Tensor, gates: int) -> WeightReport:
-    nonzero = weight.ne(0).unflatten(0, (gates, -1)).sum((1, 2)).tolist()
-    H, columns = len(weight) // gates, weight.shape[1]
+    nonzero = is_nonzero(name, weight).unflatten(0, (gates, -1)).sum((1, 2)).tolist()
+    (rows, columns), nbytes = weight.shape, weight.numel() * weight.element_size()
     parts = tuple(
-        GateReport(gate, (H, columns), nonzero[g], 0, weight.nbytes // gates, H * columns)
+        GateReport(gate, (rows // gates, columns), nonzero[g], 0, nbytes // gates, rows // gates * columns)
         for g, gate in enumerate(NAMES_BY_COUNT[gates])
     )
-    return WeightReport(name, (len(weight), columns), None, parts, weight.nbytes, weight.nbytes)
+    return WeightReport(name, (rows, columns), None, parts, nbytes, nbytes)
 
 
 def _taller(stored: BlockMatrix) -> BlockMatrix:
@@ -380,9 +362,12 @@ def _count_blocks(matrix: BlockMatrix) -> BlockCount:
 
 
 def _report_tensor(name: str, tensor: Tensor | BlockMatrix) -> TensorReport:
-    numbers = tensor.detach().to_dense() if isinstance(tensor, Tensor) else tensor.scaled_blocks()
+    if isinstance(tensor, Tensor):
+        nonzero, itemsize = is_nonzero(name, tensor), tensor.element_size()
+    else:
+        nonzero, itemsize = tensor.scaled_blocks().ne(0), tensor.scaled_blocks().element_size()
     shape, count = tuple(tensor.shape), math.prod(tensor.shape)
-    return TensorReport(name, shape, int(numbers.ne(0).sum()), count, count * numbers.element_size())
+    return TensorReport(name, shape, int(nonzero.sum()), count, count * itemsize)
 
 
 def _blocks(count: int, block_size: tuple[int, int]) -> str:

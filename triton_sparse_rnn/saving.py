@@ -13,7 +13,7 @@ from triton_sparse_rnn.errors import SparseFileError
 from triton_sparse_rnn.nn.persistent import PersistentLayer
 from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES, persistent_class, shown_name
 from triton_sparse_rnn.nn.replace import replace_modules, take_hooks
-from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS, weight_names, weight_shape
+from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS, gate_count, weight_names, weight_shape
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.files import read_file, write_file
 
@@ -27,11 +27,15 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model that `to_sparse` made to one safetensors file.
 
     It holds the stored blocks of the persistent modules, every other tensor of model.state_dict() unchanged, a
-    description of the blocks and a SHA-256 of it all. A file that was there before is replaced in one go.
+    description of the blocks and a SHA-256 of it all. The same model gives the same bytes.
+
+    A file that was there before is replaced in one go and keeps its permissions; a symbolic link is followed. When this
+    returns, the file would survive a power cut; if it raises or is interrupted, an old file is as it was.
 
     Raises:
         TypeError: `model` is not a module, or its state_dict holds something other than tensors.
         ValueError: it has no persistent module, or a tensor whose layout or dtype safetensors cannot hold.
+        OSError: the file cannot be written, for example as the disk is full.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -85,7 +89,7 @@ def load_sparse(model: ModelT, path: str | os.PathLike[str]) -> ModelT:
             wanted = {key: value for key, value in wanted.items() if not key.startswith(_prefix(name))}
             wanted |= replacements[layer][1].state_dict(prefix=_prefix(name))
         _check_same_tensors(path, tensors, wanted)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise SparseFileError(f"{path} describes its tensors wrongly ({error!r}); nothing was loaded") from error
     prefixes = tuple(map(_prefix, description["modules"]))
     rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefixes)}
@@ -132,6 +136,8 @@ def _check_same_sizes(path: object, name: str, layer: nn.Module, described: dict
         raise SparseFileError(
             f"{path} holds a {described['class']} '{name}', where the model has a {type(layer).__name__}; {advice}"
         )
+    if described["sizes"].keys() != {*_SIZES}:  # another name may be that of anything a layer has
+        raise KeyError(f"sizes of {[*described['sizes']]}")
     for size, saved in described["sizes"].items():
         if getattr(layer, size) != saved:
             raise SparseFileError(f"{path} holds '{name}' with {size}={saved}, the model's has {getattr(layer, size)}")
@@ -161,33 +167,39 @@ def _dtype(layer: Any) -> torch.dtype:
 def _build(
     path: object, name: str, layer: Any, described: dict[str, Any], tensors: Mapping[str, Tensor]
 ) -> PersistentLayer:
-    prefix, dtype = _prefix(name), _dtype(layer)
-    device = next(iter(layer.state_dict().values())).device
-    weights: dict[str, BlockMatrix | Tensor] = {}
-    for weight_name in weight_names(layer):
-        if (matrix := described["weights"].get(weight_name)) is None:
-            weights[weight_name] = tensors[prefix + weight_name].to(device)
-            continue
-        parts: dict[str, Any] = {part: tensors[f"{prefix}{weight_name}_{part}"].to(device) for part in MATRIX_PARTS[:3]}
-        if (scales := tensors.get(f"{prefix}{weight_name}_scales")) is not None:
-            parts["scales"] = scales.to(device)
-        weights[weight_name] = BlockMatrix(**parts, shape=tuple(matrix["shape"]), gates=matrix["gates"])
     # What computes is the machine's affair and stays as the layer has it; what is computed comes from the file.
     kept = ("backend", "num_threads") if isinstance(layer, PersistentLayer) else ()
     options: dict[str, Any] = {option: getattr(layer, option) for option in kept}
     options["activation_dtype"] = _ACTIVATION_DTYPES[described["activation_dtype"]]
     try:
-        config: Any = layer
+        weights = _read_weights(_prefix(name), layer, described["weights"], tensors)
         new_class: Any = _new_class(layer)
-        built = new_class(config, weights, dtype=dtype, **options)
-        for weight_name, weight in built.stored_weights().items():
-            if isinstance(weight, BlockMatrix):
-                weight.check()
-            elif (weight.shape, weight.dtype) != (weight_shape(layer, weight_name), dtype):
-                raise ValueError(f"{weight_name} is {weight.dtype} of shape {tuple(weight.shape)}")
+        return new_class(layer, weights, dtype=_dtype(layer), **options)
     except ValueError as error:
         raise SparseFileError(f"{path} holds '{name}' with weights that do not fit together: {error}") from error
-    return built
+
+
+def _read_weights(
+    prefix: str, layer: Any, described: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, BlockMatrix | Tensor]:
+    """Return the weights of a layer, checked to be of its sizes before anything computes with them."""
+    dtype, device = _dtype(layer), next(iter(layer.state_dict().values())).device
+    weights: dict[str, BlockMatrix | Tensor] = {}
+    for name in weight_names(layer):
+        shape, gates = weight_shape(layer, name), gate_count(layer, name)
+        if (matrix := described.get(name)) is None:
+            weights[name] = tensor = tensors[prefix + name].to(device)
+            if (tensor.shape, tensor.dtype) != (shape, dtype):
+                raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
+            continue
+        if (matrix["shape"], matrix["gates"]) != ([*shape], gates):
+            raise ValueError(f"{name} is of shape {matrix['shape']} with {matrix['gates']} gates")
+        parts: dict[str, Any] = {part: tensors[f"{prefix}{name}_{part}"].to(device) for part in MATRIX_PARTS[:3]}
+        if (scales := tensors.get(f"{prefix}{name}_scales")) is not None:
+            parts["scales"] = scales.to(device)
+        weights[name] = blocks = BlockMatrix(**parts, shape=shape, gates=gates)
+        blocks.check()
+    return weights
 
 
 def _check_same_tensors(path: object, saved: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> None:

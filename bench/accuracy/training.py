@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from bench.accuracy.rows import DENSE, Row
@@ -35,6 +35,7 @@ from triton_sparse_rnn import (
     save_sparse,
     to_sparse,
 )
+from triton_sparse_rnn.atomic_files import write_atomically
 from triton_sparse_rnn.doctor import processor_name, versions
 from triton_sparse_rnn.pruning import Schedule
 from triton_sparse_rnn.pruning.forecast import Forecast
@@ -67,10 +68,8 @@ def train(
     same_width = row.width == 1 and dense_path.exists()
     predicted = forecast(model, pruner, load_file(dense_path) if same_width else None) if pruner else None
     losses = _optimize(model, task, row, seed, steps, pruner, _teacher(task, row, seed, dense_path), on_step)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
-        model_path(folder, Key(task.name, row.name, seed, steps)),
-    )
+    trained = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(model_path(folder, Key(task.name, row.name, seed, steps)), [save(trained)])
     weights = recurrent_weights(model)
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     models = [_evaluate(task, model.eval(), row, dtype) for dtype in row.weight_dtypes]

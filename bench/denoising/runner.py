@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from bench.denoising import noise
 from bench.denoising.conversion import UNCONVERTED, WEIGHT_DTYPES, convert
@@ -24,6 +24,7 @@ from bench.denoising.training import Settings, fine_tune
 from bench.runs.progress import one_thread, run_bars
 from bench.runs.records import Key, Records, key_of
 from bench.runs.spread import thinned
+from triton_sparse_rnn.atomic_files import write_atomically
 from triton_sparse_rnn.doctor import processor_name, versions
 
 TASK = "denoising"
@@ -68,7 +69,8 @@ def run_missing(
             model = load_original()
             losses = fine_tune(model, row, speech, seed, settings, bars.on_step)
             seconds = time.perf_counter() - began
-            save_file(model.state_dict(), weights_file(folder, row.name, seed, settings.steps))
+            path_of_weights = weights_file(folder, row.name, seed, settings.steps)
+            write_atomically(path_of_weights, [save(model.state_dict())])
             quality = evaluate_conversions(model, row, pairs)
             facts = {"quality": quality, "training_loss": thinned(losses, LOSSES), "seconds": seconds}
             RECORDS.append(path, record(TASK, row.name, seed, settings.steps, deciding[key], **facts))

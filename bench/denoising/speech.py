@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from bench.denoising.signals import RATE_HZ
 from bench.tasks.task import MissingDataError
+from triton_sparse_rnn.atomic_files import write_atomically
 
 ASTERISK = Path("/usr/share/asterisk/sounds")
 POCKETSPHINX = Path("/usr/share/pocketsphinx/test/data")
@@ -60,9 +61,7 @@ class Speech:
         if not path.exists():
             decoded = _decode()
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".part")
-            save_file(decoded, unfinished)
-            unfinished.replace(path)
+            write_atomically(path, [save(decoded)])
         train: dict[str, Tensor] = {}
         held_out: dict[str, list[Tensor]] = {group: [] for group in GROUPS}
         for name, samples in sorted(load_file(path).items()):

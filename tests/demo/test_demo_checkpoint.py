@@ -1,4 +1,5 @@
 import dataclasses
+import resource
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,55 @@ def test_foreign_content(tmp_path: Path, tiny: Settings, text: Text, value: obje
     torch.save(value, path)
     with pytest.raises(CheckpointError):
         load_checkpoint(path, tiny, text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run": 5},
+        {"run": None},
+        {"run": [1, 2]},
+        {"run": torch.ones(3)},
+        {"format": torch.ones(2)},
+        {"format": "1"},
+        {"states": 5},
+        {"states": ["sparse"]},
+        {"states": {"sparse": 5}},
+        {"states": {"sparse": [torch.ones(2)]}},
+        {"seconds": None},
+        {"seconds": {"sparse": "1.5"}},
+        {"seconds": {"sparse": torch.ones(2)}},
+    ],
+    ids=str,
+)
+def test_foreign_entries_are_like_any_damage(path: Path, tiny: Settings, text: Text, change: dict[str, object]):
+    state = torch.load(path, weights_only=True)
+    torch.save(state | change, path)
+    with pytest.raises(CheckpointError, match="damaged, or not a checkpoint of this demo") as caught:
+        load_checkpoint(path, tiny, text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [torch.ones(2), torch.ones(2).to_sparse(), {"a": 1}, [[1]]], ids=str)
+def test_settings_that_are_no_plain_values(path: Path, tiny: Settings, text: Text, value: object):
+    state = torch.load(path, weights_only=True)
+    for name in ("hidden_size", "block_size", "text"):
+        torch.save(state | {"run": state["run"] | {name: value}}, path)
+        with pytest.raises(CheckpointError, match=f"damaged, .*'{name}' is a {type(value).__name__}"):
+            load_checkpoint(path, tiny, text)
+
+
+def test_a_full_disk(path: Path, tiny: Settings, text: Text):
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="the file that was there is as it was") as caught:
+            save_checkpoint(path, Progress({"sparse": {"model": torch.zeros(10_000)}}), tiny, text)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]
 
 
 def test_damage_is_found(path: Path, tiny: Settings, text: Text):

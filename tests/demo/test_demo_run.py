@@ -1,3 +1,4 @@
+import copy
 import io
 import json
 import signal
@@ -10,11 +11,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from triton_sparse_rnn.demo import results as demo_results
+from triton_sparse_rnn.demo.checkpoint import CHECKPOINT, CheckpointError, Progress, save_checkpoint
 from triton_sparse_rnn.demo.evaluation import WrongResultError
 from triton_sparse_rnn.demo.model import CharacterModel, build_model
 from triton_sparse_rnn.demo.narrow import NARROW
 from triton_sparse_rnn.demo.run import MODEL_FILES, WRITTEN, run_demo
 from triton_sparse_rnn.demo.settings import Settings
+from triton_sparse_rnn.demo.text import Text
 from triton_sparse_rnn.demo.training import Training
 from triton_sparse_rnn.saving import load_sparse
 
@@ -116,3 +119,75 @@ def test_no_number_is_shown_for_a_wrong_conversion(
     with pytest.raises(WrongResultError, match="not the trained one"):
         run(tiny, text_file, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+DELETED = object()
+
+
+def change_entry(state: Any, path: str, value: Any) -> None:
+    """Set an entry of nested dicts and lists, or take it out."""
+    *keys, last = (int(key) if key.isdecimal() else key for key in path.split("/"))
+    for key in keys:
+        state = state[key]
+    if value is DELETED:
+        del state[last]
+    else:
+        state[last] = value
+
+
+FOREIGN = [None, 5, "text", [], {}, torch.ones(2, 3), torch.ones(2).to_sparse(), DELETED]
+ENTRIES = (
+    *("kind", "model", "model/rnn.weight_hh_l0", "optimizer", "optimizer/state", "optimizer/state/0"),
+    *("optimizer/state/0/exp_avg", "optimizer/param_groups", "optimizer/param_groups/0"),
+    *("optimizer/param_groups/0/betas", "pruner", "pruner/settings/block_size", "losses", "losses/0", "sparsities"),
+    *("h", "random"),
+)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny: Settings, text: Text) -> dict[str, Any]:
+    """What a training holds after three steps."""
+    training = Training("sparse", tiny, text)
+    for _ in range(3):
+        training.step()
+    return training.state_dict()
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_checkpoint_with_foreign_entries_of_a_training(
+    tiny: Settings, text: Text, text_file: Path, tmp_path: Path, interrupted: dict[str, Any], entry: str
+):
+    for value in FOREIGN[1:] if entry == "h" else FOREIGN:  # None is the state of a stream that begins
+        state = copy.deepcopy(interrupted)
+        change_entry(state, entry, value)
+        save_checkpoint(tmp_path / CHECKPOINT, Progress({"sparse": state}, {"sparse": 1.0}), tiny, text)
+        with pytest.raises(
+            CheckpointError, match=r"checkpoint.pt: damaged, or not a checkpoint of this demo"
+        ) as caught:
+            run(tiny, text_file, tmp_path, resume=True)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("kind", "dense", "it is of a 'dense' training, not of a 'sparse' one"),
+        ("h", torch.zeros(1, 3, 21), "h must be a state of the layer"),
+        ("h", torch.zeros(1, 3, 20).double(), "h must be a state"),
+        ("losses", [1.0] * 15, "losses must be numbers, one for each step"),
+        ("losses", [1.0] * 2, "sparsities must be numbers, one for each step"),
+        ("pruner/step_count", 2, "the pruner is at step 2, losses are of 3 steps"),
+        ("optimizer/state", {}, "the optimizer's options or state"),
+        ("optimizer/param_groups/0/weight_decay", 0.5, "the optimizer's options or state"),
+        ("optimizer/state/1/exp_avg", torch.zeros(60, 6), "the optimizer's state does not fit the weights"),
+        ("optimizer/state/1/step", torch.zeros(2), "the optimizer's state does not fit"),
+    ],
+)
+def test_a_training_refuses_what_would_fail_later(
+    tiny: Settings, text: Text, interrupted: dict[str, Any], entry: str, value: Any, message: str
+):
+    state = copy.deepcopy(interrupted)
+    change_entry(state, entry, value)
+    with pytest.raises(ValueError, match=message):
+        Training("sparse", tiny, text).load_state_dict(state)
+    Training("sparse", tiny, text).load_state_dict(interrupted)

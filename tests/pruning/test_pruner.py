@@ -294,3 +294,10 @@ def test_constant_mask_of_a_dense_model_is_an_error():
         ):
             backward(layer)
     assert not pruner.finished
+
+
+def test_blocks_far_beyond_a_weight_are_refused_at_once():
+    message = r"block_size must be at most \(4096, 4096\) for each gate of weight_ih_l0 of 7 x 5, got \(1000000000, 1\)"
+    with pytest.raises(ValueError, match=message):
+        Pruner(nn.GRU(5, 7), OneShot(sparsity=0.5, step=1), block_size=(10**9, 1))
+    Pruner(nn.GRU(5, 7), OneShot(sparsity=0.5, step=1), block_size=(1, 1000), targets={"*_ih_*": None}, score="max")

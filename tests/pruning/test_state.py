@@ -1,6 +1,7 @@
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -180,6 +181,42 @@ def drop(*path):
         (set_in("settings", value=None), TypeError, "settings must be a mapping, got NoneType"),
         (drop("settings", "score"), ValueError, "settings does not fit this pruner: missing score"),
         (set_in("weights", value=[]), TypeError, "must be a mapping, got list"),
+        (set_in("version", value=torch.ones(2)), TypeError, "version'] must be 1, as this pruner has it, got a Tensor"),
+        (set_in("step_count", value=torch.ones(2)), ValueError, "step_count"),
+        (
+            set_in("settings", "block_size", value=torch.tensor([16, 1])),
+            TypeError,
+            r"settings\['block_size'\] in state_dict must be \[16, 1\], as this pruner has it, got a Tensor",
+        ),
+        (set_in("settings", "block_size", value=[[16, 1]]), TypeError, "as this pruner has it, got a list"),
+        (set_in("settings", "score", value=torch.tensor(1)), TypeError, r"settings\['score'\] in .* 'l2', .* Tensor"),
+        (set_in("settings", "balanced", value=torch.tensor(False)), TypeError, r"settings\['balanced'\] .* False, "),
+        (set_in("settings", "tie_gates", value=np.zeros(3)), TypeError, r"settings\['tie_gates'\] .* a ndarray"),
+        (
+            set_in("weights", "weight_hh_l1", "shape", value=torch.tensor([21, 7])),
+            TypeError,
+            r"weight_hh_l1\['shape'\] in state_dict must be \[21, 7\], .* got a Tensor",
+        ),
+        (set_in("weights", "weight_hh_l1", "schedules", value={}), TypeError, r"weight_hh_l1\['schedules'\] .* a dict"),
+        (set_in("weights", "weight_hh_l1", "mask", value="11"), ValueError, "weight_hh_l1: expected .*, got str"),
+        (
+            set_in("weights", "weight_hh_l1", "mask", value=torch.zeros(3, dtype=torch.uint8, device="meta")),
+            ValueError,
+            r"weight_hh_l1: expected uint8 \[3\] for 21 blocks, got torch.uint8 \[3\] of .* on meta",
+        ),
+        (
+            set_in("weights", "weight_hh_l1", "mask", value=torch.zeros(3, dtype=torch.uint8).to_sparse()),
+            ValueError,
+            r"got torch.uint8 \[3\] of layout torch.sparse_coo on cpu",
+        ),
+        (
+            set_in(
+                *("weights", "weight_hh_l1", "mask"),
+                value=torch.nested.as_nested_tensor([torch.zeros(2), torch.zeros(1)], layout=torch.jagged),
+            ),
+            ValueError,
+            "weight_hh_l1: expected .*, got a nested tensor",
+        ),
         (set_in("weights", "weight_hh_l1", value=0), TypeError, "weight_hh_l1 must be a mapping, got int"),
         (drop("weights", "weight_hh_l1", "mask"), ValueError, "weight_hh_l1 does not fit this pruner: missing mask"),
         (
@@ -200,7 +237,9 @@ def test_damaged_state_is_refused_whole(damage, error, message):
     before = run.save()
     state = Run(DECAY, "adam", seed=1).pruner.state_dict()
     damage(state)
-    with pytest.raises(error, match=message.replace("]", r"\]") if message.startswith("step_count'") else message):
+    with pytest.raises(
+        error, match=message.replace("']", r"'\]") if message.startswith(("step_count'", "version'")) else message
+    ):
         run.pruner.load_state_dict(state)
     assert run.save() == before
 

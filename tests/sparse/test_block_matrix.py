@@ -268,5 +268,51 @@ def test_check_refuses_what_does_not_fit(change, message):
         dataclasses.replace(matrix, **change(matrix)).check()
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((10, 7, 1), "shape must be two integers from 0"),
+        ((10,), "shape must be two integers from 0"),
+        ((10, -7), "shape must be two integers from 0"),
+        ((-10, 7), "shape must be two integers from 0"),
+        ((10, 7.0), "shape must be two integers from 0"),
+        (("10", 7), "shape must be two integers from 0"),
+        ((10, True), "shape must be two integers from 0"),
+        ((10, None), "shape must be two integers from 0"),
+        ((10, 2**31), r"shape must be two integers from 0 to 2147483647, .* got \(10, 2147483648\)"),
+        ((10**30, 7), "shape must be two integers from 0"),
+    ],
+)
+def test_check_refuses_what_is_no_shape(shape, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(make_matrix(), shape=shape).check()
+
+
+@pytest.mark.parametrize("block_size", [(4097, 1), (1, 4097), (10**9, 1), (1, 10**9), (10**9, 10**9)])
+def test_blocks_far_beyond_their_matrix_are_refused(block_size):
+    """None is stored, so that this takes no memory: the first call would."""
+    BR, BC = block_size
+    matrix = BlockMatrix(
+        values=torch.empty(0, BC, BR),
+        columns=torch.empty(0, dtype=torch.int32),
+        starts=torch.zeros(3, dtype=torch.int32),
+        shape=(10, 7),
+        gates=2,
+    )
+    message = rf"block_size must be at most \(4096, 4096\) for a matrix of 5 x 7, got \({BR}, {BC}\)"
+    with pytest.raises(ValueError, match=message):
+        matrix.check()
+    with pytest.raises(ValueError, match=message):
+        BlockMatrix.from_dense(torch.zeros(10, 7), block_size, gates=2)
+
+
+def test_blocks_somewhat_beyond_their_matrix():
+    for shape, block_size in (((7, 5), (16, 32)), ((7, 5), (4096, 1)), ((7, 5), (1, 4096)), ((5000, 2), (5000, 1))):
+        weight = torch.eye(*shape)
+        matrix = BlockMatrix.from_dense(weight, block_size)
+        matrix.check()
+        assert torch.equal(matrix.to_dense(), weight)
+
+
 def test_check_takes_columns_that_fall_from_one_row_to_the_next():
     BlockMatrix.from_dense(torch.eye(6).flip(0), (2, 2)).check()

@@ -187,7 +187,12 @@ def test_another_header_is_refused(tmp_path, content, change, message):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "3", "null", "{}", '{"aliases": 3}', '{"aliases": {"x": "y"}, "content": 1}', '{"aliases": {}}']
+    "text",
+    [
+        *("", "[]", "3", "null", "{}", '{"aliases": 3}', '{"aliases": {"x": "y"}, "content": 1}', '{"aliases": {}}'),
+        pytest.param('{"a":' * 100_000 + "1" + "}" * 100_000, id="a hundred thousand objects in each other"),
+        pytest.param("[" * 100_000 + "]" * 100_000, id="a hundred thousand lists in each other"),
+    ],
 )
 def test_a_forged_description_is_refused(tmp_path, text):
     tensors = {"a": torch.arange(5.0)}
@@ -223,20 +228,53 @@ def test_a_refused_save_keeps_the_old_file(tmp_path, bad):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("step", ["save_file", "Path.replace"])
-def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch, step):
+def test_the_same_tensors_give_the_same_bytes(tmp_path):
+    """In other processes too: safetensors' own writer orders the metadata anew at every call."""
+    tensors = make_tensors()
+    for name in ("square", "square transposed", "float64", "parameter"):  # drawn at random
+        tensors[name] = torch.zeros(2)
+    contents = set()
+    for _ in range(12):
+        write_file(tmp_path / "file", tensors, DESCRIPTION)
+        contents.add((tmp_path / "file").read_bytes())
+    assert len(contents) == 1
+    header, length = contents.pop(), 8
+    length += int.from_bytes(header[:8], "little")
+    assert length % 8 == 0
+    assert b'{"__metadata__":{"description":' in header[:length]
+
+
+def test_a_pipe_is_no_file_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path(os.devnull)):
+        with pytest.raises(OSError, match="Not a regular file") as caught:
+            read_file(path)
+        assert caught.value.filename == str(path)
+
+
+def test_a_file_that_is_cut_off_while_it_is_read(tmp_path, monkeypatch):
+    """In a mapping of the file the process would end by SIGBUS."""
     path = tmp_path / "file"
-    write_file(path, {"a": torch.zeros(1)}, {})
-    before = path.read_bytes()
+    write_file(path, {"a": torch.zeros(100_000)}, {})
+    read_metadata = files._read_metadata
 
-    def interrupt(*arguments, **options):
-        raise KeyboardInterrupt
+    def cut_off(path, file):
+        metadata = read_metadata(path, file)
+        os.truncate(path, 5000)
+        return metadata
 
-    monkeypatch.setattr(f"triton_sparse_rnn.sparse.files.{step}", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_file(path, {"a": torch.ones(1)}, {})
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(files, "_read_metadata", cut_off)
+    with pytest.raises(SparseFileError, match="is not a safetensors file or is truncated"):
+        read_file(path)
+
+
+@pytest.mark.parametrize("length", [2**64 - 1, 2**63, 10**9, 200_000_000, 5000])
+def test_a_header_longer_than_the_file_or_than_any(tmp_path, length):
+    with (tmp_path / "file").open("wb") as file:
+        file.write(struct.pack("<Q", length) + b'{"a":')
+        file.truncate(300_000_000 if length == 200_000_000 else 100)  # a hole takes no room
+    with pytest.raises(SparseFileError, match="is not a safetensors file"):
+        read_file(tmp_path / "file")
 
 
 def test_a_dtype_that_the_format_cannot_hold(tmp_path):

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from triton_sparse_rnn.atomic_files import write_atomically
 from triton_sparse_rnn.conversion import to_sparse
 from triton_sparse_rnn.demo.checkpoint import Progress
 from triton_sparse_rnn.demo.evaluation import Comparison, WrongResultError, bits_per_character, check_same_outputs
@@ -69,7 +70,8 @@ def measure(
     for file, model in ((SPARSE_FILE, converted), *((NARROW[name].file, model) for name, model in narrow.items())):
         save_sparse(model, folder / file)
         check_saved(model, folder / file, text, settings)
-    save_file({name: tensor.contiguous() for name, tensor in dense.state_dict().items()}, folder / DENSE_FILE)
+    dense_tensors = {name: tensor.contiguous() for name, tensor in dense.state_dict().items()}
+    write_atomically(folder / DENSE_FILE, [save(dense_tensors)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a dense weight is converted: said in the name of the row
         unpruned, _ = convert_and_check(dense, text, block_size=(16, 32))  # or torch would multiply by weight_ih

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from triton_sparse_rnn.demo.checkpoint import CHECKPOINT, Progress, load_checkpoint, save_checkpoint
+from triton_sparse_rnn.atomic_files import write_atomically
+from triton_sparse_rnn.demo.checkpoint import CHECKPOINT, Progress, damaged, load_checkpoint, save_checkpoint
 from triton_sparse_rnn.demo.display import closing_lines, result_table, sample_writer, training_bar
 from triton_sparse_rnn.demo.generation import draw_noise, generate
 from triton_sparse_rnn.demo.model import CharacterModel
@@ -50,7 +51,8 @@ def run_demo(
         What results.json holds.
     Raises:
         TextError: the text cannot be used.
-        CheckpointError: `resume`, and there is no checkpoint of this very run.
+        CheckpointError: `resume`, and there is no checkpoint of this very run, or a damaged one.
+        OSError: `folder` cannot be written to; a checkpoint in it is whole.
         WrongResultError: the converted model differs from the trained one; no number is written.
         KeyboardInterrupt: Ctrl-C; once training has begun, `folder` holds a checkpoint.
     """
@@ -70,8 +72,8 @@ def run_demo(
         models = measure(dense.model, sparse.model, converted, text, settings, folder)
     results = describe_run(settings, text, check, models, (sparse, dense), progress)
     _draw(sparse, dense, results, text, folder)
-    (folder / "sample.txt").write_text(sample, encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_atomically(folder / "sample.txt", [sample.encode()])
+    write_atomically(folder / "results.json", [f"{json.dumps(results, indent=1)}\n".encode()])
     (folder / CHECKPOINT).unlink()
     console.print(result_table(results["models"]))
     for line in closing_lines(results):
@@ -91,7 +93,10 @@ def _train(kind: str, settings: Settings, text: Text, progress: Progress, folder
         )
     state = progress.states.get(kind)
     if state is not None:
-        training.load_state_dict(state)
+        try:
+            training.load_state_dict(state)
+        except Exception as error:  # what torch raises on a state that is not its own has no common type
+            raise damaged(folder / CHECKPOINT, error) from error
     began = time.perf_counter() - progress.seconds.get(kind, 0.0)
 
     def save() -> None:

@@ -94,7 +94,12 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            Exception: it returned something else. Then this training is good for nothing any more.
+        """
+        options = self._optimizer_options()
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.pruner is not None:
@@ -103,6 +108,40 @@ class Training:
         self.losses = list(state["losses"])
         self.sparsities = list(state["sparsities"])
         torch.set_rng_state(state["random"])
+        self._check_loaded(state["kind"], options)
+
+    def _optimizer_options(self) -> list[dict[str, Any]]:
+        given = ("params", "lr")  # the rate is set at every step
+        return [{key: one for key, one in group.items() if key not in given} for group in self.optimizer.param_groups]
+
+    def _check_loaded(self, kind: object, options: list[dict[str, Any]]) -> None:
+        """Raise ValueError for what is taken over without a look and would make a later step fail, or go wrong."""
+        settings, steps = self.settings, self.step_count
+        if kind != self.kind:
+            raise ValueError(f"it is of a {kind!r} training, not of a {self.kind!r} one")
+        for name, history in (("losses", self.losses), ("sparsities", self.sparsities)):
+            if len(history) != steps or steps > settings.steps or not all(isinstance(one, float) for one in history):
+                raise ValueError(f"{name} must be numbers, one for each step")
+        if self.pruner is not None and self.pruner.step_count != steps:
+            raise ValueError(f"the pruner is at step {self.pruner.step_count}, losses are of {steps} steps")
+        h_shape = (1, settings.batch_size, settings.hidden_size)
+        if self.h is not None and not _is_plain_tensor(self.h, h_shape, self.model.decoder.weight.dtype):
+            raise ValueError("h must be a state of the layer")
+        parameters = [*self.model.parameters()]
+        if self._optimizer_options() != options or len(self.optimizer.state) != (len(parameters) if steps else 0):
+            raise ValueError("the optimizer's options or state are not those of this training")
+        for parameter, held in self.optimizer.state.items():
+            shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+            if held.keys() != shapes.keys() or not all(
+                _is_plain_tensor(held[name], shape, torch.float32) for name, shape in shapes.items()
+            ):
+                raise ValueError("the optimizer's state does not fit the weights")
+
+
+def _is_plain_tensor(value: object, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    if not isinstance(value, Tensor) or value.is_nested or value.layout != torch.strided or value.is_meta:
+        return False
+    return value.shape == shape and value.dtype == dtype
 
 
 def train(training: Training, *, save: Callable[[], None], on_step: Callable[[], None]) -> None:

@@ -83,7 +83,7 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
         ValueError: `packed` is no uint8 vector of the right length, or has bits set beyond the last entry.
     """
     count = torch.Size(shape).numel()
-    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or tuple(packed.shape) != (-(-count // 8),):
+    if not _is_vector(packed, -(-count // 8)):
         raise ValueError(f"expected uint8 [{-(-count // 8)}] for {count} blocks, got {_describe(packed)}")
     bits = (packed.to("cpu")[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     if bits.flatten()[count:].any():
@@ -91,5 +91,19 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return bits.flatten()[:count].to(torch.bool).view(shape)
 
 
+def _is_vector(value: object, length: int) -> bool:
+    """Whether it is uint8 [length] in memory; a nested tensor, which is strided too, has no shape to ask for."""
+    if not isinstance(value, Tensor) or value.is_meta or value.is_nested or value.layout != torch.strided:
+        return False
+    return value.dtype == torch.uint8 and tuple(value.shape) == (length,)
+
+
 def _describe(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.is_nested:
+        return "a nested tensor"
+    place = (
+        "" if value.layout == torch.strided and not value.is_meta else f" of layout {value.layout} on {value.device}"
+    )
+    return f"{value.dtype} {list(value.shape)}{place}"

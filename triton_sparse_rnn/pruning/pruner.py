@@ -66,6 +66,7 @@ class Pruner:
                 weight_hr) pruned, each gate scored apart from the others.
             schedule: for each weight that `targets` does not match; None leaves those dense.
             block_size: (BR, BC), BR hidden units of one gate by BC inputs. Blocks at the edge of a gate may be smaller.
+                Both may be up to 4096, or as many as the gate has.
             score: "max", "mean" or "l2" of the weights in a block; see `block_scores`. Narang et al. take "max"; "l2"
                 was 1 to 5 % more accurate on the tasks of docs/results.md.
             targets: {glob: schedule, None for dense, or {gate: schedule or None}}; the first glob that matches counts.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,7 @@ def unpack_state(
         TypeError, ValueError: see `Pruner.load_state_dict`.
     """
     _check_keys("state_dict", state, {"version", "step_count", "settings", "weights"})
+    _check_plain("state_dict['version']", state["version"], VERSION)
     if state["version"] != VERSION:
         raise ValueError(f"state_dict has version {state['version']!r}, this package reads {VERSION}")
     step_count = state["step_count"]
@@ -66,9 +68,25 @@ def _check_keys(where: str, found: object, expected: set[str]) -> None:
         raise ValueError(f"{where} does not fit this pruner: missing {missing}; unexpected {unexpected}")
 
 
+def _check_plain(where: str, found: object, expected: object) -> None:
+    if not is_plain(found):
+        raise TypeError(f"{where} must be {expected!r}, as this pruner has it, got a {type(found).__name__}")
+
+
+def is_plain(value: object) -> bool:
+    """Whether `value` is a number, a text or None, or a list or tuple of these: what `==` gives a single answer for.
+
+    >>> is_plain([16, 1]), is_plain({}), is_plain([[1]])
+    (True, False, False)
+    """
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    return all(one is None or isinstance(one, (str, numbers.Number)) for one in values)
+
+
 def _check_same(where: str, found: object, expected: dict[str, Any]) -> None:
     _check_keys(where, found, set(expected))
     assert isinstance(found, Mapping)
     for key, value in expected.items():
+        _check_plain(f"{where}[{key!r}] in state_dict", found[key], value)
         if found[key] != value:
             raise ValueError(f"{where} has {key}={found[key]!r} in state_dict, but this pruner has {value!r}")

@@ -18,7 +18,7 @@ from triton_sparse_rnn.pruning.weights import (
     recurrent_weights,
     split_gates,
 )
-from triton_sparse_rnn.sparse.blocks import count_blocks
+from triton_sparse_rnn.sparse.blocks import check_filling_up, count_blocks
 
 Target: TypeAlias = "Schedule | Mapping[str, Schedule | None] | None"
 
@@ -56,6 +56,9 @@ class Weight:
 
     def block_grid(self, block_size: tuple[int, int]) -> tuple[int, int, int]:
         """(G, block rows of a gate, block columns)."""
+        check_filling_up(
+            block_size, *self.matrix_shape, name=f"each gate of {self.name}" if self.gates > 1 else self.name
+        )
         block_rows, block_columns = count_blocks(*self.matrix_shape, block_size)
         return self.gates, block_rows, block_columns
 

@@ -17,14 +17,16 @@ contiguous vector of BR weights: a processor multiplies it by one broadcast numb
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import torch
 from torch import Tensor
 
-from triton_sparse_rnn.sparse.blocks import check_block_size, count_blocks, from_blocks, to_blocks
+from triton_sparse_rnn.sparse.blocks import check_block_size, check_filling_up, count_blocks, from_blocks, to_blocks
 
 GATE_NAMES = {"RNN_TANH": "h", "RNN_RELU": "h", "GRU": "rzn", "LSTM": "ifgo"}  # by nn.RNNBase.mode, a letter each
 GATES = {mode: len(names) for mode, names in GATE_NAMES.items()}  # G
+_SIZES_END = 2**31  # block columns are int32, and the product of two sizes is an int64
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8)
 
 
@@ -65,7 +67,8 @@ class BlockMatrix:
 
         Args:
             weight: [G * H, columns], floating point, any strides.
-            block_size: (BR, BC), any size; blocks at the edge of a gate are filled up with zeros.
+            block_size: (BR, BC); blocks at the edge of a gate are filled up with zeros. Both may be up to 4096, or as
+                many as a gate has rows and columns.
             gates: G; its rows are cut gate by gate.
             dtype: how weights are stored, None for that of `weight`. int8 is symmetric, with one scale for each row.
 
@@ -124,7 +127,7 @@ class BlockMatrix:
                 f"got {matrix.layout} of shape {tuple(matrix.shape)}"
             )
         matrix = matrix.detach()
-        rows, columns = matrix.shape if shape is None else shape
+        rows, columns = map(operator.index, matrix.shape if shape is None else shape)
         _check_gates(gates, rows)
         blocks, column_indices, row_starts = matrix.values(), matrix.col_indices(), matrix.crow_indices()
         block_size = (blocks.shape[1], blocks.shape[2])
@@ -186,6 +189,7 @@ class BlockMatrix:
             indices: also read what `starts` and `columns` hold; False reads no tensor.
         """
         check_storage_dtype(self.values.dtype, "values")
+        _check_shape(self.shape)
         _check_gates(self.gates, self.shape[0])
         for name in ("columns", "starts"):
             if getattr(self, name).dtype != torch.int32:
@@ -193,6 +197,7 @@ class BlockMatrix:
         shapes = tuple(self.values.shape), tuple(self.columns.shape), tuple(self.starts.shape)
         if self.values.dim() != 3 or 0 in self.block_size or self.columns.shape != self.values.shape[:1]:
             raise ValueError(f"values, columns and starts do not fit together: their shapes are {shapes}")
+        check_filling_up(self.block_size, self.shape[0] // self.gates, self.shape[1])
         gates, groups, block_columns = self.block_grid
         if self.starts.shape != (groups * gates + 1,):
             raise ValueError(f"values, columns and starts of a {self.shape} matrix do not fit together: {shapes}")
@@ -261,6 +266,12 @@ class BlockMatrix:
         return sum(
             tensor.nbytes for tensor in (self.values, self.columns, self.starts, self.scales) if tensor is not None
         )
+
+
+def _check_shape(shape: tuple[int, int]) -> None:
+    whole = not any(isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) for size in shape)
+    if len(shape) != 2 or not whole or not all(0 <= size < _SIZES_END for size in shape):
+        raise ValueError(f"shape must be two integers from 0 to {_SIZES_END - 1}, rows and columns, got {shape!r}")
 
 
 def _check_gates(gates: int, rows: int) -> None:
