@@ -22,7 +22,7 @@ ORDER = [
     {"ops"},
     {"kernels"},
     {"sparse"},
-    {"errors", "notices", "tables"},
+    {"errors", "names", "notices", "tables"},
 ]
 RANK = {name: len(ORDER) - line for line, names in enumerate(ORDER) for name in names}
 

@@ -99,7 +99,7 @@ def make_plan(module: PersistentLayer, layout: CallLayout, layers: list[list[Lay
     buffers = list(module._buffers.values())
     tensors = [tensor for tensor in buffers if tensor is not None]
     addresses = [tensor.data_ptr() for tensor in tensors]
-    check_num_threads(num_threads)
+    num_threads = check_num_threads(num_threads)
     place, input_size = (layout.dtype, layout.device), layout.input_size
     for directions in layers:
         check_weights(directions, module.mode, input_size, *place, activation_dtype=activation_dtype)
