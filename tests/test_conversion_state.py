@@ -184,7 +184,7 @@ def test_a_layer_converted_by_itself_takes_the_same_along():
 
 
 def test_names_that_the_converted_layer_uses_are_refused():
-    model = nn.Sequential(make_layer(), make_layer())
+    model: Any = nn.Sequential(make_layer(), make_layer())
     model[0].backend = "mine"
     with pytest.warns(UserWarning, match="'0' is a GRU, to which backend was added, a name that PersistentGRU uses"):
         assert type(to_sparse(model)[0]) is nn.GRU

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn.errors import SparseFileError
-from triton_sparse_rnn.names import clean_name, clean_names
+from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.nn.convertible import why_not_converted
 from triton_sparse_rnn.nn.instance_state import become
 from triton_sparse_rnn.nn.persistent import PersistentLayer
 from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES, persistent_class, shown_name
-from triton_sparse_rnn.nn.state_names import layers_by_prefix, saved_tensors
+from triton_sparse_rnn.nn.state_names import layers_by_prefix, names_in_file, saved_tensors
 from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS, weight_names, weight_shape
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.files import read_file, write_file
@@ -57,7 +57,7 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"under names that end as in the layer itself, such as {next(iter(saved_tensors(missing[0])))}; a "
             "state_dict hook replaces or renames them: remove it to save"
         )
-    names = clean_names(state)
+    names = names_in_file(state, layers)
     described = {_name_in_file(prefix, layer, names): _describe(layer) for prefix, layer in layers.items()}
     write_file(path, {names[key]: value for key, value in state.items()}, {"modules": described})
 
@@ -88,9 +88,9 @@ def load_sparse(model: ModelT, path: str | os.PathLike[str]) -> ModelT:
     if meta := [name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]:
         raise ValueError(f"model has '{meta[0]}' on the meta device; build it on its final device first")
     tensors, description = read_file(path)
-    names = clean_names(state)
     recurrent = [module for module in model.modules() if _new_class(module) is not None]
     by_prefix, missing = layers_by_prefix(model, state, recurrent)
+    names = names_in_file(state, by_prefix)
     layers = {_name_in_file(prefix, layer, names): (layer, prefix) for prefix, layer in by_prefix.items()}
     built: dict[nn.Module, PersistentLayer] = {}
     wanted = {names[key]: value for key, value in state.items()}
@@ -111,7 +111,7 @@ def load_sparse(model: ModelT, path: str | os.PathLike[str]) -> ModelT:
     except (AttributeError, KeyError, TypeError) as error:
         raise SparseFileError(f"{path} describes its tensors wrongly ({error!r}); nothing was loaded") from error
     _check_convertible(model, built)
-    _load(model, state, {key: tensors[name] for key, name in names.items() if key not in own}, built)
+    _load(model, state, {key: tensors[names[key]] for key in state if key not in own}, built)
     return model
 
 

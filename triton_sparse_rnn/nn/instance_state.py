@@ -48,6 +48,12 @@ def own_tensors(layer: nn.Module) -> set[str]:
     return _own_tensors(type(layer), layer)
 
 
+def stored_names(sizes: Any) -> set[str]:
+    """Return the names of all tensors that a persistent layer of these sizes may hold its weights in."""
+    weights = weight_names(sizes)
+    return {*weights, *(f"{weight}_{part}" for weight in weights for part in MATRIX_PARTS)}
+
+
 def added_state(layer: nn.Module) -> Added:
     """Return what was added to a recurrent layer, dense or persistent; attributes that override a method too.
 
@@ -182,10 +188,7 @@ def _is_own_method(layer: nn.Module, name: str, value: object) -> bool:
 
 
 def _own_tensors(cls: type, sizes: Any) -> set[str]:
-    weights = weight_names(sizes)
-    if issubclass(cls, nn.RNNBase):
-        return set(weights)
-    return {*weights, *(f"{weight}_{part}" for weight in weights for part in MATRIX_PARTS), "_marker"}
+    return set(weight_names(sizes)) if issubclass(cls, nn.RNNBase) else stored_names(sizes) | {"_marker"}
 
 
 def _own_attributes(cls: type) -> set[str]:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from triton_sparse_rnn.nn.instance_state import own_tensors
+from triton_sparse_rnn.names import clean_names
+from triton_sparse_rnn.nn.instance_state import own_tensors, stored_names
+
+LayerT = TypeVar("LayerT", bound=nn.Module)
 
 
 def saved_tensors(layer: nn.Module) -> dict[str, Tensor]:
@@ -25,9 +28,22 @@ def saved_tensors(layer: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def names_in_file(state: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the name without wrappers of each key of a state_dict, and of what its layers may be stored in.
+
+    So two names that would become one stay as they are for a dense model as for a converted one.
+
+    Args:
+        state: of a model.
+        layers: its recurrent layers by prefix.
+    """
+    stored = (f"{prefix}{name}" for prefix, layer in layers.items() for name in stored_names(layer))
+    return clean_names({**state, **dict.fromkeys(stored)})
+
+
 def layers_by_prefix(
-    model: nn.Module, state: Mapping[str, Any], layers: Iterable[nn.Module]
-) -> tuple[dict[str, nn.Module], list[nn.Module]]:
+    model: nn.Module, state: Mapping[str, Any], layers: Iterable[LayerT]
+) -> tuple[dict[str, LayerT], list[LayerT]]:
     """Find recurrent layers in a state_dict.
 
     Args:
@@ -46,7 +62,7 @@ def layers_by_prefix(
     for key, value in state.items():
         keys[id(value)].append(key)
     places = {(f"{name}." if name else "", module) for name, module in model.named_modules(remove_duplicate=False)}
-    found: dict[str, nn.Module] = {}
+    found: dict[str, LayerT] = {}
     missing = []
     for layer in layers:
         prefixes = [
