@@ -22,7 +22,7 @@ ORDER = [
     {"ops"},
     {"kernels"},
     {"sparse"},
-    {"atomic_files", "errors", "notices", "tables"},
+    {"atomic_files", "errors", "names", "notices", "tables"},
 ]
 RANK = {name: len(ORDER) - line for line, names in enumerate(ORDER) for name in names}
 

@@ -183,8 +183,8 @@ def test_another_nonlinearity_is_refused(tmp_path):
         (lambda model: model.register_module("more", nn.GRU(2, 2)), "without more.bias_hh_l0"),
         (lambda model: setattr(model, "norm", nn.BatchNorm1d(3)), r"norm.bias of shape \(2,\), .* \(3,\)"),
         (
-            lambda model: setattr(model, "rnn", torch.compile(model.rnn, backend="eager")),
-            "where .* OptimizedModule",
+            lambda model: setattr(model, "rnn", torch.compile(nn.Linear(4, 6), backend="eager")),
+            "'rnn', where the model has a Linear; build the model with nn.GRU there",
         ),
     ],
 )

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
+from triton_sparse_rnn.names import clean_name
+from triton_sparse_rnn.nn.convertible import why_not_converted
+from triton_sparse_rnn.nn.independent_copy import copy_with_replacements
 from triton_sparse_rnn.nn.persistent import PersistentLayer
 from triton_sparse_rnn.nn.persistent_classes import persistent_class
-from triton_sparse_rnn.nn.replace import added_members, copy_with_replacements, named_recurrent_layers, take_hooks
+from triton_sparse_rnn.nn.replace import named_recurrent_layers
 from triton_sparse_rnn.nn.sparsify import sparsify
-from triton_sparse_rnn.nn.training import TRAINING_CLASSES
 from triton_sparse_rnn.notices import about_layer, warn
 
 __all__ = ["sparsify", "to_dense", "to_sparse"]
-
-ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def to_sparse(
@@ -33,10 +31,16 @@ def to_sparse(
     """Return a model whose recurrent layers run from block-sparse weights, for inference.
 
     Every nn.RNN, nn.GRU and nn.LSTM is converted, sparse training modules and plain ones alike, by reading the zeros in
-    its weights. The original is untouched and shares every tensor that was not converted; what else its modules hold is
-    copied. A layer of a subclass that adds methods or class attributes of its own would lose them; it is left as it is,
-    with a warning that names it, unless a subclass of PersistentRNN, PersistentGRU or PersistentLSTM that has them too
-    names it as its `dense_class`.
+    its weights. Hooks, and parameters, buffers, modules and attributes that were added to a layer, are taken over.
+
+    The original is untouched, and nothing is shared with it: the result does not change when the original is trained
+    further. What is not converted is copied as copy.deepcopy does, without gradients, and tensors that are the result
+    of a computation are detached. Who cannot afford the memory of that copy converts the layer itself and puts it in
+    its place, `model.rnn = to_sparse(model.rnn)`: then all the rest stays the model's own.
+
+    A layer would lose the methods and class attributes that its class adds, or a `forward` that was set on the layer
+    itself. It is left as it is, with a warning that names it, unless a subclass of PersistentRNN, PersistentGRU or
+    PersistentLSTM that has the members too names its class as its `dense_class`.
 
     Args:
         model: any module; a recurrent layer by itself is converted too. Call .eval() first, as for any inference.
@@ -45,8 +49,8 @@ def to_sparse(
         A new model of the same class; for a recurrent layer by itself the persistent module.
     Raises:
         TypeError, ValueError: an argument is wrong, `model` has no layer to convert, or one of its modules holds
-            something that cannot be copied, such as a lock; then convert the layer itself, as in
-            `model.rnn = to_sparse(model.rnn)`.
+            something that cannot be copied: a lock, or a function that refers to the model by its closure, as
+            `model.forward = torch.no_grad()(model.forward)` does. Take that away, or convert the layer itself.
         BackendUnavailableError: `backend` is named and cannot run one of the layers.
 
     >>> from triton_sparse_rnn import SparseGRU
@@ -60,17 +64,15 @@ def to_sparse(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     layers = named_recurrent_layers(model)
     converted: dict[str, nn.Module] = {}
-    left = []
+    left, ways_out = [], []
     for name, layer in layers.items():
-        new_class = persistent_class(layer)
-        dense_class = new_class.dense_class
-        training_class = TRAINING_CLASSES.get(dense_class, dense_class)
-        base = training_class if isinstance(layer, training_class) else dense_class
-        if lost := added_members(layer, base):
-            left.append(f"'{name}' is a {type(layer).__name__}, which would lose {', '.join(lost)}")
+        reason, way_out = why_not_converted(layer)
+        if reason:
+            left.append(f"'{clean_name(name)}' is {reason}")
+            ways_out.append(way_out)
             continue
-        with about_layer(name):
-            converted[name] = new_class.from_dense(
+        with about_layer(clean_name(name)):
+            converted[name] = persistent_class(layer).from_dense(
                 layer,
                 weight_dtype=weight_dtype,
                 block_size=block_size,
@@ -78,25 +80,25 @@ def to_sparse(
                 activation_dtype=activation_dtype,
                 num_threads=num_threads,
             )
+    advice = "; ".join(dict.fromkeys(ways_out))
     if not converted:
-        found = "; ".join(left) or "none"
+        found = f"{'; '.join(left)}; {advice}" if left else "none"
         raise ValueError(f"model must hold an nn.RNN, nn.GRU or nn.LSTM, got a {type(model).__name__} with {found}")
     if left:
-        advice = "derive a class from PersistentGRU and the like that has them too, with its class as dense_class"
         warn(f"to_sparse left some layers dense: {'; '.join(left)}; {advice}")
-    return _converted_copy(model, converted)
+    return copy_with_replacements(model, converted)
 
 
 def to_dense(model: nn.Module) -> Any:
     """Return a model with plain nn.RNN, nn.GRU and nn.LSTM in place of the persistent modules.
 
     This is the way to what knows torch.nn only, such as dynamic quantisation or ONNX. Weights are exactly the ones that
-    were converted unless weight_dtype was narrower. The original is untouched and shares every tensor that was not
-    converted.
+    were converted unless weight_dtype was narrower. The original is untouched and nothing is shared with it, and what
+    was added to a layer is taken over, both as in `to_sparse`.
 
     Raises:
         TypeError: `model` is not a module, or holds something that cannot be copied, as for `to_sparse`.
-        ValueError: it has no persistent module.
+        ValueError: it has no persistent module, or one whose own `forward`, set on the layer itself, would be lost.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -105,17 +107,4 @@ def to_dense(model: nn.Module) -> Any:
     }
     if not converted:
         raise ValueError(f"model must hold a module that to_sparse() made, got a {type(model).__name__} with none")
-    return _converted_copy(model, converted)
-
-
-def _converted_copy(model: nn.Module, converted: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a copy of `model` with converted layers; hooks that are methods of its modules act on the copy."""
-    copied = copy_with_replacements(model, converted)
-    names = {id(module): name for name, module in model.named_modules()}
-    for layer_name, new in converted.items():
-        take_hooks(new, model.get_submodule(layer_name))
-        for hooks in (new._forward_hooks, new._forward_pre_hooks):
-            for key, hook in hooks.items():
-                if isinstance(hook, types.MethodType) and (name := names.get(id(hook.__self__))) is not None:
-                    hooks[key] = types.MethodType(hook.__func__, copied.get_submodule(name))
-    return copied
+    return copy_with_replacements(model, converted)

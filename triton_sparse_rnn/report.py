@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn.kernels.row_blocks import row_blocks
+from triton_sparse_rnn.names import clean_names
 from triton_sparse_rnn.recurrent_tensors import NAMES_BY_COUNT, find_gates, is_nonzero
 from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES, BlockMatrix
 from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS, check_block_size
@@ -228,7 +229,8 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, block_size: tuple[i
 
     Args:
         model: a module, or a state_dict of one. Layers that `to_sparse` converted are reported as they are stored;
-            values of a mapping may be BlockMatrix. Anything but tensors in a mapping is left out.
+            values of a mapping may be BlockMatrix. Anything but tensors in a mapping is left out. Names are reported
+            without what wrappers such as torch.compile put in.
         block_size: (BR, BC) in which weights that are not stored in blocks are counted.
     Returns:
         A report for every weight_ih, weight_hh and weight_hr (of nn.RNN, nn.GRU, nn.LSTM and their cells) and gate.
@@ -263,6 +265,8 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, block_size: tuple[i
         raise TypeError(f"model must be an nn.Module or a state_dict, got {type(model).__name__}")
     if not tensors:
         raise ValueError("model has no tensors to report")
+    names = clean_names(tensors)
+    tensors = {names[path]: value for path, value in tensors.items()}
     if missing := [name for name, value in tensors.items() if isinstance(value, Tensor) and value.is_meta]:
         raise ValueError(f"model has tensors without data on the meta device, such as {missing[0]}")
     if nested := [name for name, value in tensors.items() if isinstance(value, Tensor) and value.is_nested]:
@@ -281,20 +285,22 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, block_size: tuple[i
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor | BlockMatrix]:
     """The state_dict of a model, with the blocks of converted layers put together again."""
+    from triton_sparse_rnn.nn.instance_state import own_tensors
     from triton_sparse_rnn.nn.persistent import PersistentLayer
+    from triton_sparse_rnn.nn.state_names import layers_by_prefix
 
+    state = model.state_dict(keep_vars=True)
+    persistent = [module for module in model.modules() if isinstance(module, PersistentLayer)]
+    owners: dict[str, tuple[str, PersistentLayer]] = {}
+    for prefix, layer in layers_by_prefix(model, state, persistent)[0].items():
+        owners |= {prefix + name: (prefix, layer) for name in own_tensors(layer)}
     tensors: dict[str, Tensor | BlockMatrix] = {}
-    converted = {
-        name: module.stored_weights()
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, PersistentLayer)
-    }
-    for name, value in model.state_dict().items():
-        owner = name.rpartition(".")[0]
-        if owner in converted:
-            tensors |= {f"{owner}.{weight}".lstrip("."): stored for weight, stored in converted[owner].items()}
+    for key, value in state.items():
+        if key in owners:
+            prefix, layer = owners[key]
+            tensors |= {prefix + weight: stored for weight, stored in layer.stored_weights().items()}
         elif isinstance(value, Tensor):
-            tensors[name] = value
+            tensors[key] = value
     return tensors
 
 

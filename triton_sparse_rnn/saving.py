@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn.errors import SparseFileError
+from triton_sparse_rnn.names import clean_name
+from triton_sparse_rnn.nn.convertible import why_not_converted
+from triton_sparse_rnn.nn.instance_state import become
 from triton_sparse_rnn.nn.persistent import PersistentLayer
 from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES, persistent_class, shown_name
-from triton_sparse_rnn.nn.replace import replace_modules, take_hooks
+from triton_sparse_rnn.nn.state_names import layers_by_prefix, names_in_file, saved_tensors
 from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS, gate_count, weight_names, weight_shape
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.files import read_file, write_file
@@ -27,85 +30,168 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model that `to_sparse` made to one safetensors file.
 
     It holds the stored blocks of the persistent modules, every other tensor of model.state_dict() unchanged, a
-    description of the blocks and a SHA-256 of it all. The same model gives the same bytes.
+    description of the blocks and a SHA-256 of it all. The same model gives the same bytes. Names are those of the
+    state_dict, without what torch.compile, DistributedDataParallel, checkpoint wrappers, Fabric and the like put in, so
+    a wrapped model has the same file as the model.
 
     A file that was there before is replaced in one go and keeps its permissions; a symbolic link is followed. When this
     returns, the file would survive a power cut; if it raises or is interrupted, an old file is as it was.
 
     Raises:
         TypeError: `model` is not a module, or its state_dict holds something other than tensors.
-        ValueError: it has no persistent module, or a tensor whose layout or dtype safetensors cannot hold.
+        ValueError: it has no persistent module, one whose tensors a hook keeps out of the state_dict, or a tensor whose
+            layout or dtype safetensors cannot hold.
         OSError: the file cannot be written, for example as the disk is full.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    persistent = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, PersistentLayer)
-    }
+    persistent = {module: name for name, module in model.named_modules() if isinstance(module, PersistentLayer)}
     if not persistent:
         raise ValueError(
             f"model must hold a module that to_sparse() made, got a {type(model).__name__} with none; "
             "save a dense model with safetensors.torch.save_model or torch.save"
         )
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)
     if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise TypeError(f"model.state_dict() must hold tensors only, got something else at {', '.join(others)}")
-    write_file(path, state, {"modules": {name: _describe(module) for name, module in persistent.items()}})
+    layers, missing = layers_by_prefix(model, state, persistent)
+    if missing:
+        raise ValueError(
+            f"model.state_dict() must hold the tensors of {', '.join(repr(persistent[layer]) for layer in missing)} "
+            f"under names that end as in the layer itself, such as {next(iter(saved_tensors(missing[0])))}; a "
+            "state_dict hook replaces or renames them: remove it to save"
+        )
+    names = names_in_file(state, layers)
+    described = {_name_in_file(prefix, layer, names): _describe(layer) for prefix, layer in layers.items()}
+    write_file(path, {names[key]: value for key, value in state.items()}, {"modules": described})
 
 
 def load_sparse(model: ModelT, path: str | os.PathLike[str]) -> ModelT:
     """Load a file of `save_sparse` into a freshly built dense model, in place.
 
-    The recurrent layers that were saved sparse are swapped for persistent modules; all other tensors are copied into
-    the tensors of the model, as load_state_dict(strict=True) does. Either all of it happens or none.
+    The recurrent layers that were saved sparse become persistent modules; each stays the same object, so hooks, lists
+    and closures that refer to it go on with it. All other tensors are copied into the tensors of the model, as
+    load_state_dict(strict=True) does. Either all of it happens or none. The model may be wrapped where the saved one
+    was not, and the other way round.
 
     Args:
         model: of the architecture and dtype that were saved, with nn or Sparse modules, on its final device.
         path: the file.
     Returns:
-        `model`; for a recurrent layer by itself the persistent module.
+        `model`.
     Raises:
         SparseFileError: the file is truncated, damaged or foreign, or holds another architecture.
+        TypeError, ValueError: `model` is not a module, is on the meta device, or has a layer that would lose what its
+            class or the layer itself adds, as in `to_sparse`.
         BackendUnavailableError: a layer of `model` was converted already, for a backend that cannot run these weights.
         OSError: the file cannot be read at all.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if meta := [name for name, value in model.state_dict().items() if isinstance(value, Tensor) and value.is_meta]:
+    state = model.state_dict(keep_vars=True)
+    if meta := [name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]:
         raise ValueError(f"model has '{meta[0]}' on the meta device; build it on its final device first")
     tensors, description = read_file(path)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    replacements: dict[nn.Module, tuple[str, PersistentLayer]] = {}
-    wanted = model.state_dict()
+    recurrent = [module for module in model.modules() if _new_class(module) is not None]
+    by_prefix, missing = layers_by_prefix(model, state, recurrent)
+    names = names_in_file(state, by_prefix)
+    layers = {_name_in_file(prefix, layer, names): (layer, prefix) for prefix, layer in by_prefix.items()}
+    built: dict[nn.Module, PersistentLayer] = {}
+    wanted = {names[key]: value for key, value in state.items()}
+    own: set[str] = set()  # keys of the weights that are replaced
     try:
         for name, described in description["modules"].items():
-            if (layer := modules.get(name)) is None:
-                raise SparseFileError(f"{path} holds a {described['class']} '{name}', which the model does not have")
+            layer, prefix = layers.get(name) or _raise_for_no_layer(path, name, described, model, missing)
             _check_same_sizes(path, name, layer, described)
-            if layer not in replacements:  # a shared layer is saved under all of its names
-                replacements[layer] = name, _build(path, name, layer, described, tensors)
-            wanted = {key: value for key, value in wanted.items() if not key.startswith(_prefix(name))}
-            wanted |= replacements[layer][1].state_dict(prefix=_prefix(name))
+            if layer not in built:  # a shared layer is saved under all of its names
+                built[layer] = _build(path, name, layer, described, tensors)
+            replaced = [prefix + weight for weight in saved_tensors(layer)]
+            replaced += [key for key in state if key.startswith(f"{prefix}parametrizations.")]
+            for key in replaced:
+                del wanted[names[key]]
+            wanted |= {f"{_prefix(name)}{weight}": tensor for weight, tensor in saved_tensors(built[layer]).items()}
+            own.update(replaced)
         _check_same_tensors(path, tensors, wanted)
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise SparseFileError(f"{path} describes its tensors wrongly ({error!r}); nothing was loaded") from error
-    prefixes = tuple(map(_prefix, description["modules"]))
-    rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefixes)}
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items() if key in rest}
+    _check_convertible(model, built)
+    _load(model, state, {key: tensors[names[key]] for key in state if key not in own}, built)
+    return model
+
+
+def _load(
+    model: nn.Module, state: Mapping[str, Any], rest: Mapping[str, Tensor], built: Mapping[nn.Module, PersistentLayer]
+) -> None:
+    """Copy tensors into the model and convert its layers, all of it or nothing.
+
+    Args:
+        model: as it was.
+        state: model.state_dict(keep_vars=True).
+        rest: what is to be loaded under keys of `state`; the others keep their values.
+        built: what each layer becomes.
+    """
+    before = {key: state[key].detach().clone() for key in rest}
+    undo = []
     try:
-        model.load_state_dict(rest, strict=False)
-        loaded = replace_modules(model, dict(replacements.values()))
+        result = model.load_state_dict({**state, **rest}, strict=False)
+        if getattr(result, "missing_keys", None) or getattr(result, "unexpected_keys", None):
+            _copy_by_identity(model, state, rest)
+        undo += [become(layer, new) for layer, new in built.items()]
     except Exception:
+        for restore in undo:
+            restore()
         with torch.no_grad():
-            for key, tensor in model.state_dict().items():
-                if key in before:
-                    tensor.copy_(before[key])
+            for key, tensor in before.items():
+                state[key].copy_(tensor)
         raise
-    for layer, (_, new) in replacements.items():
-        take_hooks(new, layer)
-    return loaded  # type: ignore[return-value]
+
+
+def _copy_by_identity(model: nn.Module, state: Mapping[str, Any], rest: Mapping[str, Tensor]) -> None:
+    """Load into a model whose state_dict hook renames, without a hook of load_state_dict that takes it back."""
+    held = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    if lost := [key for key in rest if id(state[key]) not in held]:
+        raise ValueError(
+            f"model.load_state_dict() must take what model.state_dict() gives, but not so {', '.join(lost)}: a "
+            "state_dict hook renames or replaces them; register a load_state_dict pre-hook that takes it back"
+        )
+    with torch.no_grad():
+        for key, tensor in rest.items():
+            state[key].copy_(tensor)
+
+
+def _name_in_file(prefix: str, layer: nn.Module, names: Mapping[str, str]) -> str:
+    """The name of a layer in a file, as its tensors have it in front of their own."""
+    weight = next(iter(saved_tensors(layer)))
+    return names[prefix + weight].removesuffix(weight).removesuffix(".")
+
+
+def _raise_for_no_layer(
+    path: object, name: str, described: dict[str, Any], model: nn.Module, missing: list[nn.Module]
+) -> NoReturn:
+    """Say what is there instead of a layer that the file holds."""
+    places = [module for place, module in model.named_modules(remove_duplicate=False) if clean_name(place) == name]
+    if any(module in missing for module in places):
+        raise ValueError(
+            f"model.state_dict() must hold the weights of '{name}' themselves, to be loaded: a state_dict hook "
+            "replaces or renames them; remove it to load"
+        )
+    if places:  # wrappers, and in them what is of another class
+        _check_same_sizes(path, name, places[-1], described)
+    raise SparseFileError(f"{path} holds a {described['class']} '{name}', which the model does not have")
+
+
+def _check_convertible(model: nn.Module, layers: Collection[nn.Module]) -> None:
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if layer not in layers:
+            continue
+        if name.rpartition(".")[2] == "_orig_mod" or layer._compiled_call_impl is not None:
+            raise ValueError(
+                f"model holds torch.compile(...) right around {name or 'the layer'}; load first, then compile"
+            )
+        if isinstance(layer, nn.RNNBase):
+            reason, way_out = why_not_converted(layer)
+            if reason:
+                raise ValueError(f"model has '{clean_name(name)}', {reason}; {way_out}. Nothing was loaded.")
 
 
 def _prefix(name: str) -> str:
@@ -183,7 +269,7 @@ def _read_weights(
     prefix: str, layer: Any, described: dict[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, BlockMatrix | Tensor]:
     """Return the weights of a layer, checked to be of its sizes before anything computes with them."""
-    dtype, device = _dtype(layer), next(iter(layer.state_dict().values())).device
+    dtype, device = _dtype(layer), next(iter(saved_tensors(layer).values())).device
     weights: dict[str, BlockMatrix | Tensor] = {}
     for name in weight_names(layer):
         shape, gates = weight_shape(layer, name), gate_count(layer, name)

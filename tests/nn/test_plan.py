@@ -198,3 +198,23 @@ def test_plain_calls_take_the_short_way(monkeypatch, cell):
     assert first[0].stride() == y[0].transpose(0, 1).stride()
     torch.testing.assert_close(ours.step(x[0], hx)[0], y[0][0], rtol=0, atol=4e-7)
     ours.step(x[0])
+
+
+def test_what_was_added_to_a_layer_is_not_looked_at(prepared):
+    layer: Any = make_pruned(nn.GRU)
+    layer.register_buffer("calls", torch.tensor(0))
+    ours: Any = convert(layer, "cpu")
+    ours.register_buffer("last", None)
+
+    def count(module, args, result):
+        module.calls = module.calls + 1
+        module.last = result[0]
+
+    ours.register_forward_hook(count)
+    x = torch.randn(4, 2, 5)
+    first = ours(x)[0]
+    assert torch.equal(ours(x)[0], first)
+    assert (ours.calls.item(), len(prepared)) == (2, 1)
+    del ours._buffers["bias_hh_l0"]
+    with pytest.raises(KeyError):
+        ours(x)

@@ -62,15 +62,21 @@ def test_new_parameter_of_one_is_not_the_others(dense_class, sparse_class):
 
 
 @pairs
-def test_hooks_and_additions_stay_behind(dense_class, sparse_class):
-    dense = dense_class(3, 5)
-    dense.register_forward_hook(lambda module, args, result: pytest.fail("hook came along"))
+def test_hooks_and_additions_come_along(dense_class, sparse_class):
+    dense, seen = dense_class(3, 5), []
+    handle = dense.register_forward_hook(lambda module, args, result: seen.append(module))
     dense.register_buffer("scale", torch.ones(1))
-    dense.note = "mine"
+    dense.gain = nn.Parameter(torch.ones(1))
+    dense.note = ["mine"]
     sparse = sparse_class.from_dense(dense)
+    assert (sparse.scale is dense.scale, sparse.gain is dense.gain, sparse.note is dense.note) == (True,) * 3
     sparse(torch.zeros(1, 1, 3))
-    assert not hasattr(sparse, "scale")
-    assert not hasattr(sparse, "note")
+    assert seen == [sparse]
+    handle.remove()
+    sparse(torch.zeros(1, 1, 3))
+    assert seen == [sparse, sparse]
+    dense(torch.zeros(1, 1, 3))
+    assert seen == [sparse, sparse]
 
 
 @pairs
@@ -127,10 +133,10 @@ def test_weights_that_are_no_parameters(dense_class, sparse_class):
         normed = nn.utils.weight_norm(dense_class(3, 5), "weight_hh_l0")
     with pytest.raises(ValueError, match=r"dense must hold the parameters weight_ih_l0, .*undo weight norm"):
         sparse_class.from_dense(normed)
-    extended = dense_class(3, 5)
-    extended.scale = nn.Parameter(torch.ones(1))
-    with pytest.raises(ValueError, match=r"got .*, scale; .* take away what was added"):
-        sparse_class.from_dense(extended)
+    overriding = dense_class(3, 5)
+    overriding.forward = lambda *args: None
+    with pytest.raises(TypeError, match=r"without members of its own, got .* own forward set on the layer itself"):
+        sparse_class.from_dense(overriding)
 
 
 @pairs

@@ -1,5 +1,6 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -188,7 +189,9 @@ def test_threads_of_another_type(wrong):
 
 
 def test_numbers_of_threads():
-    assert [check_num_threads(n) for n in (1, 7)] == [1, 7]
+    numbers: list[Any] = [1, 7, np.int64(3)]
+    assert [check_num_threads(n) for n in numbers] == [1, 7, 3]
+    assert type(check_num_threads(numbers[2])) is int
     for wrong in (0, -1):
         with pytest.raises(ValueError, match=f"num_threads must be at least 1, got {wrong}"):
             check_num_threads(wrong)

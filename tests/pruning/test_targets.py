@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.pruning import ConstantMask, OneShot, Pruner
 from triton_sparse_rnn.pruning.targets import match_weights
-from triton_sparse_rnn.pruning.weights import clean_name, name_matches
+from triton_sparse_rnn.pruning.weights import name_matches
 
 HALF, MOST = OneShot(sparsity=0.5, step=1), OneShot(sparsity=0.9, step=1)
 

@@ -16,6 +16,8 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_sparse_rnn.nn.calls import Call, CallLayout, cast, layout_of, read_call, read_step, result_dtype, run_layers
+from triton_sparse_rnn.nn.independent_copy import copy_with_replacements
+from triton_sparse_rnn.nn.instance_state import own_tensors, what_is_lost
 from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES, shown_name
 from triton_sparse_rnn.nn.plan import Plan, make_plan
 from triton_sparse_rnn.nn.weight_storage import (
@@ -27,7 +29,7 @@ from triton_sparse_rnn.nn.weight_storage import (
     warn_if_slow,
     weight_names,
 )
-from triton_sparse_rnn.notices import warn
+from triton_sparse_rnn.notices import in_layer, warn
 from triton_sparse_rnn.ops.dispatch import check_backend, choose_backend, unsupported_reason
 from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
 from triton_sparse_rnn.ops.operators import is_observed, traced_layer
@@ -75,14 +77,15 @@ class PersistentLayer(nn.Module):
         """
         super().__init__()
         self.mode = config.mode
-        self.input_size = config.input_size
-        self.hidden_size = config.hidden_size
-        self.num_layers = config.num_layers
-        self.bias = config.bias
-        self.batch_first = config.batch_first
+        # torch.nn takes numpy's numbers too, and keeps them
+        self.input_size = int(config.input_size)
+        self.hidden_size = int(config.hidden_size)
+        self.num_layers = int(config.num_layers)
+        self.bias = bool(config.bias)
+        self.batch_first = bool(config.batch_first)
         self.dropout = config.dropout
-        self.bidirectional = config.bidirectional
-        self.proj_size = config.proj_size
+        self.bidirectional = bool(config.bidirectional)
+        self.proj_size = int(config.proj_size)
         self.backend = check_backend(backend)
         self.activation_dtype = activation_dtype
         self.num_threads = check_num_threads(num_threads)
@@ -115,6 +118,10 @@ class PersistentLayer(nn.Module):
     ) -> Self:
         """Convert a layer; it stays as it is and shares nothing with the result.
 
+        What was added to it is taken over: hooks, and copies of parameters, buffers, modules and attributes. Put in the
+        layer's place, as in `model.rnn = PersistentGRU.from_dense(model.rnn)`, it costs no copy of the rest of the
+        model, as to_sparse(model) does.
+
         Args:
             dense: an instance of the dense class, on any device. What is zero in its weights is not stored, wherever
                 the zeros come from. A weight_ih that was not pruned stays an ordinary matrix, multiplied by torch on
@@ -133,12 +140,14 @@ class PersistentLayer(nn.Module):
             num_threads: how many threads share the recurrence on backend "cpu"; "reference" takes those of torch, and
                 "triton" has none. More than 1 pays for large H on cores that are free.
         Raises:
-            TypeError, ValueError: an argument is wrong, or a weight cannot be stored in weight_dtype.
+            TypeError, ValueError: an argument is wrong, a weight cannot be stored in weight_dtype, or what was added
+                to the layer cannot be copied or taken over, such as a `forward` that was set on the layer itself.
             BackendUnavailableError: `backend` is named and cannot run this layer.
         """
         if not isinstance(dense, cls.dense_class):
             wanted = shown_name(cls.dense_class)
             raise TypeError(f"{cls.__name__}.from_dense takes a layer of class {wanted}, got {type(dense).__name__}")
+        _check_nothing_is_lost(dense, cls)
         check_backend(backend)
         check_num_threads(num_threads)
         sizes = None if block_size is None else check_block_size(block_size)
@@ -153,13 +162,19 @@ class PersistentLayer(nn.Module):
             place = dense.mode, dtype, persistent.device
             wanted = "triton" if persistent.device.type == "cuda" else "cpu"
             warn_if_slow(wanted, unsupported_reason(wanted, *place, directions, activation_dtype))
+        copy_with_replacements(dense, {"": persistent})
         return persistent
 
     def to_dense(self) -> nn.RNNBase:
         """Return a layer of the dense class with these weights: bit for bit the original ones for an unchanged dtype.
 
-        The one exception is -0.0 in a block that is not stored: it comes back as 0.0.
+        The one exception is -0.0 in a block that is not stored: it comes back as 0.0. What was added to this layer is
+        taken over as `from_dense` does.
+
+        Raises:
+            TypeError, ValueError: what was added cannot be copied or taken over.
         """
+        _check_nothing_is_lost(self, self.dense_class)
         options: dict[str, Any] = {"proj_size": self.proj_size} if self.proj_size else {}
         if self.mode.startswith("RNN_"):
             options["nonlinearity"] = self.mode.removeprefix("RNN_").lower()
@@ -179,7 +194,8 @@ class PersistentLayer(nn.Module):
         with torch.no_grad():
             for name, weight in self.stored_weights().items():
                 getattr(dense, name).copy_(weight.to_dense() if isinstance(weight, BlockMatrix) else weight)
-        return dense.train(self.training)
+        copy_with_replacements(self, {"": dense.train(self.training)})
+        return dense
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         """Run over whole sequences; arguments, results and errors are those of the dense class.
@@ -267,11 +283,11 @@ class PersistentLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and cast as any module does, but leave blocks that are stored in a dtype of their own in it."""
-        dtype = self._marker.dtype
+        dtype, names = self._marker.dtype, own_tensors(self)
         own = {
             name: tensor
             for name, tensor in self._buffers.items()
-            if tensor is not None and (tensor.dtype != dtype or name.endswith("_scales"))
+            if name in names and tensor is not None and (tensor.dtype != dtype or name.endswith("_scales"))
         }
         super()._apply(fn, recurse)
         for name, tensor in own.items():
@@ -361,6 +377,13 @@ class PersistentLayer(nn.Module):
         if (plan := self._plan) is not None and plan.holds(self):
             runs += [f"kernels={text!r}" for text in plan.descriptions()]
         return ", ".join([str(self.input_size), str(self.hidden_size), *changed, *stored, *runs])
+
+
+def _check_nothing_is_lost(layer: nn.Module, new_class: type[nn.Module]) -> None:
+    lost, way_out = what_is_lost(layer, new_class)
+    if lost:
+        named = f"'{path}'" if (path := in_layer("")) else "the layer"
+        raise ValueError(f"{named} cannot be converted: it is {lost}; {way_out}")
 
 
 class PersistentRNN(PersistentLayer):

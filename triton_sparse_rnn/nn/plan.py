@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_sparse_rnn.nn.calls import CallLayout
+from triton_sparse_rnn.nn.instance_state import own_tensors
 from triton_sparse_rnn.ops.dispatch import PREPARE_LAYER, choose_backend
 from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
 from triton_sparse_rnn.ops.operators import is_observed
@@ -39,7 +40,7 @@ class Plan(NamedTuple):
         return (
             self.settings == (module.backend, module.activation_dtype, module.num_threads)
             and self.layout.dtype is buffers["_marker"].dtype  # type: ignore[union-attr]
-            and len(self.buffers) == len(buffers)
+            and len(self.buffers) <= len(buffers)  # what a user added comes behind
             and all(map(operator.is_, self.buffers, buffers.values()))
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
         )
@@ -96,10 +97,11 @@ def make_plan(module: PersistentLayer, layout: CallLayout, layers: list[list[Lay
     """
     check_not_capturing(layout.device)
     backend, activation_dtype, num_threads = settings = module.backend, module.activation_dtype, module.num_threads
-    buffers = list(module._buffers.values())
+    names = own_tensors(module)
+    buffers = [tensor for name, tensor in module._buffers.items() if name in names]
     tensors = [tensor for tensor in buffers if tensor is not None]
     addresses = [tensor.data_ptr() for tensor in tensors]
-    check_num_threads(num_threads)
+    num_threads = check_num_threads(num_threads)
     place, input_size = (layout.dtype, layout.device), layout.input_size
     for directions in layers:
         check_weights(directions, module.mode, input_size, *place, activation_dtype=activation_dtype)

@@ -10,6 +10,7 @@ from torch.nn import RNNBase
 
 from triton_sparse_rnn.nn.gate_gradient import GateGradientSparsity
 from triton_sparse_rnn.nn.gated_training import GateGradientLayer, check_gate_gradient
+from triton_sparse_rnn.nn.instance_state import overriding_attributes
 from triton_sparse_rnn.nn.replace import added_members, named_recurrent_layers
 from triton_sparse_rnn.nn.training import TRAINING_CLASSES
 from triton_sparse_rnn.notices import warn
@@ -62,8 +63,12 @@ def sparsify(
     for name, layer in taken.items():
         dense_class, training_class = _classes(layer)
         lost = [] if isinstance(layer, training_class) else added_members(layer, dense_class)
+        passed_by = gate_gradient is not None and "forward" in overriding_attributes(layer)
         if lost:
             left.append(f"'{name}' is a {type(layer).__name__}, which would lose {', '.join(lost)}")
+        elif passed_by and not isinstance(layer, training_class):  # what it calls is torch's forward
+            kind = type(layer).__name__
+            left.append(f"'{name}' is a {kind}, whose own forward, set on the layer itself, would pass it by")
         else:
             trained.append((layer, training_class))
     if not trained:
@@ -80,7 +85,7 @@ def sparsify(
         if gate_gradient is not None and isinstance(layer, GateGradientLayer):
             layer.gate_gradient = gate_gradient
     if left:
-        advice = "derive the class from SparseGRU and the like, or undo a parametrization first"
+        advice = "derive the class from SparseGRU and the like, or undo a parametrization or a forward of its own first"
         warn(f"sparsify left some layers as they are: {'; '.join(left)}; {advice}")
     return model
 

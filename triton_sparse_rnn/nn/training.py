@@ -13,6 +13,7 @@ import torch
 from torch.nn import GRU, LSTM, RNN, RNNBase  # bound here, so that a patched torch.nn.GRU may be a SparseGRU
 
 from triton_sparse_rnn.nn.gated_training import GateGradientLayer
+from triton_sparse_rnn.nn.instance_state import HOOKS, take_over, what_is_lost
 from triton_sparse_rnn.nn.persistent import PersistentGRU, PersistentLSTM, PersistentRNN
 from triton_sparse_rnn.nn.replace import added_members
 
@@ -74,13 +75,14 @@ class SparseGRU(GateGradientLayer, GRU):
         """Return a layer on the very same parameters as `dense`.
 
         Parameter objects are shared, not copied: an optimizer that holds them goes on training them, and a step taken
-        through one layer is seen by the other. Options and train/eval are taken over. Hooks, buffers and attributes
-        that were added to `dense` are not, nor a `gate_gradient`; `sparsify` keeps these too.
+        through one layer is seen by the other. Options and train/eval are taken over, and so are, shared too, hooks,
+        parameters, buffers, modules and attributes that were added to `dense`, but not a `gate_gradient`; `sparsify`
+        keeps that too.
 
         Raises:
-            TypeError: `dense` is not an nn.GRU, or its class (a parametrized one for instance) adds members that would
-                be lost.
-            ValueError: a weight of `dense` is no parameter (nn.utils.weight_norm), or it has further parameters.
+            TypeError: `dense` is not an nn.GRU, or its class (a parametrized one for instance) or the layer itself
+                (a `forward` set on it) adds members that would be lost.
+            ValueError: a weight of `dense` is no parameter (nn.utils.weight_norm).
         """
         _check_dense(cls, GRU, dense)
         return _share_parameters(cls(*_sizes(dense), **_options(dense)), dense)
@@ -156,6 +158,9 @@ def _check_dense(cls: type[RNNBase], dense_class: type[RNNBase], dense: object) 
             f"{type(dense).__name__}, which would lose {', '.join(lost)}; derive its class from {cls.__name__} or undo "
             "its parametrization first"
         )
+    kept, way_out = what_is_lost(dense, cls)
+    if kept:
+        raise TypeError(f"{cls.__name__}.from_dense: dense must be without members of its own, got {kept}; {way_out}")
 
 
 def _sizes(dense: RNNBase) -> tuple[int, int]:
@@ -170,14 +175,16 @@ def _options(dense: RNNBase) -> dict[str, Any]:
 
 def _share_parameters(layer: LayerT, dense: RNNBase) -> LayerT:
     """Put the parameters of `dense` in the place of those of `layer`, newly made, and take over what is left."""
-    parameters = dict(dense.named_parameters(remove_duplicate=False))
     expected = [name for name, _ in layer.named_parameters()]
-    if sorted(parameters) != sorted(expected):
+    if missing := [name for name in expected if dense._parameters.get(name) is None]:
         raise ValueError(
-            f"{type(layer).__name__}.from_dense: dense must hold the parameters {', '.join(expected)}, got "
-            f"{', '.join(parameters)}; undo weight norm and take away what was added first"
+            f"{type(layer).__name__}.from_dense: dense must hold the parameters {', '.join(expected)}, got none for "
+            f"{', '.join(missing)}; undo weight norm first"
         )
     for name in expected:
-        setattr(layer, name, parameters[name])
+        setattr(layer, name, dense._parameters[name])
+    take_over(layer, dense, lambda value: value)
+    for kind in HOOKS:
+        vars(layer)[kind] = getattr(layer, kind).copy()  # the hooks are the same, but each layer has its own
     layer.dropout = dense.dropout
     return layer.train(dense.training)

@@ -56,7 +56,7 @@ def recurrent_layer(
         BackendUnavailableError: `backend` is named and cannot run this layer.
     """
     directions = unpack_layer_weights(weights, mode, x.shape[-1], (hidden_size, states[0].shape[-1]))
-    check_num_threads(num_threads)
+    num_threads = check_num_threads(num_threads)
     check_call(x, list(states), directions, batch_sizes, mode, activation_dtype)
     chosen = choose_backend(backend, mode, x.dtype, x.device, directions, activation_dtype)
     options = {"dtype": x.dtype, "activation_dtype": activation_dtype, "num_threads": num_threads}

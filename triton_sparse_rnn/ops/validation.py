@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -31,12 +33,12 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int, batch_size: int) -> None:
 
 
 def check_num_threads(num_threads: int) -> int:
-    """Return num_threads, or raise TypeError or ValueError unless it is a positive integer."""
-    if isinstance(num_threads, bool) or not isinstance(num_threads, int):
+    """Return num_threads as a plain int, or raise TypeError or ValueError unless it is a positive integer."""
+    if isinstance(num_threads, bool) or not isinstance(num_threads, numbers.Integral):
         raise TypeError(f"num_threads must be an integer, got {num_threads!r}")
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}")
-    return num_threads
+    return int(num_threads)
 
 
 def check_not_capturing(device: torch.device) -> None:

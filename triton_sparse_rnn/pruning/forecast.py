@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.pruning.pruner import Pruner
 from triton_sparse_rnn.pruning.scores import block_weight_counts
 from triton_sparse_rnn.pruning.targets import Weight
-from triton_sparse_rnn.pruning.weights import clean_name
 from triton_sparse_rnn.tables import align
 
 _MOST_UPDATES = 100  # walked through on the way to the reference; more would not change the result by a point

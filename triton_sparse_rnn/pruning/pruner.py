@@ -58,8 +58,9 @@ class Pruner:
     ) -> None:
         """Find the weights; nothing is pruned before a step of the schedule.
 
-        Names are those of `model.named_parameters()`, without the prefixes that torch.compile and
-        DistributedDataParallel add. Globs are `fnmatch`'s; "*.weight_hh_l0" also matches a layer that is the model.
+        Names are those of `model.named_parameters()`, without what wrappers add: torch.compile,
+        DistributedDataParallel, checkpoint_wrapper, FullyShardedDataParallel, Lightning Fabric. Globs are `fnmatch`'s;
+        "*.weight_hh_l0" also matches a layer that is the model.
 
         Args:
             model: every nn.RNN, nn.GRU and nn.LSTM in it has its recurrent and input weights (not biases, not

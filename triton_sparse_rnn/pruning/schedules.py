@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.pruning.scores import block_scores, combine_gates
-from triton_sparse_rnn.pruning.weights import clean_name, gate_names, name_matches, recurrent_weights, split_gates
+from triton_sparse_rnn.pruning.weights import gate_names, name_matches, recurrent_weights, split_gates
 from triton_sparse_rnn.sparse.blocks import check_block_size
 
 _FEWEST_UPDATES = 20  # that a schedule made from the length of a training has, about

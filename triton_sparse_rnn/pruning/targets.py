@@ -8,13 +8,14 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
+from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.notices import warn
 from triton_sparse_rnn.pruning.schedules import Schedule
 from triton_sparse_rnn.pruning.weights import (
-    clean_name,
     find_parameter,
     gate_names,
     name_matches,
+    parameter_paths,
     recurrent_weights,
     split_gates,
 )
@@ -158,14 +159,17 @@ def _recurrent(model: nn.Module) -> Iterator[_Candidate]:
 
 def _included(model: nn.Module, include: tuple[str, ...]) -> list[_Candidate]:
     """The matrices, other than recurrent and input weights, that `include` names; they have one gate, ""."""
-    recurrent = {path for path, _, _ in recurrent_weights(model)}
-    matrices = [path for path, parameter in model.named_parameters(remove_duplicate=False) if parameter.dim() >= 2]
+    recurrent = {clean_name(path) for path, _, _ in recurrent_weights(model)}
+    matrices: dict[tuple[str, nn.Parameter], str] = {}  # Fabric has everything under two paths with one name
+    for path, parameter in parameter_paths(model):
+        if parameter.dim() >= 2:
+            matrices.setdefault((clean_name(path), parameter), path)
     chosen: dict[str, _Candidate] = {}
     for pattern in include:
-        matched = [path for path in matrices if name_matches(clean_name(path), pattern)]
+        matched = {name: path for (name, _), path in matrices.items() if name_matches(name, pattern)}
         if not matched:
             raise ValueError(f"include has {pattern!r}, which matches no parameter of two dimensions or more")
-        chosen.update({path: _Candidate(path, ("",), None) for path in matched if path not in recurrent})
+        chosen.update({path: _Candidate(path, ("",), None) for name, path in matched.items() if name not in recurrent})
     return list(chosen.values())
 
 
@@ -207,8 +211,8 @@ def _check_distinct(found: list[Weight]) -> None:
     for weight in found:
         if weight.name in by_name:
             raise ValueError(
-                f"{by_name[weight.name].path} and {weight.path} are both called {weight.name} once the prefixes that "
-                "torch.compile and DistributedDataParallel add are left out; rename a submodule"
+                f"{by_name[weight.name].path} and {weight.path} are both called {weight.name} once the names that "
+                "wrappers such as torch.compile and DistributedDataParallel add are left out; rename a submodule"
             )
         tied = by_id.get(id(weight.parameter))
         if tied is not None:

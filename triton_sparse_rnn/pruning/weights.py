@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.sparse.block_matrix import GATE_NAMES
-
-_WRAPPERS = ("_orig_mod", "module")  # the prefixes of torch.compile and of DistributedDataParallel
 
 
 def recurrent_weights(model: nn.Module) -> Iterator[tuple[str, nn.RNNBase, str]]:
@@ -26,6 +25,17 @@ def recurrent_weights(model: nn.Module) -> Iterator[tuple[str, nn.RNNBase, str]]
                 for suffix in ("", "_reverse")[: 2 if module.bidirectional else 1]:
                     for attribute in (f"weight_ih_l{layer}{suffix}", f"weight_hh_l{layer}{suffix}"):
                         yield f"{prefix}.{attribute}".lstrip("."), module, attribute
+
+
+def parameter_paths(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (path in the model, parameter) under all paths, where `recurrent_weights` and `find_parameter` find it.
+
+    model.named_parameters() of a checkpoint wrapper leaves the wrapper out.
+    """
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}.{attribute}".lstrip("."), parameter
 
 
 def find_parameter(model: nn.Module, path: str) -> nn.Parameter | None:
@@ -47,15 +57,6 @@ def gate_names(module: nn.RNNBase) -> str:
 def split_gates(weight: Tensor, gates: int) -> Tensor:
     """View a weight [G * H, ...] as [G, H, C], its trailing axes flattened."""
     return weight.flatten(1).unflatten(0, (gates, -1))
-
-
-def clean_name(path: str) -> str:
-    """Leave out of a parameter's path what torch.compile and DistributedDataParallel put in.
-
-    >>> clean_name("module._orig_mod.rnn.weight_hh_l0")
-    'rnn.weight_hh_l0'
-    """
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def name_matches(name: str, pattern: str) -> bool:

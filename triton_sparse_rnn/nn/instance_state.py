@@ -1,0 +1,207 @@
+"""What a layer holds that neither its class nor its constructor gave it, and how another layer takes it over.
+
+It is added by setattr, register_buffer and the like, and by hooks. What overrides a method on the instance cannot be
+taken over: it was written for the forward of the old class.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS, weight_names
+
+HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
+_NOT_TAKEN = {
+    "_compiled_call_impl",  # of module.compile(); torch's own copies leave it out too
+    "_gate_gradient",  # for training only
+}
+# What PersistentLayer.__init__ sets; its tensors are those of `own_tensors`.
+_PERSISTENT_ATTRIBUTES = {
+    *("mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"),
+    *("proj_size", "backend", "activation_dtype", "num_threads", "_plan"),
+}
+
+
+class Added(NamedTuple):
+    """What was added to a layer, by name."""
+
+    attributes: dict[str, Any]
+    parameters: dict[str, nn.Parameter | None]
+    buffers: dict[str, Any]
+    modules: dict[str, nn.Module | None]
+    hooks: dict[str, dict[int, Any]]
+
+    def holdings(self) -> dict[str, Any]:
+        """All of it under the names by which one finds it on the layer."""
+        hooks = {kind: held for kind, held in self.hooks.items() if held}
+        return self.attributes | self.parameters | self.buffers | self.modules | hooks
+
+
+def own_tensors(layer: nn.Module) -> set[str]:
+    """Return the names of the weights of a dense layer, or of all that a persistent one may hold them in."""
+    return _own_tensors(type(layer), layer)
+
+
+def stored_names(sizes: Any) -> set[str]:
+    """Return the names of all tensors that a persistent layer of these sizes may hold its weights in."""
+    weights = weight_names(sizes)
+    return {*weights, *(f"{weight}_{part}" for weight in weights for part in MATRIX_PARTS)}
+
+
+def added_state(layer: nn.Module) -> Added:
+    """Return what was added to a recurrent layer, dense or persistent; attributes that override a method too.
+
+    >>> layer = nn.GRU(2, 3)
+    >>> layer.label = "encoder"
+    >>> layer.register_buffer("scale", None)
+    >>> added = added_state(layer)
+    >>> added.attributes, added.buffers
+    ({'label': 'encoder'}, {'scale': None})
+    """
+    tensors, attributes = own_tensors(layer), _own_attributes(type(layer))
+    return Added(
+        {name: value for name, value in vars(layer).items() if name not in attributes | tensors},
+        {name: value for name, value in layer._parameters.items() if name not in tensors},
+        {name: value for name, value in layer._buffers.items() if name not in tensors},
+        {
+            name: value
+            for name, value in layer._modules.items()
+            if not (name == "parametrizations" and is_parametrized(layer))
+        },
+        {kind: getattr(layer, kind) for kind in HOOKS},
+    )
+
+
+def overriding_attributes(layer: nn.Module) -> list[str]:
+    """Return the attributes of a layer that stand before a method or attribute of its class, such as a `forward`.
+
+    A class that is neither torch's nor ours does not count: the one that it is converted to has its members too. Nor
+    does a method of the class that was only bound and set again, as tools do when they take their own away.
+
+    >>> layer = nn.GRU(2, 3)
+    >>> layer.forward = lambda input, hx=None: nn.GRU.forward(layer, 2 * input, hx)
+    >>> overriding_attributes(layer)
+    ['forward']
+    """
+    known = _known_class(type(layer))
+    return sorted(
+        name
+        for name, value in added_state(layer).attributes.items()
+        if hasattr(known, name) and not _is_own_method(layer, name, value)
+    )
+
+
+def colliding_names(layer: nn.Module, new_class: type[nn.Module]) -> list[str]:
+    """Return what was added to a layer under a name that the class it is converted to uses itself."""
+    known: Any = _known_class(new_class)
+    taken = _own_attributes(known) | _own_tensors(known, layer)
+    attributes, *others, _ = added_state(layer)
+    names = {name for name, value in attributes.items() if not _is_own_method(layer, name, value)}.union(*others)
+    return sorted(name for name in names if name in taken or hasattr(known, name))
+
+
+def what_is_lost(layer: nn.Module, new_class: type[nn.Module]) -> tuple[str, str]:
+    """Return what of its own a layer would lose if it were converted, and the way out; empty texts if nothing.
+
+    >>> what_is_lost(nn.GRU(2, 3), nn.GRU)
+    ('', '')
+    """
+    kind = type(layer).__name__
+    if lost := overriding_attributes(layer):
+        accelerate = "accelerate.hooks.remove_hook_from_module(model, recurse=True) takes accelerate's away"
+        names = ", ".join(lost)
+        way_out = accelerate if hasattr(layer, "_hf_hook") else f"take {names} away first, and set it again afterwards"
+        return f"a {kind}, which has its own {names} set on the layer itself and would lose it", way_out
+    if taken := colliding_names(layer, new_class):
+        names = ", ".join(taken)
+        return f"a {kind}, to which {names} was added, a name that {new_class.__name__} uses itself", "rename it"
+    return "", ""
+
+
+def take_over(new: nn.Module, old: nn.Module, copied: Callable[[Any], Any]) -> None:
+    """Give `new` what was added to `old`, hooks too.
+
+    Args:
+        new: of a class that needs none of the names; see `colliding_names`.
+        old: keeps all of it.
+        copied: what becomes of a value; of a dict of hooks it returns the one that `new` then holds.
+    """
+    added = added_state(old)
+    for name, value in added.attributes.items():
+        if not _is_own_method(old, name, value):
+            vars(new)[name] = copied(value)
+    for name, parameter in added.parameters.items():
+        new._parameters[name] = copied(parameter)
+    for name, buffer in added.buffers.items():
+        new._buffers[name] = copied(buffer)
+        if name in old._non_persistent_buffers_set:
+            new._non_persistent_buffers_set.add(name)
+    for name, module in added.modules.items():
+        new._modules[name] = copied(module)
+    for kind, hooks in added.hooks.items():
+        taken = copied(hooks)
+        for key, hook in getattr(new, kind).items():
+            taken.setdefault(key, hook)
+        vars(new)[kind] = taken
+    if old._is_full_backward_hook is not None:
+        new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def become(layer: nn.Module, new: nn.Module) -> Callable[[], None]:
+    """Make `layer` what `new` is, with what was added to it: whatever refers to it goes on doing so.
+
+    Args:
+        layer: a recurrent layer.
+        new: not to be used afterwards.
+    Returns:
+        What undoes it.
+    Raises:
+        TypeError: Python cannot change the class, as of one with __slots__.
+    """
+    old_class, old_state = type(layer), dict(vars(layer))
+
+    def undo() -> None:
+        layer.__class__ = old_class
+        vars(layer).clear()
+        vars(layer).update(old_state)
+
+    take_over(new, layer, lambda value: value)
+    layer.__class__ = type(new)
+    vars(layer).clear()
+    vars(layer).update(vars(new))
+    return undo
+
+
+def _is_own_method(layer: nn.Module, name: str, value: object) -> bool:
+    """Whether an attribute is a method of the layer's own class, bound to it."""
+    return (
+        isinstance(value, types.MethodType)
+        and value.__self__ is layer
+        and any(vars(cls).get(name) is value.__func__ for cls in type(layer).__mro__)
+    )
+
+
+def _own_tensors(cls: type, sizes: Any) -> set[str]:
+    return set(weight_names(sizes)) if issubclass(cls, nn.RNNBase) else stored_names(sizes) | {"_marker"}
+
+
+def _own_attributes(cls: type) -> set[str]:
+    """What a layer of the class, and of no class of a user's, holds."""
+    dense = next((base for base in (nn.RNN, nn.GRU, nn.LSTM) if issubclass(cls, base)), None)
+    return {*vars(nn.Module()), *_NOT_TAKEN} | (_PERSISTENT_ATTRIBUTES if dense is None else _dense_attributes(dense))
+
+
+@functools.cache
+def _dense_attributes(dense: Any) -> set[str]:
+    return set(vars(dense(1, 1, device="meta")))
+
+
+def _known_class(cls: type) -> type:
+    """The nearest of a class and its bases that is torch's or ours."""
+    return next(base for base in cls.__mro__ if base.__module__.partition(".")[0] in ("torch", "triton_sparse_rnn"))
