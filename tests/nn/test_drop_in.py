@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from processor import skip_where_torch_cannot_autocast
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
@@ -300,6 +301,7 @@ class TestCall:
 
     @cells
     def test_autocast(self, dense_class, sparse_class):
+        skip_where_torch_cannot_autocast(dense_class)
         dense, sparse = make_pair(dense_class, sparse_class)
         with torch.autocast("cpu", torch.bfloat16):
             theirs, ours = dense(random_input(dense)), sparse(random_input(sparse))

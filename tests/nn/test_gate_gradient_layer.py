@@ -13,7 +13,9 @@ from gated_cases import (
     I,
     T,
     cells,
+    error,
     make_pair,
+    rounding_of,
 )
 from torch import nn
 from torch.nn.utils import parametrize
@@ -37,7 +39,7 @@ class TestTools:
             results[-1].sin().sum().backward()
         assert torch.equal(results[1], results[0])
         gradients = [layer.parametrizations.weight_hh_l0.original.grad for layer in pair]
-        torch.testing.assert_close(gradients[1], gradients[0])
+        assert error(gradients[1:], gradients[:1])[0] <= rounding_of(pair[0], torch.float32)
         assert pair[1].gate_gradient_stats.steps == 1
         parametrize.remove_parametrizations(pair[1], "weight_hh_l0")
         assert pair[1].gate_gradient_stats.steps == 1
@@ -51,7 +53,8 @@ class TestTools:
                 nn.utils.weight_norm(layer, "weight_hh_l0")
             torch.manual_seed(3)
             layer(torch.randn(T, B, I))[0].sin().sum().backward()
-        torch.testing.assert_close(pair[1].weight_hh_l0_g.grad, pair[0].weight_hh_l0_g.grad)
+        gradients = [layer.weight_hh_l0_g.grad for layer in pair]
+        assert error(gradients[1:], gradients[:1])[0] <= rounding_of(pair[0], torch.float32)
 
     @cells
     def test_checkpoint(self, dense_class, sparse_class):

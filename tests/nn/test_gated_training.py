@@ -1,4 +1,4 @@
-"""A layer with a gate_gradient against torch.nn's: the same results to the bit and, with nothing zeroed, gradients."""
+"""A layer with a gate_gradient against torch.nn's: the same results and, with nothing zeroed, gradients."""
 
 import copy
 import inspect
@@ -16,12 +16,15 @@ from gated_cases import (
     assert_same,
     cells,
     error,
+    has_other_operands,
     layers,
     make_pair,
     random_state,
+    rounding_of,
     run,
     tensors_of,
 )
+from processor import skip_where_torch_cannot_autocast
 from torch.func import functional_call
 
 from triton_sparse_rnn import GateGradientSparsity
@@ -40,16 +43,16 @@ class TestAgainstTorch:
         exact_mask_differs = options.get("dropout") and dtype != torch.float64
         theirs, their_gradients = run(dense, form, dtype)
         ours, our_gradients = run(sparse, form, dtype)
-        assert_same(ours, theirs)
+        rounding = rounding_of(dense, dtype)
+        assert_same(ours, theirs, rounding if has_other_operands(dense, form) else 0)
         assert sparse.gate_gradient_stats.steps == 1
-        epsilon = torch.finfo(dtype).eps
         if exact_mask_differs:  # random numbers in float64 are others
             for one, other in zip(our_gradients, their_gradients, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
             return
         _, exact_gradients = run(exact, form, torch.float64)
         pairs = zip(error(our_gradients, exact_gradients), error(their_gradients, exact_gradients), strict=True)
-        assert all(our_error <= 2 * their_error + 4 * epsilon for our_error, their_error in pairs)
+        assert all(our_error <= 2 * their_error + rounding for our_error, their_error in pairs)
         for one, other in zip(our_gradients, their_gradients, strict=True):
             assert (one.dtype, one.shape) == (other.dtype, other.shape)
 
@@ -57,6 +60,7 @@ class TestAgainstTorch:
     @pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16], ids=str)
     @cells
     def test_autocast(self, dense_class, sparse_class, dtype, state_dtype):
+        skip_where_torch_cannot_autocast(dense_class)
         pair = make_pair(dense_class, sparse_class, {"num_layers": 2, "bidirectional": True, "dropout": 0.3})
         x, state = torch.randn(T, B, I, dtype=dtype), None
         if state_dtype is not None:
@@ -116,13 +120,12 @@ class TestAgainstTorch:
 
     @cells
     def test_only_a_state_is_used(self, dense_class, sparse_class):
-        gradients = []
-        for layer in make_pair(dense_class, sparse_class, {"num_layers": 2, "bidirectional": True}):
+        pair, gradients = make_pair(dense_class, sparse_class, {"num_layers": 2, "bidirectional": True}), []
+        for layer in pair:
             torch.manual_seed(1)
             tensors_of(layer(torch.randn(T, B, I))[1])[-1].sin().sum().backward()
             gradients.append([parameter.grad for parameter in layer.parameters()])
-        for ours, theirs in zip(*gradients, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        assert max(error(*gradients)) <= rounding_of(pair[0], torch.float32)
 
 
 class TestWhenItIsTorchs:

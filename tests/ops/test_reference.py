@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from rounding import rounding_of_sums
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -85,7 +86,8 @@ def test_a_dense_input_weight(mode, value):
     x, states = make_call(mode)
     states[0][0, 1, 2] = value  # infinity takes the products of weight_hh block by block, those of weight_ih as ever
     y = reference.recurrent_layer(x, states, [weights], None, mode)
-    assert_close(reference.recurrent_layer(x, states, [dense], None, mode), y, 1e-6)
+    tolerance = rounding_of_sums(5 * (7 + 6 + 2))  # over five steps, as "RNN_RELU" need not forget
+    assert_close(reference.recurrent_layer(x, states, [dense], None, mode), y, tolerance)
 
 
 def test_a_dense_input_weight_reads_every_input():

@@ -185,7 +185,7 @@ class GateGradientSparsity:
     def state_dict(self) -> dict[str, Any]:
         """Return thresholds, counts and the numbers behind the random ones: tensors and plain values, all copies.
 
-        Training that goes on from it with the same arguments is the same to the bit.
+        Training that goes on from it with the same arguments, on the same machine, is the same to the bit.
 
         >>> from triton_sparse_rnn import SparseGRU
         >>> layer = SparseGRU(4, 8, gate_gradient=GateGradientSparsity(target=0.5))

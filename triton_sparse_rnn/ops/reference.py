@@ -74,7 +74,8 @@ def recurrent_layer(
         y [N, D * (H or proj_size)], h_n and, for an LSTM, c_n, in the dtype of x.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    wide_x, wide_states = x.to(dtype), [state.to(dtype) for state in states]
+    # Products round in another order for other strides: contiguous, what is equal gives the same bits.
+    wide_x, wide_states = x.to(dtype).contiguous(), [state.to(dtype).contiguous() for state in states]
     run = functools.partial(
         _run_directions, wide_x, wide_states, directions, row_ranges(x, states[0], batch_sizes), mode
     )

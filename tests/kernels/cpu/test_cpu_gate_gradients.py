@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
+from rounding import assert_exact_product
 from torch import Tensor
 
 from triton_sparse_rnn.kernels.cpu import dense_products, gate_products, threads
@@ -148,9 +149,8 @@ def test_dense_products(rows, operators, monkeypatch):
         monkeypatch.setattr(dense_products, "_operators", lambda: None)
     for matrix in (torch.randn(28, 7), torch.randn(7, 28).t(), torch.randn(28, 9)[:, 1:8], torch.randn(28, 0)):
         inputs = torch.randn(rows, 30)[:, :28]
-        expected = inputs.double() @ matrix.double()
         for product in (multiply(inputs, matrix), prepare_product(matrix, rows, 300)(inputs)):
-            torch.testing.assert_close(product.double(), expected, rtol=0, atol=1e-5)
+            assert_exact_product(product, inputs, matrix)
 
 
 @pytest.mark.parametrize("name", ["_linear_pointwise", "_reorder_linear_weight"])
@@ -173,9 +173,9 @@ def test_products_are_the_same_by_every_way():
     gates[dropped] = 0
     matrix, inputs = torch.randn(12, 8)[:, :5], [torch.randn(23, 9)[:, 1:6], torch.randn(23, 70)]
     for products in (DenseProducts(gates, keeps_shape=True), RowProducts(gates, kept), SkippingProducts(gates)):
-        torch.testing.assert_close(products.times(matrix), gates @ matrix, rtol=0, atol=2e-6)
-        results = products.transposed_times(*inputs)
-        torch.testing.assert_close(results, [gates.t() @ each for each in inputs], rtol=0, atol=4e-6)
+        assert_exact_product(products.times(matrix), gates, matrix)
+        for product, each in zip(products.transposed_times(*inputs), inputs, strict=True):
+            assert_exact_product(product, gates.t(), each)
         assert products.transposed_times() == []
     none = RowProducts(torch.zeros(23, 12), torch.tensor([], dtype=torch.int64))
     assert torch.equal(none.times(matrix), torch.zeros(23, 5))
@@ -217,7 +217,7 @@ def test_large_products_are_shared(monkeypatch):
         assert products.threads_for(512) == helpers + 1
         product = products.times(matrix)
         assert len(submitted) == 2 * helpers  # for the panels and for the parts
-        torch.testing.assert_close(product, gates @ matrix, rtol=0, atol=1e-4)
+        assert_exact_product(product, gates, matrix)
         submitted.clear()
         SkippingProducts(gates, 2).transposed_times(inputs)
         assert len(submitted) == 2 * min(helpers, 1)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from emitted_code import on_loaded_vectors
 
+from triton_sparse_rnn.kernels.cpu import target
 from triton_sparse_rnn.kernels.cpu.gates import gru_cell, lstm_cell, relu, sigmoid, tanh
 
+ERROR = 2.5e-7 if "fma" in target.features() else 3.6e-7  # gates.py has why
 POINTS = torch.cat(
     [torch.linspace(-20, 20, 16 * 4096), torch.logspace(-40, 38, 16 * 256), -torch.logspace(-40, 38, 4096)]
 )
@@ -14,7 +16,7 @@ POINTS = torch.cat(
 @pytest.mark.parametrize(("function", "expected"), [(tanh, torch.tanh), (sigmoid, torch.sigmoid)])
 def test_nonlinear_functions_are_within_their_error(function, expected):
     result = on_loaded_vectors(function)(POINTS)
-    assert (result.double() - expected(POINTS.double())).abs().max() <= 2.5e-7
+    assert (result.double() - expected(POINTS.double())).abs().max() <= ERROR
     assert result.abs().max() <= 1
 
 
@@ -22,7 +24,7 @@ def test_nonlinear_functions_are_within_their_error(function, expected):
 def test_any_width(width):
     points = torch.linspace(-9, 9, 15 * 32)
     result = on_loaded_vectors(tanh, width)(points)
-    assert (result.double() - points.double().tanh()).abs().max() <= 2.5e-7
+    assert (result.double() - points.double().tanh()).abs().max() <= ERROR
 
 
 @pytest.mark.parametrize(("function", "low"), [(tanh, -1.0), (sigmoid, 0.0)])

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from cpu_layers import MODES, RAGGED, Layer
+from rounding import assert_same_sums
 
 from triton_sparse_rnn.ops import cpu
 
@@ -82,8 +83,8 @@ def test_weights_at_any_address(block_ih, H):
     ours = prepared(layer)(x, states, None)
     if block_ih:
         assert all(map(torch.equal, ours, expected))
-    else:
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    else:  # torch's product rounds in another order for other addresses
+        assert_same_sums(ours, expected, 21 + H + 2)
 
 
 def moved(weight):

@@ -40,6 +40,7 @@ def programs(tmp_path_factory):
                 "NUMBA_CPU_NAME": cpu,
                 "NUMBA_CPU_FEATURES": ",".join(f"+{feature}" for feature in features),
                 "NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             }
             running[path] = subprocess.Popen(
                 [sys.executable, "target_program.py", layers],
