@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from triton_sparse_rnn import PersistentGRU, SparseGRU, load_sparse, save_sparse, sparsify, to_dense, to_sparse
+from triton_sparse_rnn import (
+    OneShot,
+    PersistentGRU,
+    Pruner,
+    SparseGRU,
+    load_sparse,
+    save_sparse,
+    sparsify,
+    to_dense,
+    to_sparse,
+)
 from triton_sparse_rnn.nn.gate_gradient import GateGradientSparsity
 
 X = torch.linspace(-1, 1, 5 * 2 * 4).view(5, 2, 4)
@@ -304,3 +314,10 @@ def test_weights_that_are_converted_are_never_copied_dense(monkeypatch):
     model = make_model()
     to_sparse(model)
     assert [id(parameter) for parameter in copied] == [id(model.head.weight), id(model.head.bias)]
+
+
+def test_what_refuses_to_be_copied_says_why_itself():
+    model = make_model()
+    model.pruner = Pruner(model, OneShot(sparsity=0.5, step=1), block_size=(16, 1))  # refers to the model weakly, too
+    with pytest.raises(TypeError, match=r"model\.pruner holds a Pruner \(a Pruner cannot be copied or pickled"):
+        to_sparse(model)

@@ -283,7 +283,7 @@ def _read_weights(
         parts: dict[str, Any] = {part: tensors[f"{prefix}{name}_{part}"].to(device) for part in MATRIX_PARTS[:3]}
         if (scales := tensors.get(f"{prefix}{name}_scales")) is not None:
             parts["scales"] = scales.to(device)
-        weights[name] = blocks = BlockMatrix(**parts, shape=shape, gates=gates)
+        weights[name] = blocks = BlockMatrix(**parts, shape=(shape[0], shape[1]), gates=gates)
         blocks.check()
     return weights
 

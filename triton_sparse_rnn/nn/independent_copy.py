@@ -38,8 +38,11 @@ def copy_with_replacements(model: nn.Module, replacements: Mapping[str, nn.Modul
     """
     replaced = {model.get_submodule(name): new for name, new in replacements.items()}
     memo: dict[int, Any] = {id(old): new for old, new in replaced.items()}
-    _prepare(model, replaced, memo)
+    refusal = _prepare(model, replaced, memo)
     prepared = dict(memo)
+    if refusal is not None:
+        _raise_for_what_cannot_be_copied(model, replaced, prepared)  # says more, if it is that
+        raise refusal
     try:
         copied = copy.deepcopy(model, memo)
         for old, new in replaced.items():
@@ -50,11 +53,11 @@ def copy_with_replacements(model: nn.Module, replacements: Mapping[str, nn.Modul
     return copied
 
 
-def _prepare(model: nn.Module, replaced: Mapping[nn.Module, nn.Module], memo: dict[int, Any]) -> None:
-    """Fill `memo` with what deepcopy cannot or should not copy, and refuse functions that hold what changes."""
+def _prepare(model: nn.Module, replaced: Mapping[nn.Module, nn.Module], memo: dict[int, Any]) -> TypeError | None:
+    """Fill `memo` with what deepcopy cannot or should not copy; return an error if a function holds what changes."""
     names = {module: name for name, module in model.named_modules()}
     changing = {module for module in names if any(part in replaced for part in module.modules())}
-    inside, seen, sharing = {*map(id, names)}, {}, {}
+    inside, seen, sharing, refusals = {*map(id, names)}, {}, {}, []
     stop, alone = set(inside), model in replaced
     for place, value in _holdings(model, replaced):
         for held in copied_objects(value, stop, seen):
@@ -63,7 +66,7 @@ def _prepare(model: nn.Module, replaced: Mapping[nn.Module, nn.Module], memo: di
             elif isinstance(held, UNCOPIED):
                 for how, module in referred_modules(held):
                     if module in changing:
-                        _refuse(place, held, names[module], how)
+                        refusals.append(_refusal(place, held, names[module], how))
                     elif module in names and any(True for _ in module.state_dict()):
                         sharing[place] = names[module]
             elif alone and isinstance(held, nn.Module) and id(held) not in inside:
@@ -74,12 +77,15 @@ def _prepare(model: nn.Module, replaced: Mapping[nn.Module, nn.Module], memo: di
             for hook in hooks.values():
                 if not any(id(held) in inside for held in copied_objects(hook, stop, {})):
                     memo[id(hook)] = hook
+    if refusals:
+        return refusals[0]
     if sharing:
         held_there = ", ".join(f"{place} (model.{name})" for place, name in sharing.items())
         warn(
             f"functions are not copied, and these refer to modules of the original, whose later changes the copy will "
             f"follow: {held_there}; set them on the copy again"
         )
+    return None
 
 
 def _holdings(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> Iterator[tuple[str, Any]]:
@@ -106,11 +112,11 @@ def _copied_values(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     return copy.deepcopy(tensor, memo) if tensor.layout is torch.strided else tensor.clone()
 
 
-def _refuse(place: str, function: Any, name: str, how: str) -> None:
+def _refusal(place: str, function: Any, name: str, how: str) -> TypeError:
     which = f"model.{name}" if name else "the model itself"
     kind = f"{type(function).__name__} '{getattr(function, '__qualname__', '')}'".removesuffix(" ''")
     first = "Remove that hook" if place.rpartition(".")[2] in HOOKS else f"Take it away (del {place})"
-    raise TypeError(
+    return TypeError(
         f"model cannot be copied: {place} holds a {kind}, which refers to {which} {how}, and the copy would go on "
         f"running the original. {first} and set it on the copy again, or {_INSTEAD}"
     )
