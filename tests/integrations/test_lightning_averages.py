@@ -40,7 +40,7 @@ class Looks(Callback):
     def __init__(self, pruner):
         self.pruner, self.zeros = pruner, []
 
-    def on_validation_batch_start(self, trainer, pl_module, *batch):
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if not trainer.sanity_checking:
             self.zeros.append(masked(self.pruner, pl_module))
 

@@ -1,5 +1,7 @@
 """Small optimizers and averages that do what others' packages do to the weights, for the tests beside this file."""
 
+import math
+
 import torch
 from torch.optim import Optimizer
 
@@ -32,8 +34,9 @@ class Sam(Optimizer):
         assert closure is not None
         self.first_step()
         self.zero_grad()
-        torch.enable_grad()(closure)()
+        loss = torch.enable_grad()(closure)()
         self.second_step()
+        return loss
 
 
 class Lookahead(Optimizer):
@@ -95,7 +98,6 @@ class Several(Optimizer):
 
     def __init__(self, optimizers):
         self.optimizers = optimizers
-        self.state, self.defaults = {}, {}
 
     @property
     def param_groups(self):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -104,6 +106,7 @@ class Several(Optimizer):
     def step(self, closure=None):
         for each in self.optimizers:
             each.step()
+        return math.nan
 
 
 class Average:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_no_weight_comes_back_when_slow_weights_do(wrapper):
 def test_wrappers_in_wrappers_count_each_step_once():
     layer = gru(5, 7)
     inner = adam(layer)
-    outer = Plain(HookedLookahead(Lookahead(inner, k=2), k=5))
+    outer: Any = Plain(HookedLookahead(Lookahead(inner, k=2), k=5))
     pruner = Pruner(layer, DECAY, block_size=(2, 1))
     with pruner.attach(outer):
         train(layer, outer, 10, after=lambda: zeros_hold(pruner) or pytest.fail("a pruned weight is not zero"))
@@ -118,7 +119,7 @@ def test_a_step_by_hand_masks_what_the_optimizers_inside_remember():
 
 def test_a_step_that_was_replaced_in_the_object_is_followed():
     layer = gru(5, 7)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer: Any = torch.optim.SGD(layer.parameters(), lr=0.1)
 
     def own_step():
         with torch.no_grad():
@@ -153,7 +154,7 @@ def test_learning_rate_schedulers_wrap_it_and_are_wrapped(first, wrapper):
 
 def test_a_copied_wrapper_steps_its_own_weights_and_no_pruner():
     layer = gru(5, 7)
-    wrapper = Plain(adam(layer))
+    wrapper: Any = Plain(adam(layer))
     pruner = Pruner(layer, NOW)
     pruner.attach(wrapper)
     train(layer, wrapper, 1)
@@ -220,7 +221,8 @@ def test_objects_that_are_no_optimizers_are_refused():
     layer = gru(5, 7)
     pruner = Pruner(layer, NOW)
     scheduler = torch.optim.lr_scheduler.StepLR(adam(layer), 1)
-    for thing in (scheduler, layer, torch.optim.Adam):
+    things: Any = (scheduler, layer, torch.optim.Adam)
+    for thing in things:
         with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got "):
             pruner.attach(thing)
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from typing import Any
 
 import optimizer_stand_ins
 import pytest
@@ -167,7 +168,7 @@ def test_an_optimizer_made_anew_can_be_attached():
 
 def test_a_step_that_calls_no_hooks_is_noticed():
     layer = gru(5, 7)
-    _, optimizer = attached(layer, NOW)
+    optimizer: Any = attached(layer, NOW)[1]
 
     def own_step():
         with torch.no_grad():

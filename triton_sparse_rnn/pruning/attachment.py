@@ -45,9 +45,8 @@ class Attachment:
         self._nested = [weakref.ref(each) for each in nested]
         self._counting = weakref.ref(counting)
         # A compiled optimizer.step leaves the hooks out: they count, which would compile it anew at every step.
-        before, after, after_outer = map(
-            torch.compiler.disable, (self._before_step, self._after_step, self._after_outer)
-        )
+        disabled: Any = torch.compiler.disable
+        before, after, after_outer = map(disabled, (self._before_step, self._after_step, self._after_outer))
         self._removers = [hook_step(counting, before, after)]
         self._removers += [hook_step(each, before, after_outer) for each in outer]
         _attachments.add(self)
