@@ -294,3 +294,54 @@ def test_callbacks_made_anew_are_refused(tmp_path):
     trainer = make_trainer(tmp_path, pruner_callback(), restore_callback_states_from_checkpoint=True)
     with pytest.raises(ValueError, match="leave it False"):
         trainer.train()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_callbacks_of_one_trainer_are_refused(resume, tmp_path):
+    options: dict[str, Any] = {"save_strategy": "epoch"}
+    path = None
+    if resume:
+        make_trainer(tmp_path, pruner_callback(targets={"*hh*": None}), **options).train()
+        path = str(tmp_path / f"checkpoint-{STEPS}")
+    both = pruner_callback(targets={"*hh*": None}), pruner_callback(targets={"*ih*": None})
+    trainer = make_trainer(tmp_path, *both, **options)
+    with pytest.raises(
+        ValueError, match=r"a trainer takes one PrunerCallback, .* got two: give one callback .* targets="
+    ):
+        trainer.train(resume_from_checkpoint=path)
+    callback = pruner_callback(targets={"*hh*": OneShot(sparsity=0.5, step=3)})  # the way out
+    trainer = make_trainer(tmp_path / "other", callback, model=trainer.model, **options)
+    trainer.train()
+    assert callback.pruner.sparsities["rnn.weight_hh_l0"] == 0.5
+    assert masked(callback, trainer.model)
+
+
+def test_a_training_that_was_given_up_stands_in_nobodys_way(tmp_path):
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **others):
+            raise KeyboardInterrupt
+
+    first, second = pruner_callback(), pruner_callback()
+    model = make_model()
+    given_up = make_trainer(tmp_path, first, Fails(), model=model)
+    with pytest.raises(KeyboardInterrupt):
+        given_up.train()
+    make_trainer(tmp_path, second, model=model).train()
+    assert (first.pruner.step_count, second.pruner.step_count) == (1, 2 * STEPS)
+    assert masked(second, model)
+
+
+def test_an_average_that_is_put_into_the_model_is_found_out(tmp_path):
+    class OwnAverage(TrainerCallback):
+        def on_train_begin(self, args, state, control, *, model, **others):
+            self.kept = [parameter.detach().clone() for parameter in model.parameters()]
+
+        def on_train_end(self, args, state, control, *, model, **others):
+            for kept, parameter in zip(self.kept, model.parameters(), strict=True):
+                parameter.data.copy_(kept)
+
+    callback = pruner_callback()
+    trainer = make_trainer(tmp_path, OwnAverage(), callback)
+    with pytest.warns(UserWarning, match=r"were written to since the step of AcceleratedOptimizer"):
+        trainer.train()
+    assert masked(callback, trainer.model)

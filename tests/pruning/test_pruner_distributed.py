@@ -34,8 +34,32 @@ def train_on_rank(rank: int, folder: Path) -> None:
         assert all(not gradients[name][~mask].any() for name, mask in pruner.masks.items())
         optimizer.step()
     result = {"pruner": pruner.state_dict(), "model": layer.state_dict(), "sharded": refusal_of_a_sharded_weight()}
+    result["shared out"] = masks_of_a_shared_out_optimizer()
     torch.save(result, folder / f"rank{rank}.pt")
     distributed.destroy_process_group()
+
+
+def masks_of_a_shared_out_optimizer() -> dict[str, torch.Tensor]:
+    """ZeroRedundancyOptimizer steps a part of the weights on each rank, by an optimizer inside, and sends it to all."""
+    from torch.distributed.optim import (
+        ZeroRedundancyOptimizer,
+    )  # here, since torch warns of itself while it is imported
+
+    layer = gru(5, 7)
+    model = nn.parallel.DistributedDataParallel(layer)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.02)
+    pruner = Pruner(model, SCHEDULE, block_size=(2, 1))
+    pruner.attach(optimizer)
+    for step in range(7):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 5))[0].square().mean().backward()
+        optimizer.step()
+        assert pruner.step_count == step + 1
+        for name, mask in pruner.masks.items():
+            parameter = layer.get_parameter(name)
+            state = [one for one in optimizer.optim.state[parameter].values() if one.shape == mask.shape]
+            assert not any(tensor[~mask].any() for tensor in (parameter, *state))
+    return {**pruner.masks, **layer.state_dict(prefix="model ")}
 
 
 def refusal_of_a_sharded_weight() -> str:
@@ -62,6 +86,9 @@ def test_ranks_find_the_same_masks(tmp_path):
         assert torch.equal(saved["mask"], second["pruner"]["weights"][name]["mask"])
         assert (first["model"][name] == 0).float().mean() == pytest.approx(0.7, abs=0.05)
     assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+    assert first["shared out"].keys() == second["shared out"].keys()
+    assert all(torch.equal(one, second["shared out"][name]) for name, one in first["shared out"].items())
+    assert (~first["shared out"]["weight_hh_l0"]).float().mean() == pytest.approx(0.7, abs=0.05)
     assert "weight_hh_l0 must be a plain nn.Parameter, got a DTensor" in first["sharded"]
     plain = gru(5, 7)
     Pruner(plain, SCHEDULE, block_size=(2, 1)).load_state_dict(first["pruner"])  # a model without the wrapper

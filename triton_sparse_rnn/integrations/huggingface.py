@@ -34,6 +34,9 @@ class PrunerCallback(PrunedTraining, TrainerCallback, ExportableState):
     `state.best_metric` is forgotten at every step. So load_best_model_at_end takes the best of the wanted sparsity, and
     EarlyStoppingCallback waits.
 
+    A Trainer takes one of them; weights with schedules of their own are `targets`. It masks no averages of weights, for
+    the Trainer makes none: a callback that does calls `pruner.apply_masks(average)`.
+
     Arguments are those of `PrunedTraining`: a schedule, or final_sparsity, and the keywords of `Pruner`.
 
     >>> PrunerCallback(final_sparsity=0.9, block_size=(16, 1)).pruner is None  # until train()
@@ -61,7 +64,7 @@ class PrunerCallback(PrunedTraining, TrainerCallback, ExportableState):
         held: Any = state.stateful_callbacks
         saved = held.get(name) if state.global_step else None  # at step 0 it is this object's own state
         progress = None if saved is None or not saved["progress"] else _from_json(saved["progress"])
-        self._start(model, [_unwrapped(optimizer)], state.max_steps - state.global_step, progress)
+        self._start(state, model, [optimizer], state.max_steps - state.global_step, progress)
         held.setdefault(name, self.state())  # the checkpoint may have been saved without this callback
         self._best_is_pruned = self.pruner is not None and self.pruner.finished
 
@@ -90,13 +93,6 @@ class PrunerCallback(PrunedTraining, TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into trainer_state.json."""
         return {"args": {}, "attributes": {}, "progress": _to_json(self._progress())}
-
-
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that steps, inside the wrappers of accelerate, which call no hooks of their own."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
 
 
 def _to_json(value: Any) -> Any:

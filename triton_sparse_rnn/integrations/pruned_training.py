@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import nn
 from torch.optim import Optimizer
 
-from triton_sparse_rnn.pruning.pruner import Attachment, Pruner
+from triton_sparse_rnn.pruning.attachment import Attachment
+from triton_sparse_rnn.pruning.optimizers import parameter_ids
+from triton_sparse_rnn.pruning.pruner import Pruner
 from triton_sparse_rnn.pruning.schedules import PolynomialDecay, Schedule
 from triton_sparse_rnn.pruning.targets import Target
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+_attached: weakref.WeakSet[PrunedTraining] = weakref.WeakSet()
 
 
 class PrunerOptions(TypedDict, total=False):
@@ -38,6 +44,7 @@ class PrunedTraining:
 
     pruner: Pruner | None = None
     _attachment: Attachment | None = None
+    _training: weakref.ref[Any] | None = None
     _total_steps: int | None = None  # that an automatic schedule was made for
     _ends_late = False
 
@@ -77,6 +84,7 @@ class PrunedTraining:
 
     def _start(
         self,
+        training: object,
         model: nn.Module,
         optimizers: Sequence[Optimizer],
         steps_left: float,
@@ -85,23 +93,34 @@ class PrunedTraining:
         """Attach a pruner: the one of `saved`, else the one of the last training of this model, else a new one.
 
         Args:
+            training: what stands for it, the same object for all callbacks of one training.
             model: on its device, with the weights that training starts from.
             optimizers: of the training; one of them must hold all weights that are pruned.
             steps_left: that the trainer will take, infinity if it does not know.
             saved: what `_progress` returned.
         """
         self._detach()  # from a training that failed
+        self._check_alone(training)
         pruner = self.pruner if saved is None else None
         if pruner is None or not pruner.step_count or not all(weight.in_model(model) for weight in pruner.weights):
             schedule = self._make_schedule(steps_left, saved)
             pruner = Pruner(model, schedule, **self._options)
             if saved is not None:
                 pruner.load_state_dict(saved["pruner"])
+        self._leave_abandoned(pruner)
         self._attachment = pruner.attach(_optimizer_of(pruner, optimizers))
+        self._training = weakref.ref(training)
+        _attached.add(self)
         self.pruner = pruner
-        last_step, last_planned = _last_step(pruner), pruner.step_count + steps_left
-        self._ends_late = last_step > last_planned
-        if self._ends_late:
+        self._ends_late = False
+        self._check_end(pruner.step_count + steps_left)
+
+    def _check_end(self, last_planned: float) -> None:
+        """Warn, once, if training ends before pruning."""
+        assert self.pruner is not None
+        last_step = _last_step(self.pruner)
+        if last_step > last_planned and not self._ends_late:
+            self._ends_late = True
             warnings.warn(
                 f"pruning is planned until step {last_step}, but training ends at step {int(last_planned)}: weights "
                 "will be less sparse than wanted. Train longer, or choose a shorter schedule",
@@ -112,6 +131,7 @@ class PrunedTraining:
         """Take the pruner off the optimizer, at the regular end of training."""
         if self._attachment is None or self.pruner is None:
             return
+        self.pruner._look(wait=True)  # what other callbacks wrote at last
         self._detach()
         if not self.pruner.finished and not self._ends_late:
             warnings.warn(
@@ -124,6 +144,22 @@ class PrunedTraining:
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
+            _attached.discard(self)
+
+    def _check_alone(self, training: object) -> None:
+        for other in _attached:
+            if other is not self and other._training is not None and other._training() is training:
+                raise ValueError(
+                    f"a trainer takes one {type(self).__name__}, since its state is kept by the name of the class, got "
+                    "two: give one callback the schedules of all weights by targets={'GLOB': schedule}"
+                )
+
+    def _leave_abandoned(self, pruner: Pruner) -> None:
+        """Take callbacks of trainings that were given up, which nobody told of it, off the weights of this one."""
+        weights = {id(weight.parameter) for weight in pruner.weights}
+        for other in list(_attached):
+            if other.pruner is not None and any(id(weight.parameter) in weights for weight in other.pruner.weights):
+                other._detach()
 
     def _progress(self) -> dict[str, Any]:
         """What a checkpoint must hold; nothing before training."""
@@ -139,8 +175,9 @@ class PrunedTraining:
         if total_steps is None:
             if not math.isfinite(steps_left):
                 raise ValueError(
-                    "the trainer does not know how many steps it will take, so that no schedule can be chosen: limit "
-                    "its steps, or give schedule=PolynomialDecay(...)"
+                    "the trainer does not know how many steps the optimizer of the pruned weights will take, so that "
+                    "no schedule can be chosen: limit its epochs (or max_steps, which several optimizers share), or "
+                    "give schedule=PolynomialDecay(...)"
                 )
             if steps_left < 1:
                 raise ValueError(
@@ -165,7 +202,7 @@ def _last_step(pruner: Pruner) -> int:
 def _optimizer_of(pruner: Pruner, optimizers: Sequence[Optimizer]) -> Optimizer:
     """The optimizer of all weights; with a single one, `Pruner.attach` says what it lacks."""
     held = {
-        index: [weight.name for weight in pruner.weights if id(weight.parameter) in _parameter_ids(optimizer)]
+        index: [weight.name for weight in pruner.weights if id(weight.parameter) in parameter_ids(optimizer)]
         for index, optimizer in enumerate(optimizers)
     }
     held = {index: names for index, names in held.items() if names}
@@ -176,7 +213,3 @@ def _optimizer_of(pruner: Pruner, optimizers: Sequence[Optimizer]) -> Optimizer:
             "Leave out those of all but one by targets={'GLOB': None}"
         )
     return optimizers[next(iter(held), 0)]
-
-
-def _parameter_ids(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

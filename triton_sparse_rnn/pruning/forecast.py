@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.pruning.pruner import Pruner
 from triton_sparse_rnn.pruning.scores import block_weight_counts
-from triton_sparse_rnn.pruning.targets import Weight
+from triton_sparse_rnn.pruning.targets import Weight, find_weights
 from triton_sparse_rnn.tables import align
 
 _MOST_UPDATES = 100  # walked through on the way to the reference; more would not change the result by a point
@@ -176,18 +175,9 @@ def _walk(start: Tensor, end: Tensor, steps: list[int]) -> Iterator[tuple[int, T
 
 
 def _weights_by_name(where: str, source: nn.Module | Mapping[str, Tensor], pruner: Pruner) -> dict[str, Tensor]:
-    if not isinstance(source, (nn.Module, Mapping)):
-        raise TypeError(f"{where} must be an nn.Module or a state_dict, got {type(source).__name__}")
-    tensors = dict(source.named_parameters(remove_duplicate=False)) if isinstance(source, nn.Module) else source
-    by_name = {clean_name(path): tensor for path, tensor in tensors.items()}
-    for weight in pruner.weights:
-        if weight.name not in by_name:
-            raise ValueError(f"{where} lacks {weight.name}, which the pruner prunes")
-        if by_name[weight.name].shape != weight.parameter.shape:
-            shape = tuple(by_name[weight.name].shape)
-            raise ValueError(f"{where} has {weight.name} of shape {shape}, expected {tuple(weight.parameter.shape)}")
+    found = find_weights(where, source, pruner.weights)
     return {
-        weight.name: by_name[weight.name].to(
+        weight.name: found[weight.name].to(
             weight.parameter.device, torch.promote_types(weight.parameter.dtype, torch.float32)
         )
         for weight in pruner.weights

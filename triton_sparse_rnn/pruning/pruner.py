@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, SupportsIndex
 
@@ -10,11 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from triton_sparse_rnn.pruning.masks import kept_bits, prune_to_sparsity, prune_to_threshold, zero_pruned
+from triton_sparse_rnn.notices import warn
+from triton_sparse_rnn.pruning.attachment import Attachment, GradientHook
+from triton_sparse_rnn.pruning.masks import prune_to_sparsity, prune_to_threshold
+from triton_sparse_rnn.pruning.optimizers import is_optimizer, optimizers_in, parameter_ids, states_of
 from triton_sparse_rnn.pruning.schedules import ConstantMask, Schedule
-from triton_sparse_rnn.pruning.scores import block_scores, block_weight_counts, check_score, combine_gates
+from triton_sparse_rnn.pruning.scores import block_scores, check_score, combine_gates
 from triton_sparse_rnn.pruning.state import pack_state, unpack_state
-from triton_sparse_rnn.pruning.targets import Target, Weight, match_weights, warn_of_emptied_gates
+from triton_sparse_rnn.pruning.targets import Target, Weight, find_weights, match_weights, warn_of_emptied_gates
+from triton_sparse_rnn.pruning.weight_masks import WeightMasks
 from triton_sparse_rnn.sparse.blocks import check_block_size
 
 
@@ -97,9 +100,9 @@ class Pruner:
         self._started = False
         self._attachment: Attachment | None = None
         self._gradient_hooks: list[Any] = []
-        self._block_masks = {weight.name: self.full_block_mask(weight) for weight in self._weights}
-        self._pruned_counts = dict.fromkeys(self._block_masks, 0)
-        self._bits: dict[str, Tensor] = {}  # what `zero_pruned` takes, for each weight of which something is pruned
+        full = {weight.name: self.full_block_mask(weight) for weight in self._weights}
+        self._masks = WeightMasks(self._weights, self.block_size, full)
+        self._told_of_writes = False
         self._hook_gradients()
 
     @property
@@ -121,26 +124,27 @@ class Pruner:
     @property
     def masks(self) -> dict[str, Tensor]:
         """By name, a copy of each mask: bool of the weight's shape and device, True = kept."""
-        return {
-            weight.name: self._bits[weight.name].ne(0)
-            if weight.name in self._bits
-            else torch.ones_like(weight.parameter, dtype=torch.bool)
-            for weight in self._weights
-        }
+        return {weight.name: self._masks.spread(weight) for weight in self._weights}
 
     @property
     def sparsities(self) -> dict[str, float]:
         """By name, the fraction of each weight that is pruned."""
-        return {weight.name: self._pruned_counts[weight.name] / weight.parameter.numel() for weight in self._weights}
+        counts = self._masks.pruned_counts
+        return {weight.name: counts[weight.name] / weight.parameter.numel() for weight in self._weights}
 
     @property
     def sparsity(self) -> float:
         """The fraction of all matched weights that is pruned."""
         total = sum(weight.parameter.numel() for weight in self._weights)
-        return sum(self._pruned_counts.values()) / total
+        return sum(self._masks.pruned_counts.values()) / total
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Step by itself after every `optimizer.step()`, those that a `GradScaler` skips left out.
+
+        Args:
+            optimizer: of optimizers in each other (Lookahead, SAM, what accelerate, Fabric and others prepare) the
+                outermost. The one inside that writes the weights counts the steps, whoever calls it; what those around
+                it write when it is done, such as Lookahead's slow weights, is masked too.
 
         Returns:
             A handle; `handle.remove()`, or leaving it as a context manager, ends the pruner's work: masks are kept,
@@ -148,13 +152,17 @@ class Pruner:
 
         Raises:
             RuntimeError: it is attached already.
-            ValueError: the optimizer lacks a parameter that is to be pruned.
+            ValueError: the optimizer lacks a parameter that is to be pruned, or another attached pruner prunes it.
+
+        Warns:
+            UserWarning: later, once: the weights are trained but this optimizer makes no step, or pruned weights were
+                written to by somebody else.
         """
         if self._attachment is not None:
             raise RuntimeError("the pruner is attached already: call remove() of the handle that attach() returned")
         self._check_optimizer(optimizer)
-        self._hook_gradients()
         self._attachment = Attachment(self, optimizer)
+        self._hook_gradients()
         return self._attachment
 
     def step(self, optimizer: Optimizer) -> None:
@@ -164,21 +172,46 @@ class Pruner:
         `GradScaler` skipped is known only to an attached pruner.
 
         Raises:
-            RuntimeError: the pruner is attached, or the model no longer has a parameter that is pruned.
+            RuntimeError: the pruner is attached, or the model no longer has a parameter that is pruned, or a
+                ConstantMask could not read the zeros before the optimizer wrote.
             ValueError: the optimizer lacks a parameter that is pruned.
         """
         if self._attachment is not None:
             raise RuntimeError("the pruner is attached, so optimizer.step() calls it: do not call pruner.step() too")
         self._check_optimizer(optimizer)
+        if not self._started and (constant := self._constant_weights()):
+            raise RuntimeError(
+                f"ConstantMask did not see the zeros of {', '.join(weight.name for weight in constant)} before "
+                "optimizer.step() wrote them: no backward() came first, as when .grad is set by hand. Load the weights "
+                "again, and call pruner.attach(optimizer) before the first step in place of pruner.step()"
+            )
         self._hook_gradients()
-        self._advance(optimizer)
+        self._advance(states_of(optimizers_in(optimizer)))
+
+    def apply_masks(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        """Set what is pruned to zero in another model, in place: in an average of the weights, or a copy of the model.
+
+        An average remembers weights from before they were pruned. Call this after each `update_parameters` of
+        `torch.optim.swa_utils.AveragedModel`, or once at the end.
+
+        Args:
+            model: an nn.Module or a state_dict, with the weights under the names of `weights`; what comes before them
+                in a wrapper, as "module." in an AveragedModel, is left out.
+
+        Raises:
+            TypeError, ValueError: a weight is missing or of another shape. Nothing is changed then.
+        """
+        found = find_weights("model", model, self._weights)
+        for weight in self._weights:
+            self._masks.apply(weight, found[weight.name])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on as if never stopped: plain values and tensors, one bit for each block.
 
         `torch.load(weights_only=True)` reads it. Save the model's and the optimizer's state with it.
         """
-        return pack_state(self._step_count, self._settings(), self._weights, self._block_masks)
+        self._look(wait=True)
+        return pack_state(self._step_count, self._settings(), self._weights, self._masks.blocks)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over masks and step count, and apply the masks to the weights.
@@ -188,12 +221,11 @@ class Pruner:
         Raises:
             TypeError, ValueError: it is no state of a pruner, or of one with other weights, schedules or settings.
         """
-        step_count, block_masks = unpack_state(state_dict, self._settings(), self._weights, self._block_masks)
+        step_count, block_masks = unpack_state(state_dict, self._settings(), self._weights, self._masks.blocks)
         self._step_count, self._started = step_count, step_count > 0
-        self._bits.clear()
         for weight in self._weights:
-            self._set_block_mask(weight, block_masks[weight.name])
-            self._apply(weight, weight.parameter)
+            self._masks.set(weight, block_masks[weight.name])
+            self._masks.apply(weight, weight.parameter)
 
     def full_block_mask(self, weight: Weight) -> Tensor:
         """Return the block mask of a weight before anything is pruned: all True, see `update_block_mask`."""
@@ -235,9 +267,9 @@ class Pruner:
                     )
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
-        if not isinstance(optimizer, Optimizer):
+        if not is_optimizer(optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        held = parameter_ids(optimizer)
         missing = [weight.name for weight in self._weights if id(weight.parameter) not in held]
         if missing:
             raise ValueError(
@@ -249,7 +281,7 @@ class Pruner:
         """Mask gradients as they come, unless that is so already."""
         if not self._gradient_hooks:
             self._gradient_hooks = [
-                weight.parameter.register_post_accumulate_grad_hook(_GradientHook(self, weight))
+                weight.parameter.register_post_accumulate_grad_hook(GradientHook(self, weight))
                 for weight in self._weights
             ]
 
@@ -257,21 +289,60 @@ class Pruner:
         self._attachment = None
         while self._gradient_hooks:
             self._gradient_hooks.pop().remove()
+        for weight in self._weights:
+            self._masks.samples.forget(weight)  # nobody masks it any more
 
     def _start(self) -> None:
         """Do the update of step 0, once, when the first gradient or else the first step arrives."""
         if self._started:
             return
         self._update_masks(0)
-        constant = [weight for weight in self._weights if any(isinstance(s, ConstantMask) for s in weight.schedules)]
-        if constant and all(weight.name not in self._bits for weight in constant):
-            raise ValueError(
-                f"ConstantMask found no {self.block_size} block of zeros in {', '.join(w.name for w in constant)}: "
-                "load the pruned checkpoint before training, and give the block_size it was pruned with"
+        constant = self._constant_weights()
+        dense = [weight.name for weight in constant if self._is_kept_whole(weight)]
+        if dense:
+            found = f"ConstantMask found no {self.block_size} block of zeros in {', '.join(dense)}: "
+            if len(dense) == len(constant):
+                raise ValueError(
+                    f"{found}load the pruned checkpoint before training, and give the block_size it was pruned with"
+                )
+            warn(
+                f"{found}it stays dense. targets={{{dense[0]!r}: None}} says that this is meant; else load the pruned "
+                "checkpoint before training, and give the block_size it was pruned with"
             )
         self._started = True
 
-    def _advance(self, optimizer: Optimizer) -> None:
+    def _constant_weights(self) -> list[Weight]:
+        return [weight for weight in self._weights if any(isinstance(one, ConstantMask) for one in weight.schedules)]
+
+    def _is_kept_whole(self, weight: Weight) -> bool:
+        """Whether ConstantMask prunes nothing in the gates that it was given for."""
+        mask = self._masks.blocks[weight.name]
+        gates = [gate for gate, one in enumerate(weight.schedules[: len(mask)]) if isinstance(one, ConstantMask)]
+        return bool(mask[gates].all())
+
+    def _before_step(self) -> None:
+        self._start()
+        self._look()
+
+    def _look(self, *, wait: bool = False) -> None:
+        """Mask again what somebody else wrote to since it was masked, and say so once."""
+        if names := self._masks.samples.written(self._weights, wait=wait):
+            self._masks.apply_everywhere(())
+            self._tell_of_writes(names)
+
+    def _tell_of_writes(self, names: list[str]) -> None:
+        if self._told_of_writes:
+            return
+        self._told_of_writes = True
+        after = "pruner.step()" if self._attachment is None else f"the step of {self._attachment.name}"
+        warn(
+            f"pruned weights of {', '.join(names)} were written to since {after} set them to zero, and are set to zero "
+            "again: by a wrapper around the optimizer, such as Lookahead, by averaged weights that were copied into "
+            "the model, or by load_state_dict(). Attach the outermost optimizer, pruner.attach(lookahead), call "
+            "pruner.apply_masks(average) before an average is copied, and pruner.load_state_dict() with a checkpoint"
+        )
+
+    def _advance(self, states: Iterable[Mapping[Any, Any]]) -> None:
         replaced = [weight.name for weight in self._weights if not weight.in_model(self._model)]
         if replaced:
             raise RuntimeError(
@@ -281,40 +352,14 @@ class Pruner:
         self._start()
         self._step_count += 1
         self._update_masks(self._step_count)
-        for weight in self._weights:
-            parameter = weight.parameter
-            for tensor in (parameter, parameter.grad, *optimizer.state.get(parameter, {}).values()):
-                if isinstance(tensor, Tensor) and tensor.shape == parameter.shape and tensor.is_floating_point():
-                    self._apply(weight, tensor)
+        self._masks.apply_everywhere(states)
 
     def _update_masks(self, step: int) -> None:
         for weight in self._weights:
             if any(schedule is not None and schedule.updates_at(step) for schedule in weight.schedules):
-                parameter, block_mask = weight.parameter.detach(), self._block_masks[weight.name]
+                parameter, block_mask = weight.parameter.detach(), self._masks.blocks[weight.name]
                 updated = self.update_block_mask(weight, parameter, block_mask.to(parameter.device), step)
-                self._set_block_mask(weight, updated)
-
-    def _set_block_mask(self, weight: Weight, block_mask: Tensor) -> None:
-        parameter = weight.parameter
-        self._block_masks[weight.name] = block_mask = block_mask.to(parameter.device)
-        every_gate = block_mask.expand(weight.gates, -1, -1)
-        counts = block_weight_counts(weight.matrix_shape, self.block_size, parameter.device)
-        self._pruned_counts[weight.name] = int((counts * ~every_gate).sum())
-        if self._pruned_counts[weight.name]:
-            self._bits[weight.name] = kept_bits(every_gate, self.block_size, parameter.shape, parameter.dtype)
-
-    def _apply(self, weight: Weight, tensor: Tensor) -> None:
-        if tensor.layout != torch.strided:
-            raise TypeError(
-                f"{weight.name} must have dense gradients and optimizer state, got {tensor.layout}: "
-                "give its nn.Embedding sparse=False, or leave it out of include"
-            )
-        bits = self._bits.get(weight.name)
-        if bits is None:
-            return
-        if bits.device != tensor.device:
-            bits = self._bits[weight.name] = bits.to(weight.parameter.device)  # the model has moved
-        zero_pruned(tensor, bits.to(tensor.device))
+                self._masks.set(weight, updated)
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -335,48 +380,6 @@ class Pruner:
             "a Pruner cannot be copied or pickled, since its hooks stay in the model that it was made for: "
             "make one for the other model, and pass it this one's state_dict() by load_state_dict()"
         )
-
-
-class Attachment:
-    """What `Pruner.attach` returns: the hooks in an optimizer that call the pruner, until `remove()`."""
-
-    def __init__(self, pruner: Pruner, optimizer: Optimizer) -> None:
-        self._pruner: Pruner | None = pruner
-        self._hook = optimizer.register_step_post_hook(self._after_step)
-
-    def remove(self) -> None:
-        """Take the pruner off the optimizer and off the gradients. A second call does nothing."""
-        self._hook.remove()
-        if self._pruner is not None:
-            self._pruner._detach()
-            self._pruner = None
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
-
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A fused optimizer skips a step inside its kernel, by the found_inf that GradScaler gives it for the call.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if self._pruner is not None and (found_inf is None or not found_inf.item()):
-            self._pruner._advance(optimizer)
-
-
-class _GradientHook:
-    """Holds the pruner weakly: a pruner that is dropped without being attached has no effect and no memory."""
-
-    def __init__(self, pruner: Pruner, weight: Weight) -> None:
-        self._pruner = weakref.ref(pruner)
-        self._weight = weight
-
-    def __call__(self, parameter: Tensor) -> None:
-        pruner = self._pruner()
-        if pruner is None or parameter.grad is None:
-            return
-        pruner._start()
-        pruner._apply(self._weight, parameter.grad)
 
 
 def _checked_flag(name: str, value: bool) -> bool:

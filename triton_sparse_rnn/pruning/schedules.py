@@ -302,8 +302,9 @@ class OneShot(Schedule):
 class ConstantMask(Schedule):
     """Keep the zeros there are: to go on training a checkpoint that is pruned already.
 
-    A block is pruned when all its weights are zero at the moment the first gradient of the training arrives, so the
-    checkpoint may be loaded before or after the pruner is made.
+    A block is pruned when all its weights are zero at the moment the first gradient of the training arrives, or else
+    an attached optimizer is about to step, so the checkpoint may be loaded before or after the pruner is made. A weight
+    without such a block is named in a warning, and is an error if it is so of all.
 
     >>> ConstantMask().updates_at(0), ConstantMask().updates_at(1), ConstantMask().threshold_at(0)
     (True, False, 0.0)

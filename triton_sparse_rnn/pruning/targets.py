@@ -103,6 +103,27 @@ def match_weights(
     return tuple(found)
 
 
+def find_weights(where: str, source: nn.Module | Mapping[str, Tensor], weights: Iterable[Weight]) -> dict[str, Tensor]:
+    """Return by name, out of another model or a state_dict, the tensors that stand for these weights.
+
+    Raises:
+        TypeError, ValueError: naming `where`, and the weight that it lacks or has in another shape.
+    """
+    if not isinstance(source, (nn.Module, Mapping)):
+        raise TypeError(f"{where} must be an nn.Module or a state_dict, got {type(source).__name__}")
+    tensors = dict(source.named_parameters(remove_duplicate=False)) if isinstance(source, nn.Module) else source
+    by_name = {clean_name(path): tensor for path, tensor in tensors.items()}
+    found = {}
+    for weight in weights:
+        if weight.name not in by_name:
+            raise ValueError(f"{where} lacks {weight.name}, which the pruner prunes")
+        found[weight.name] = by_name[weight.name]
+        if found[weight.name].shape != weight.parameter.shape:
+            shape = tuple(found[weight.name].shape)
+            raise ValueError(f"{where} has {weight.name} of shape {shape}, expected {tuple(weight.parameter.shape)}")
+    return found
+
+
 def warn_of_emptied_gates(weights: Iterable[Weight], block_size: tuple[int, int], *, balanced: bool) -> None:
     """Warn of gates of which the final sparsity, rounded to whole blocks, leaves nothing."""
     for weight in weights:

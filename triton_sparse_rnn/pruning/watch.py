@@ -1,0 +1,112 @@
+"""Who else writes into weights that are pruned: small samples that should be zero, and writes without a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from triton_sparse_rnn.pruning.targets import Weight
+
+
+class PrunedSamples:
+    """A few pruned places of each weight, zero unless somebody wrote there since they were masked.
+
+    On a CPU every look is answered at once, in some microseconds for a weight. Another device is not waited for: what
+    was seen there gathers in a flag, which is read at every 64th look.
+    """
+
+    PLACES: ClassVar = 64
+    PERIOD: ClassVar = 64
+
+    def __init__(self) -> None:
+        self._places: dict[str, Tensor] = {}
+        self._flags: dict[str, Tensor] = {}
+        self._looks = 0
+
+    def expect(self, weight: Weight, block_mask: Tensor, block_size: tuple[int, int]) -> None:
+        """Look from now on at a sample of what the mask [G or 1, block rows, block columns] has just made zero."""
+        if weight.name not in self._places:
+            self._places[weight.name] = _sample(weight, block_mask, block_size, self.PLACES)
+
+    def forget(self, weight: Weight) -> None:
+        """Do not look at a weight until it is masked again, since its mask is new or nobody applies it."""
+        self._places.pop(weight.name, None)
+        self._flags.pop(weight.name, None)
+
+    @torch.no_grad()
+    def written(self, weights: Iterable[Weight], *, wait: bool = False) -> list[str]:
+        """Return the names of the weights that were found not to be zero where they should be.
+
+        Args:
+            weights: to look at.
+            wait: for other devices, too.
+        """
+        self._looks += 1
+        wait = wait or self._looks % self.PERIOD == 0
+        return [weight.name for weight in weights if weight.name in self._places and self._is_written(weight, wait)]
+
+    def _is_written(self, weight: Weight, wait: bool) -> bool:
+        parameter, places = weight.parameter, self._places[weight.name]
+        if places.device != parameter.device:
+            places = self._places[weight.name] = places.to(parameter.device)  # the model has moved
+            self._flags.pop(weight.name, None)
+        found = torch.take(parameter.detach(), places).count_nonzero()
+        if self._answers_at_once(parameter):
+            return bool(found.item())
+        if weight.name in self._flags:
+            found += self._flags[weight.name]
+        self._flags[weight.name] = found
+        return wait and bool(self._flags.pop(weight.name).item())
+
+    def _answers_at_once(self, parameter: Tensor) -> bool:
+        return parameter.device.type == "cpu"
+
+
+class StepWatch:
+    """Finds out from backward passes that a weight is trained, though the attached optimizer does not step."""
+
+    PATIENCE: ClassVar = 3
+
+    def __init__(self) -> None:
+        self._writes: int | None = None
+        self._steps = self._strikes = 0
+        self._values: Tensor | None = None
+
+    def others_step(self, parameter: Tensor, steps: int, own_writes: int) -> bool:
+        """Take note of a backward pass; True when the last few all came after a write that was no step.
+
+        A write counts only if it changes something: flatten_parameters() writes what is there already.
+
+        Args:
+            parameter: whose version says how often it was written to.
+            steps: of the attached optimizer so far.
+            own_writes: of the pruner so far.
+        """
+        writes = parameter._version - own_writes
+        written, stepped = writes != self._writes, steps != self._steps or self._writes is None
+        self._writes, self._steps = writes, steps
+        if stepped:
+            self._strikes = 0
+        elif written:
+            self._strikes += 1
+            values = parameter.detach().flatten()
+            values = values[:: -(-len(values) // 4096)]
+            if self._strikes == 1:
+                self._values = values.clone()
+            elif self._strikes == self.PATIENCE:
+                self._strikes = 0
+                return self._values is None or not torch.equal(values.to(self._values), self._values)
+        return False
+
+
+def _sample(weight: Weight, block_mask: Tensor, block_size: tuple[int, int], count: int) -> Tensor:
+    """Flat indices [<= count] of weights that are the first of pruned blocks, spread evenly over those."""
+    pruned = (~block_mask).expand(weight.gates, -1, -1).nonzero()
+    count = min(count, len(pruned))
+    spread = torch.arange(count, dtype=torch.int64, device=pruned.device) * (len(pruned) - 1) // max(1, count - 1)
+    gate, row, column = pruned[spread].unbind(1)
+    rows, columns = weight.matrix_shape
+    return (gate * rows + row * block_size[0]) * columns + column * block_size[1]
