@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-_PASSED_OVER = ("triton_sparse_rnn.", "torch.nn.modules.")  # modules whose lines no user wrote
+_PASSED_OVER = ("triton_sparse_rnn.", "torch.nn.modules.", "torch.jit.")  # modules whose lines no user wrote
 _layer_path: ContextVar[str] = ContextVar("layer_path", default="")
 
 
@@ -35,7 +35,7 @@ def in_layer(name: str) -> str:
 
 
 def warn(message: str) -> None:
-    """Give a UserWarning at the nearest line outside of this package and of torch.nn."""
+    """Give a UserWarning at the nearest line outside of this package, of torch.nn and of torch.jit."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PASSED_OVER):
         frame, level = frame.f_back, level + 1
