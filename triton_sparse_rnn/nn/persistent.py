@@ -246,7 +246,6 @@ class PersistentLayer(PersistentTools):
         return call.result(y, ends)
 
     def _traced_layers(self) -> list[RunLayer]:
-        self._refuse_graphs_of_others()
         if not is_compiling():
             count_in_active_modes()
         options: dict[str, Any] = {name: getattr(self, name) for name in ("backend", "activation_dtype", "num_threads")}

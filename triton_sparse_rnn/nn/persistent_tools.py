@@ -99,7 +99,7 @@ class PersistentTools(nn.Module):
         self._buffers["_marker"] = torch.empty(0, dtype=dtype, device=self.device)
 
     def _refuse_graphs_of_others(self) -> None:
-        """Raise where a call is recorded in a form that cannot hold the operator of this layer."""
+        """Raise where a call is recorded in a form that has no place for the operator of this layer."""
         torch_nn_only = "use to_dense(model), with torch.nn's layer and the zeros but without the speed"
         if torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage] - it is documented
             raise RuntimeError(
@@ -117,7 +117,11 @@ class PersistentTools(nn.Module):
         """Return a node of the graph that torch.fx is making of this call; None for a call that is to run.
 
         Hooks that torch.fx has traced on the way here are in the graph already; then it must not call them again.
+
+        Raises:
+            RuntimeError: torch.jit.trace or torch.onnx.export records it.
         """
+        self._refuse_graphs_of_others()
         tracer = tracer_of(args, {})
         if tracer is None:
             return None
