@@ -102,9 +102,7 @@ def test_a_subclass_with_members_of_its_own_is_left():
         dense = to_dense(model)
     assert caught[0].filename == __file__
     assert [type(layer) for layer in dense] == [Stateful, nn.GRU]
-    with pytest.raises(
-        ValueError, match=r"that to_sparse\(\) or sparsify\(\) made, got a Sequential with '0' is a Stat"
-    ):
+    with pytest.raises(ValueError, match=r"or sparsify\(\) made, got a Sequential with '0' is a Stateful"):
         to_dense(nn.Sequential(Stateful(3, 4)))
     layer = SparseGRU(2, 2)
     parametrize.register_parametrization(layer, "weight_hh_l0", nn.Identity())

@@ -144,7 +144,7 @@ def test_scripting_a_subclass():
         torch.jit.script(Stateful(5, 7))
     layer = SparseRNN(5, 7)
     parametrize.register_parametrization(layer, "weight_hh_l0", nn.Identity())
-    with pytest.raises(RuntimeError, match="would lose .*weight_hh_l0: undo a parametrization first"):
+    with pytest.raises(RuntimeError, match=r"would lose .*weight_hh_l0: undo a parametrization first"):
         torch.jit.script(layer)
     torch.jit.script(Renamed(5, 7))
 
