@@ -21,7 +21,7 @@ NAMES = ["weight_hh_l0", "weight_ih_l1_reverse"]
 OPTIONS: dict[Any, dict[str, Any]] = {nn.RNN: {}, nn.GRU: {}, nn.LSTM: {"proj_size": 3}}
 
 
-def weight_norm(layer: nn.Module, name: str, dim: int | None = 0) -> nn.Module:
+def weight_norm(layer: nn.Module, name: str, dim: Any = 0) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # deprecated, and in use
         return nn.utils.weight_norm(layer, name, dim)
@@ -108,7 +108,7 @@ def test_a_layer_by_itself_and_what_nobody_knows():
     with pytest.raises(ValueError, match=r"^weight_hh_l0 .* by torch.nn.utils.prune.remove\(layer, 'weight_hh_l0'\)"):
         to_sparse(layer)
     layer = nn.GRU(3, 4)
-    weight = layer._parameters.pop("weight_hh_l0")
+    weight: Any = layer._parameters.pop("weight_hh_l0")
     layer.weight_hh_l0 = weight.detach() * 0.5  # as libraries drop weights
     with pytest.raises(ValueError, match="weight_hh_l0 is no parameter, but computed by something unknown"):
         to_sparse(layer)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from persistent_cases import CELLS, assert_same_bits, convert, make_pruned, make_states
+from persistent_cases import CELLS, assert_same_bits, convert, make_pruned, make_states, tensors_of
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 OPTIONS: dict[Any, dict[str, Any]] = {nn.RNN: {}, nn.GRU: {}, nn.LSTM: {"proj_size": 3}}
 every_bias_and_cell = pytest.mark.parametrize(
@@ -147,3 +148,45 @@ def test_a_saved_state_is_mapped_and_assigned():
     empty.load_state_dict(torch.load(buffer, weights_only=True, map_location="cpu"), assign=True)
     x = torch.randn(4, 3, 5)
     assert_same_bits(empty(x), ours(x))
+
+
+class Masking(nn.Module):
+    """Calls what is no nn.LSTM with a mask of steps, as a module for reinforcement learning does."""
+
+    def __init__(self, lstm: Any):
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, x: torch.Tensor, hx: Any, lengths: torch.Tensor) -> Any:
+        if isinstance(self.lstm, nn.LSTM):
+            packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            y, hx = self.lstm(packed, hx)
+            return pad_packed_sequence(y, batch_first=True, total_length=x.shape[1])[0], hx
+        return self.lstm(x, hx, mask=torch.arange(x.shape[1]) < lengths[:, None])
+
+
+def pack(lstm: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    mask = kwargs.pop("mask", None)
+    if mask is None:
+        return args, kwargs
+    x, *rest = args
+    return (pack_padded_sequence(x, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False), *rest), kwargs
+
+
+def pad(lstm: Any, args: Any, result: Any) -> Any:
+    y, hx = result
+    return (pad_packed_sequence(y, batch_first=True)[0], hx) if isinstance(y, PackedSequence) else result
+
+
+def test_two_hooks_take_a_mask():
+    """The way that the documentation shows: a PersistentLSTM is no nn.LSTM, and takes a PackedSequence."""
+    dense = Masking(make_pruned(nn.LSTM, batch_first=True))
+    fast = Masking(convert(dense.lstm))
+    arguments = torch.randn(3, 4, 5), make_states(fast.lstm, 3), torch.tensor([2, 4, 1])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
+        fast(*arguments)
+    fast.lstm.register_forward_pre_hook(pack, with_kwargs=True)
+    fast.lstm.register_forward_hook(pad)
+    for ours, theirs in zip(tensors_of(fast(*arguments)), tensors_of(dense(*arguments)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+    assert_same_bits(fast.lstm(arguments[0]), convert(dense.lstm)(arguments[0]))

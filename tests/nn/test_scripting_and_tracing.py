@@ -11,6 +11,7 @@ import pytest
 import torch
 from persistent_cases import CELLS, assert_same_bits, convert, make_pruned, make_states
 from torch import nn
+from torch.fx.proxy import TraceError
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -211,7 +212,7 @@ def test_a_tracer_with_leaves_of_its_own():
 
 def test_a_layer_by_itself_is_refused_as_torch_nn_is():
     for layer in (nn.GRU(5, 7), SparseGRU(5, 7)):
-        with pytest.raises(torch.fx.proxy.TraceError):
+        with pytest.raises(TraceError):
             torch.fx.symbolic_trace(layer)
     with pytest.raises(RuntimeError, match=r"cannot trace a PersistentGRU by itself.* such as nn.Sequential\(layer\)"):
         torch.fx.symbolic_trace(convert(make_pruned(nn.GRU)))
@@ -265,7 +266,8 @@ def test_torchscript_of_a_converted_layer_says_what_to_do(cell):
             torch.jit.trace(model, torch.randn(4, 2, 5))
     dense, x = nn.Sequential(to_dense(layer)), torch.randn(4, 2, 5)
     assert_same_bits(torch.jit.script(dense)(x), dense(x))
-    assert_same_bits(torch.jit.trace(dense, x)(x), dense(x))
+    traced: Any = torch.jit.trace(dense, x)
+    assert_same_bits(traced(x), dense(x))
     layer(x)  # and is not harmed
 
 

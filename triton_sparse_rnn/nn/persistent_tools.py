@@ -15,7 +15,6 @@ from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS
 from triton_sparse_rnn.notices import warn
 
 if TYPE_CHECKING:
-    from torch.fx import Proxy
     from typing_extensions import Self
 
 _DENSE_WEIGHT = re.compile(r"weight_(ih|hh|hr)_l\d+(_reverse)?")
@@ -113,7 +112,7 @@ class PersistentTools(nn.Module):
                 f"ONNX has no operator for a {type(self).__name__}, which was converted by to_sparse(): {torch_nn_only}"
             )
 
-    def _recorded(self, method: str, *args: Any) -> Proxy | None:
+    def _recorded(self, method: str, *args: Any) -> Any:
         """Return a node of the graph that torch.fx is making of this call; None for a call that is to run.
 
         Hooks that torch.fx has traced on the way here are in the graph already; then it must not call them again.
