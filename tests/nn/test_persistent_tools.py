@@ -104,6 +104,8 @@ def test_a_state_of_another_dtype_is_assigned(cell, bias):
     ours = convert(make_pruned(cell, bias=bias, **OPTIONS[cell]))
     wide = copy.deepcopy(ours).double()
     ours(torch.randn(4, 3, 5))
+    for layer in (ours, wide):
+        layer.register_buffer("scale", torch.ones(2))  # in a dtype of its own
     ours.load_state_dict(wide.state_dict(), assign=True)
     assert ours.dtype == torch.float64
     x = torch.randn(4, 3, 5, dtype=torch.float64)

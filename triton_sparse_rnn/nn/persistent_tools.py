@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn.nn.fx_tracing import record_call, record_method, tracer_of
-from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS
+from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS, to_buffers
 from triton_sparse_rnn.notices import warn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 _DENSE_WEIGHT = re.compile(r"weight_(ih|hh|hr)_l\d+(_reverse)?")
 _LISTS_OF_WEIGHTS = {"_flat_weights", "_flat_weights_names", "_all_weights", "all_weights"}
@@ -88,8 +90,9 @@ class PersistentTools(nn.Module):
         """
         plain: set[torch.dtype] = set()
         blocks: set[torch.dtype] = set()
-        for name, old in before.items():
-            new = self._buffers[name]
+        own = (name for weight in self.stored_weights().items() for name in to_buffers(*weight))
+        for name in own:  # and not what a user has added
+            old, new = before[name], self._buffers[name]
             if old is None or new is None or new is old or old.dtype != self.dtype or name.endswith("_scales"):
                 continue
             (blocks if name.endswith(MATRIX_PARTS) else plain).add(new.dtype)
@@ -135,3 +138,4 @@ class PersistentTools(nn.Module):
         def dtype(self) -> torch.dtype: ...
         @property
         def device(self) -> torch.device: ...
+        def stored_weights(self) -> dict[str, BlockMatrix | Tensor]: ...
