@@ -18,6 +18,8 @@ from triton_sparse_rnn import (
     to_sparse,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:to_sparse left some layers dense. 'cell' is a GRUCell")  # of Places
+
 
 def zero_columns(module: nn.Module) -> Any:
     """Zero all but the first column of every recurrent and input weight: blocks of any height and one column fit."""
@@ -162,6 +164,32 @@ def test_a_subclass_with_members_of_its_own_is_left():
         to_sparse(model[0])
 
 
+def test_cells_stay_dense_and_are_named_in_one_warning():
+    model = zero_columns(nn.ModuleDict({"rnn": nn.GRU(3, 4), "a": Extended(3, 4), "b": nn.LSTMCell(3, 4)}))
+    model["rest"] = nn.Sequential(nn.RNNCell(3, 4))
+    with pytest.warns(UserWarning, match="'a' is a Extended, which would lose reset; derive a class") as caught:
+        fast = to_sparse(model)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    message = str(caught[0].message)
+    assert message.startswith(
+        "to_sparse left some layers dense: 'a' is a Extended, which would lose reset; derive a class"
+    )
+    assert ". 'b' is a LSTMCell, a single step without a sparse form; 'rest.0' is a RNNCell, a single" in message
+    assert message.endswith("step() advances it by one step")
+    assert [type(module) for module in fast.values()][:3] == [PersistentGRU, Extended, nn.LSTMCell]
+
+
+def test_a_layer_of_one_step_does_what_a_cell_does():
+    """As the warning says."""
+    cell: Any = zero_columns(nn.GRUCell(3, 4))
+    layer = nn.GRU(3, 4)
+    layer.load_state_dict({f"{name}_l0": tensor for name, tensor in cell.state_dict().items()})
+    x, h = torch.randn(2, 3), torch.randn(2, 4)
+    _, new = to_sparse(layer).step(x, h[None])
+    torch.testing.assert_close(new[0], cell(x, h), atol=1e-6, rtol=1e-6)
+
+
 def test_dense_weights_are_converted_with_a_warning():
     layer: Any = nn.GRU(3, 16).eval()
     nn.init.zeros_(layer.weight_hh_l0)
@@ -178,7 +206,7 @@ def test_dense_weights_are_converted_with_a_warning():
     [
         (3, {}, TypeError, "model must be an nn.Module, got int"),
         (nn.Linear(2, 2), {}, ValueError, "model must hold an nn.RNN, nn.GRU or nn.LSTM, got a Linear with none"),
-        (nn.GRUCell(2, 2), {}, ValueError, "got a GRUCell with none"),
+        (nn.GRUCell(2, 2), {}, ValueError, "got a GRUCell with '' is a GRUCell, a single step without a sparse form"),
         (nn.GRU(2, 2), {"backend": "gpu"}, ValueError, "backend must be None or one of 'triton', 'cpu', 'reference'"),
         (nn.GRU(2, 2), {"block_size": 4}, TypeError, "block_size must be two integers"),
         (nn.GRU(2, 2), {"block_size": (0, 4)}, ValueError, "block_size must be at least"),
@@ -212,7 +240,7 @@ def test_wrong_arguments_of_to_sparse(model, options, error, message):
     ("model", "error", "message"),
     [
         (None, TypeError, "model must be an nn.Module, got NoneType"),
-        (nn.GRU(2, 2), ValueError, r"must hold a module that to_sparse\(\) made, got a GRU with none"),
+        (nn.GRU(2, 2), ValueError, r"that to_sparse\(\) or sparsify\(\) made, got a GRU with none"),
     ],
 )
 def test_wrong_arguments_of_to_dense(model, error, message):

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from triton_sparse_rnn import PersistentGRU, PolynomialDecay, Pruner, SparseGRU, sparsify, to_sparse
-from triton_sparse_rnn.nn.persistent import PersistentLayer
+from triton_sparse_rnn.nn.persistent_tools import PersistentTools
 
 
 class Model(nn.Module):
@@ -42,7 +42,7 @@ def converted():
     ids=["to_sparse", "to_sparse of a layer", "method", "from_dense", "sparsify", "Pruner", "train"],
 )
 def test_warnings_point_at_the_line_that_called(call, beginnings, monkeypatch):
-    monkeypatch.setattr(PersistentLayer, "_said_train_changes_nothing", False)
+    monkeypatch.setattr(PersistentTools, "_said_train_changes_nothing", False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()

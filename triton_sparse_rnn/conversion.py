@@ -6,14 +6,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import RNNBase
 
 from triton_sparse_rnn.names import clean_name
+from triton_sparse_rnn.nn.cells import CELL_ADVICE, describe_cells
 from triton_sparse_rnn.nn.convertible import why_not_converted
 from triton_sparse_rnn.nn.independent_copy import copy_with_replacements
 from triton_sparse_rnn.nn.persistent import PersistentLayer
 from triton_sparse_rnn.nn.persistent_classes import persistent_class
-from triton_sparse_rnn.nn.replace import named_recurrent_layers
+from triton_sparse_rnn.nn.replace import added_members, named_recurrent_layers
 from triton_sparse_rnn.nn.sparsify import sparsify
+from triton_sparse_rnn.nn.training import classes_of
 from triton_sparse_rnn.notices import about_layer, warn
 
 __all__ = ["sparsify", "to_dense", "to_sparse"]
@@ -41,6 +44,10 @@ def to_sparse(
     A layer would lose the methods and class attributes that its class adds, or a `forward` that was set on the layer
     itself. It is left as it is, with a warning that names it, unless a subclass of PersistentRNN, PersistentGRU or
     PersistentLSTM that has the members too names its class as its `dense_class`.
+
+    nn.RNNCell, nn.GRUCell and nn.LSTMCell have no converted form; a warning names them. A weight that a parametrization
+    computes is converted as it is now; one that a hook computes, by torch's older weight norm or its pruning, is
+    refused with the call that makes it a parameter again.
 
     Args:
         model: any module; a recurrent layer by itself is converted too. Call .eval() first, as for any inference.
@@ -80,31 +87,69 @@ def to_sparse(
                 activation_dtype=activation_dtype,
                 num_threads=num_threads,
             )
-    advice = "; ".join(dict.fromkeys(ways_out))
+    cells = describe_cells(model)
+    kept = [f"{'; '.join(left)}; {'; '.join(dict.fromkeys(ways_out))}"] if left else []
+    kept += [f"{'; '.join(cells)}; {CELL_ADVICE}"] if cells else []
+    found = ". ".join(kept)
     if not converted:
-        found = f"{'; '.join(left)}; {advice}" if left else "none"
-        raise ValueError(f"model must hold an nn.RNN, nn.GRU or nn.LSTM, got a {type(model).__name__} with {found}")
-    if left:
-        warn(f"to_sparse left some layers dense: {'; '.join(left)}; {advice}")
+        raise ValueError(
+            f"model must hold an nn.RNN, nn.GRU or nn.LSTM, got a {type(model).__name__} with {found or 'none'}"
+        )
+    if found:
+        warn(f"to_sparse left some layers dense: {found}")
     return copy_with_replacements(model, converted)
 
 
 def to_dense(model: nn.Module) -> Any:
-    """Return a model with plain nn.RNN, nn.GRU and nn.LSTM in place of the persistent modules.
+    """Return a model with plain nn.RNN, nn.GRU and nn.LSTM in place of the persistent and the training modules.
 
-    This is the way to what knows torch.nn only, such as dynamic quantisation or ONNX. Weights are exactly the ones that
-    were converted unless weight_dtype was narrower. The original is untouched and nothing is shared with it, and what
-    was added to a layer is taken over, both as in `to_sparse`.
+    This is the way to what knows torch.nn only, or goes by exact type: dynamic quantisation, ONNX, torch.jit.script,
+    operation counters. Weights of persistent modules are exactly the ones that were converted unless weight_dtype was
+    narrower. A training module keeps all that it holds, its hooks and flags too, but its `gate_gradient`, without which
+    it gives the same results and other gradients. A layer of a subclass of SparseGRU and the like that adds members of
+    its own is left as it is, with a warning that names it.
+
+    The original is untouched and nothing is shared with it, and what was added to a layer is taken over, both as in
+    `to_sparse`.
 
     Raises:
         TypeError: `model` is not a module, or holds something that cannot be copied, as for `to_sparse`.
-        ValueError: it has no persistent module, or one whose own `forward`, set on the layer itself, would be lost.
+        ValueError: it has no persistent and no training module, or a persistent one whose own `forward`, set on the
+            layer itself, would be lost.
+
+    >>> from triton_sparse_rnn import SparseGRU
+    >>> to_dense(nn.Sequential(SparseGRU(4, 8)))
+    Sequential(
+      (0): GRU(4, 8)
+    )
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     converted: dict[str, nn.Module] = {
         name: module.to_dense() for name, module in model.named_modules() if isinstance(module, PersistentLayer)
     }
-    if not converted:
-        raise ValueError(f"model must hold a module that to_sparse() made, got a {type(model).__name__} with none")
-    return copy_with_replacements(model, converted)
+    trained: dict[str, type[RNNBase]] = {}
+    left = []
+    for name, layer in named_recurrent_layers(model).items():
+        dense_class, training_class = classes_of(layer)
+        if not isinstance(layer, training_class):
+            continue
+        if lost := added_members(layer, training_class):
+            left.append(f"'{name}' is a {type(layer).__name__}, which would lose {', '.join(lost)}")
+        else:
+            trained[name] = dense_class
+    if not converted and not trained:
+        found = "; ".join(left) or "none"
+        raise ValueError(
+            f"model must hold a module that to_sparse() or sparsify() made, got a {type(model).__name__} with {found}"
+        )
+    if left:
+        advice = "undo a parametrization first, or put an instance of torch.nn's class there by hand"
+        warn(f"to_dense left some layers as they are: {'; '.join(left)}; {advice}")
+    changed = [model.get_submodule(name) for name in trained]
+    dense = copy_with_replacements(model, converted, changed)
+    for name, dense_class in trained.items():  # as `sparsify` does: the copy of the layer only changes its class
+        layer = dense.get_submodule(name)
+        vars(layer).pop("_gate_gradient", None)
+        layer.__class__ = dense_class
+    return dense

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from triton_sparse_rnn.kernels.row_blocks import row_blocks
 from triton_sparse_rnn.names import clean_names
+from triton_sparse_rnn.nn.computed_weights import join_parts
+from triton_sparse_rnn.nn.model_tensors import tensors_by_name
 from triton_sparse_rnn.recurrent_tensors import NAMES_BY_COUNT, find_gates, is_nonzero
 from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES, BlockMatrix
 from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS, check_block_size
@@ -129,10 +131,12 @@ class SparsityReport:
     Attributes:
         weights: input, recurrent and projection weights of every recurrent layer.
         others: all other tensors.
+        computed: weights in a state_dict that a parametrization computes; what it does, only the module tells.
     """
 
     weights: tuple[WeightReport, ...]
     others: tuple[TensorReport, ...]
+    computed: tuple[str, ...] = ()
 
     @property
     def density(self) -> float:
@@ -161,11 +165,12 @@ class SparsityReport:
         return sum(weight.dense_multiply_accumulates for weight in self.weights)
 
     def __str__(self) -> str:
-        return "\n".join([*self._weight_lines(), *self._other_lines()])
+        return "\n".join([*self._weight_lines(), *self._computed_lines(), *self._other_lines()])
 
     def _weight_lines(self) -> list[str]:
         if not self.weights:
-            return ["No recurrent layer: no weight_hh of an nn.RNN, nn.GRU or nn.LSTM."]
+            what = " that is stored as it is" if self.computed else ""
+            return [f"No recurrent layer: no weight_hh of an nn.RNN, nn.GRU or nn.LSTM{what}."]
         rows = [_HEADINGS]
         for weight in self.weights:
             blocks = "dense" if weight.block_size is None else _blocks(weight.stored_blocks, weight.block_size)
@@ -186,6 +191,12 @@ class SparsityReport:
             *self._low_block_lines(),
             *self._uneven_lines(),
         ]
+
+    def _computed_lines(self) -> list[str]:
+        if not self.computed:
+            return []
+        advice = "report the module, or save it after torch.nn.utils.parametrize.remove_parametrizations"
+        return ["", f"Computed by a parametrization, from tensors below: {', '.join(self.computed)}; {advice}."]
 
     def _low_block_lines(self) -> list[str]:
         rows = [["weight", "blocks", "of all", "bytes", "vector MAC/step"]]
@@ -229,8 +240,9 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, block_size: tuple[i
 
     Args:
         model: a module, or a state_dict of one. Layers that `to_sparse` converted are reported as they are stored;
-            values of a mapping may be BlockMatrix. Anything but tensors in a mapping is left out. Names are reported
-            without what wrappers such as torch.compile put in.
+            values of a mapping may be BlockMatrix. Anything but tensors in a mapping is left out. A weight that
+            a parametrization or a hook computes is counted by its values; a mapping tells those of weight_norm and
+            prune, the functions. Names are reported without what wrappers such as torch.compile put in.
         block_size: (BR, BC) in which weights that are not stored in blocks are counted.
     Returns:
         A report for every weight_ih, weight_hh and weight_hr (of nn.RNN, nn.GRU, nn.LSTM and their cells) and gate.
@@ -257,10 +269,12 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, block_size: tuple[i
       MAC/step  288 in blocks, 864 dense (3.00x)
     """
     block_size = check_block_size(block_size)
+    computed: tuple[str, ...] = ()
     if isinstance(model, nn.Module):
-        tensors = _tensors_of(model)
+        tensors = tensors_by_name(model)
     elif isinstance(model, Mapping):
-        tensors = {str(name): value for name, value in model.items() if isinstance(value, (Tensor, BlockMatrix))}
+        state = {str(name): value for name, value in model.items() if isinstance(value, (Tensor, BlockMatrix))}
+        tensors, computed = join_parts(state)
     else:
         raise TypeError(f"model must be an nn.Module or a state_dict, got {type(model).__name__}")
     if not tensors:
@@ -280,28 +294,8 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, block_size: tuple[i
     return SparsityReport(
         tuple(_report_weight(name, tensors, count, block_size) for name, count in gates.items()),
         tuple(_report_tensor(name, value) for name, value in tensors.items() if name not in gates),
+        computed,
     )
-
-
-def _tensors_of(model: nn.Module) -> dict[str, Tensor | BlockMatrix]:
-    """The state_dict of a model, with the blocks of converted layers put together again."""
-    from triton_sparse_rnn.nn.instance_state import own_tensors
-    from triton_sparse_rnn.nn.persistent import PersistentLayer
-    from triton_sparse_rnn.nn.state_names import layers_by_prefix
-
-    state = model.state_dict(keep_vars=True)
-    persistent = [module for module in model.modules() if isinstance(module, PersistentLayer)]
-    owners: dict[str, tuple[str, PersistentLayer]] = {}
-    for prefix, layer in layers_by_prefix(model, state, persistent)[0].items():
-        owners |= {prefix + name: (prefix, layer) for name in own_tensors(layer)}
-    tensors: dict[str, Tensor | BlockMatrix] = {}
-    for key, value in state.items():
-        if key in owners:
-            prefix, layer = owners[key]
-            tensors |= {prefix + weight: stored for weight, stored in layer.stored_weights().items()}
-        elif isinstance(value, Tensor):
-            tensors[key] = value
-    return tensors
 
 
 def _report_weight(

@@ -15,7 +15,7 @@ class Model(nn.Module):
     def __init__(self, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        self.rnn = nn.GRU(4, 16)
+        self.rnn: Any = nn.GRU(4, 16)
         self.head = nn.Linear(16, 2)
         with torch.no_grad():
             self.rnn.weight_ih_l0[:, 1:] = 0

@@ -103,7 +103,7 @@ class Several(Optimizer):
     def param_groups(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return [group for each in self.optimizers for group in each.param_groups]
 
-    def step(self, closure=None):
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         for each in self.optimizers:
             each.step()
         return math.nan

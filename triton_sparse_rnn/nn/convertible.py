@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from triton_sparse_rnn.nn.computed_weights import lost_members
 from triton_sparse_rnn.nn.instance_state import what_is_lost
 from triton_sparse_rnn.nn.persistent_classes import persistent_class
-from triton_sparse_rnn.nn.replace import added_members
 from triton_sparse_rnn.nn.training import TRAINING_CLASSES
 
 _DERIVE = "derive a class from PersistentGRU and the like that has them too, with its class as dense_class"
@@ -26,6 +26,6 @@ def why_not_converted(layer: nn.RNNBase) -> tuple[str, str]:
     dense_class = new_class.dense_class
     training_class = TRAINING_CLASSES.get(dense_class, dense_class)
     base = training_class if isinstance(layer, training_class) else dense_class
-    if lost := added_members(layer, base):
+    if lost := lost_members(layer, base):
         return f"a {type(layer).__name__}, which would lose {', '.join(lost)}", _DERIVE
     return what_is_lost(layer, new_class)

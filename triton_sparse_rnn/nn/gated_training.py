@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from triton_sparse_rnn.nn.calls import Call, cast, layout_of, read_call, result_dtype
 from triton_sparse_rnn.nn.gate_gradient import GateGradientSparsity
 from triton_sparse_rnn.nn.gate_gradient_stats import GateGradientStats
+from triton_sparse_rnn.nn.training_tools import TrainingTools
 from triton_sparse_rnn.ops.gate_gradients.contract import Direction, Steps
 from triton_sparse_rnn.ops.gate_gradients.dispatch import choose_backward
 from triton_sparse_rnn.ops.gate_gradients.forward import Weights
@@ -25,7 +26,7 @@ from triton_sparse_rnn.ops.gate_gradients.function import run_layer
 _CALL = inspect.signature(LSTM.forward)
 
 
-class GateGradientLayer(RNNBase):
+class GateGradientLayer(TrainingTools):
     """What SparseLSTM and SparseGRU add to nn.LSTM and nn.GRU, which stand behind it among their bases."""
 
     _gate_gradient: GateGradientSparsity | None = None  # a layer that `sparsify` took never ran __init__ below

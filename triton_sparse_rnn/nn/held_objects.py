@@ -43,8 +43,8 @@ def referred_modules(function: Any) -> Iterator[tuple[str, nn.Module]]:
     Global names that a function reads do not count, and a module is not looked into.
 
     >>> layer = nn.GRU(2, 3)
-    >>> [how for how, module in referred_modules(lambda x: layer(x))]
-    ["by its variable 'layer'"]
+    >>> [how for how, module in referred_modules(lambda x, layer=layer: layer(x))]
+    ['by a default argument']
     """
     seen = {id(function): function}
     for how, held in _references(function):

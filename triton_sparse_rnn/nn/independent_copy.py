@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from triton_sparse_rnn.notices import in_layer, warn
 _INSTEAD = "convert the layer itself and put the result in its place, as in model.rnn = to_sparse(model.rnn)"
 
 
-def copy_with_replacements(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+def copy_with_replacements(
+    model: nn.Module, replacements: Mapping[str, nn.Module], changed: Iterable[nn.Module] = ()
+) -> nn.Module:
     """Return a deep copy of `model` with replaced layers; `model` stays as it is.
 
     Every reference to an old module that the copy reaches is one to the new module: under each name, in plain lists, in
@@ -30,6 +32,7 @@ def copy_with_replacements(model: nn.Module, replacements: Mapping[str, nn.Modul
     Args:
         model: any module.
         replacements: the new layer for each name, one name for a shared one; "" is the model itself.
+        changed: other layers of the model, whose copies the caller will change.
 
     Raises:
         AttributeError: `model` has no module of that name.
@@ -38,7 +41,7 @@ def copy_with_replacements(model: nn.Module, replacements: Mapping[str, nn.Modul
     """
     replaced = {model.get_submodule(name): new for name, new in replacements.items()}
     memo: dict[int, Any] = {id(old): new for old, new in replaced.items()}
-    refusal = _prepare(model, replaced, memo)
+    refusal = _prepare(model, replaced, {*replaced, *changed}, memo)
     prepared = dict(memo)
     if refusal is not None:
         _raise_for_what_cannot_be_copied(model, replaced, prepared)  # says more, if it is that
@@ -53,10 +56,12 @@ def copy_with_replacements(model: nn.Module, replacements: Mapping[str, nn.Modul
     return copied
 
 
-def _prepare(model: nn.Module, replaced: Mapping[nn.Module, nn.Module], memo: dict[int, Any]) -> TypeError | None:
+def _prepare(
+    model: nn.Module, replaced: Mapping[nn.Module, nn.Module], changed: Collection[nn.Module], memo: dict[int, Any]
+) -> TypeError | None:
     """Fill `memo` with what deepcopy cannot or should not copy; return an error if a function holds what changes."""
     names = {module: name for name, module in model.named_modules()}
-    changing = {module for module in names if any(part in replaced for part in module.modules())}
+    changing = {module for module in names if any(part in changed for part in module.modules())}
     inside, seen, sharing, refusals = {*map(id, names)}, {}, {}, []
     stop, alone = set(inside), model in replaced
     for place, value in _holdings(model, replaced):
@@ -67,7 +72,7 @@ def _prepare(model: nn.Module, replaced: Mapping[nn.Module, nn.Module], memo: di
                 for how, module in referred_modules(held):
                     if module in changing:
                         refusals.append(_refusal(place, held, names[module], how))
-                    elif module in names and any(True for _ in module.state_dict()):
+                    elif module in names and any(part._parameters or part._buffers for part in module.modules()):
                         sharing[place] = names[module]
             elif alone and isinstance(held, nn.Module) and id(held) not in inside:
                 memo[id(held)] = held

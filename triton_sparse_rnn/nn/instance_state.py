@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS, weight_names
+from triton_sparse_rnn.notices import in_layer
 
 HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
 _NOT_TAKEN = {
@@ -122,6 +123,14 @@ def what_is_lost(layer: nn.Module, new_class: type[nn.Module]) -> tuple[str, str
         names = ", ".join(taken)
         return f"a {kind}, to which {names} was added, a name that {new_class.__name__} uses itself", "rename it"
     return "", ""
+
+
+def check_nothing_is_lost(layer: nn.Module, new_class: type[nn.Module]) -> None:
+    """Raise ValueError if something of its own that a layer holds would be lost in `new_class`."""
+    lost, way_out = what_is_lost(layer, new_class)
+    if lost:
+        named = f"'{path}'" if (path := in_layer("")) else "the layer"
+        raise ValueError(f"{named} cannot be converted: it is {lost}; {way_out}")
 
 
 def take_over(new: nn.Module, old: nn.Module, copied: Callable[[Any], Any]) -> None:

@@ -17,8 +17,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from triton_sparse_rnn.nn.calls import Call, CallLayout, cast, layout_of, read_call, read_step, result_dtype, run_layers
 from triton_sparse_rnn.nn.independent_copy import copy_with_replacements
-from triton_sparse_rnn.nn.instance_state import own_tensors, what_is_lost
+from triton_sparse_rnn.nn.instance_state import check_nothing_is_lost, own_tensors
 from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES, shown_name
+from triton_sparse_rnn.nn.persistent_tools import PersistentTools
 from triton_sparse_rnn.nn.plan import Plan, make_plan
 from triton_sparse_rnn.nn.weight_storage import (
     describe_storage,
@@ -29,8 +30,8 @@ from triton_sparse_rnn.nn.weight_storage import (
     warn_if_slow,
     weight_names,
 )
-from triton_sparse_rnn.notices import in_layer, warn
 from triton_sparse_rnn.ops.dispatch import check_backend, choose_backend, unsupported_reason
+from triton_sparse_rnn.ops.flop_counting import count_in_active_modes
 from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
 from triton_sparse_rnn.ops.operators import is_observed, traced_layer
 from triton_sparse_rnn.ops.validation import check_activation_dtype, check_num_threads
@@ -41,12 +42,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PersistentLayer(nn.Module):
+class PersistentLayer(PersistentTools):
     """What the three persistent modules share; see `PersistentGRU`. Layers of `dense_class` are converted to it."""
 
     dense_class: ClassVar[type[nn.RNNBase]]
-    _said_train_changes_nothing: ClassVar[bool] = False
-    _marker: Tensor
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -147,7 +146,7 @@ class PersistentLayer(nn.Module):
         if not isinstance(dense, cls.dense_class):
             wanted = shown_name(cls.dense_class)
             raise TypeError(f"{cls.__name__}.from_dense takes a layer of class {wanted}, got {type(dense).__name__}")
-        _check_nothing_is_lost(dense, cls)
+        check_nothing_is_lost(dense, cls)
         check_backend(backend)
         check_num_threads(num_threads)
         sizes = None if block_size is None else check_block_size(block_size)
@@ -174,7 +173,7 @@ class PersistentLayer(nn.Module):
         Raises:
             TypeError, ValueError: what was added cannot be copied or taken over.
         """
-        _check_nothing_is_lost(self, self.dense_class)
+        check_nothing_is_lost(self, self.dense_class)
         options: dict[str, Any] = {"proj_size": self.proj_size} if self.proj_size else {}
         if self.mode.startswith("RNN_"):
             options["nonlinearity"] = self.mode.removeprefix("RNN_").lower()
@@ -211,7 +210,8 @@ class PersistentLayer(nn.Module):
         plan = None if is_compiling() else self._plan
         batch_axis = 0 if self.batch_first else 1
         if plan is None or (states := plan.plain_states(self, input, hx, 3, batch_axis)) is None:
-            return self._run(read_call(input, hx, self._call_layout))
+            recorded = self._recorded("forward", input, hx)
+            return self._run(read_call(input, hx, self._call_layout)) if recorded is None else recorded
         assert isinstance(input, Tensor)
         x = input.transpose(0, 1) if self.batch_first else input
         T, B, I = x.shape
@@ -234,7 +234,8 @@ class PersistentLayer(nn.Module):
             raise RuntimeError("step() needs one direction, but this layer is bidirectional: it needs whole sequences")
         plan = None if is_compiling() else self._plan
         if plan is None or (states := plan.plain_states(self, x, hx, 2, 0)) is None:
-            return self._run(read_step(x, hx, self._call_layout))
+            recorded = self._recorded("step", x, hx)
+            return self._run(read_step(x, hx, self._call_layout)) if recorded is None else recorded
         y, *ends = run_layers(plan.layers, x, states, None)
         return y, ends[0] if len(ends) == 1 else tuple(ends)
 
@@ -251,7 +252,7 @@ class PersistentLayer(nn.Module):
         with torch.inference_mode():
             for steps in (1, 2):  # on a GPU these are different kernels
                 shape = (1, steps, self.input_size) if self.batch_first else (steps, 1, self.input_size)
-                self.forward(self._marker.new_zeros(shape))
+                self.forward(torch.zeros(shape, dtype=self.dtype, device=self.device))
 
     def _run(self, call: Call) -> tuple[Any, Any]:
         x, *states = cast([call.x, *call.states], self.dtype)
@@ -261,6 +262,8 @@ class PersistentLayer(nn.Module):
         return call.result(y, ends)
 
     def _traced_layers(self) -> list[RunLayer]:
+        if not is_compiling():
+            count_in_active_modes()
         options: dict[str, Any] = {name: getattr(self, name) for name in ("backend", "activation_dtype", "num_threads")}
         return [
             traced_layer(self.mode, self.hidden_size, self._layer_weights(layer), **options)
@@ -299,7 +302,9 @@ class PersistentLayer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Load, and look at the weights anew: indices may have been written into the tensors that were checked."""
+        before = dict(self._buffers)
         super()._load_from_state_dict(*args, **kwargs)
+        self._follow_assigned(before)
         self._plan = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -333,7 +338,7 @@ class PersistentLayer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Of all buffers, and so of inputs."""
-        return self._buffers["_marker"].device  # type: ignore[union-attr]
+        return self._buffers["weight_hh_l0_values"].device  # type: ignore[union-attr]
 
     @property
     def density(self) -> float:
@@ -344,19 +349,6 @@ class PersistentLayer(nn.Module):
     def nbytes(self) -> int:
         """Bytes of all stored weights and indices."""
         return sum(weight.nbytes for weight in self.stored_weights().values())
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: there is nothing to flatten. Here because code written for nn.RNN calls it."""
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the flag that nn.Module.train sets; it changes nothing here, and a warning says so, once."""
-        if mode and not PersistentLayer._said_train_changes_nothing:
-            PersistentLayer._said_train_changes_nothing = True
-            warn(
-                f"{type(self).__name__} is for inference: train() changes nothing, dropout stays off and there is no "
-                "backward"
-            )
-        return super().train(mode)
 
     def extra_repr(self) -> str:
         """Show what nn.RNNBase shows, and how the weights are stored and run."""
@@ -377,13 +369,6 @@ class PersistentLayer(nn.Module):
         if (plan := self._plan) is not None and plan.holds(self):
             runs += [f"kernels={text!r}" for text in plan.descriptions()]
         return ", ".join([str(self.input_size), str(self.hidden_size), *changed, *stored, *runs])
-
-
-def _check_nothing_is_lost(layer: nn.Module, new_class: type[nn.Module]) -> None:
-    lost, way_out = what_is_lost(layer, new_class)
-    if lost:
-        named = f"'{path}'" if (path := in_layer("")) else "the layer"
-        raise ValueError(f"{named} cannot be converted: it is {lost}; {way_out}")
 
 
 class PersistentRNN(PersistentLayer):

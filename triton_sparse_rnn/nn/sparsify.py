@@ -8,11 +8,12 @@ from typing import TypeVar
 from torch import nn
 from torch.nn import RNNBase
 
+from triton_sparse_rnn.nn.cells import describe_cells
 from triton_sparse_rnn.nn.gate_gradient import GateGradientSparsity
 from triton_sparse_rnn.nn.gated_training import GateGradientLayer, check_gate_gradient
 from triton_sparse_rnn.nn.instance_state import overriding_attributes
 from triton_sparse_rnn.nn.replace import added_members, named_recurrent_layers
-from triton_sparse_rnn.nn.training import TRAINING_CLASSES
+from triton_sparse_rnn.nn.training import classes_of
 from triton_sparse_rnn.notices import warn
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -61,7 +62,7 @@ def sparsify(
     trained: list[tuple[RNNBase, type[RNNBase]]] = []
     left: list[str] = []
     for name, layer in taken.items():
-        dense_class, training_class = _classes(layer)
+        dense_class, training_class = classes_of(layer)
         lost = [] if isinstance(layer, training_class) else added_members(layer, dense_class)
         passed_by = gate_gradient is not None and "forward" in overriding_attributes(layer)
         if lost:
@@ -72,7 +73,8 @@ def sparsify(
         else:
             trained.append((layer, training_class))
     if not trained:
-        found = "; ".join(left) or (f"{', '.join(map(repr, layers))}, all refused by filter_fn" if layers else "none")
+        refused = [f"{', '.join(map(repr, layers))}, all refused by filter_fn"] if layers and not left else []
+        found = "; ".join([*left, *refused, *describe_cells(model)]) or "none"
         raise ValueError(
             f"model must hold an nn.RNN, nn.GRU or nn.LSTM to swap, got a {type(model).__name__} with {found}"
         )
@@ -95,8 +97,3 @@ def _check_fits(gate_gradient: GateGradientSparsity, layers: list[RNNBase]) -> N
         raise ValueError("gate_gradient needs an nn.GRU or nn.LSTM among the layers taken; nn.RNN has no gates")
     for layer in layers:
         gate_gradient.check_layer(layer)
-
-
-def _classes(layer: RNNBase) -> tuple[type[RNNBase], type[RNNBase]]:
-    """The dense class that `layer` is an instance of, and the training class for it."""
-    return next((dense, training) for dense, training in TRAINING_CLASSES.items() if isinstance(layer, dense))

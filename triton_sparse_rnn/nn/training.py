@@ -16,6 +16,7 @@ from triton_sparse_rnn.nn.gated_training import GateGradientLayer
 from triton_sparse_rnn.nn.instance_state import HOOKS, take_over, what_is_lost
 from triton_sparse_rnn.nn.persistent import PersistentGRU, PersistentLSTM, PersistentRNN
 from triton_sparse_rnn.nn.replace import added_members
+from triton_sparse_rnn.nn.training_tools import TrainingTools
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 LayerT = TypeVar("LayerT", bound=RNNBase)
 
 
-class SparseRNN(RNN):
+class SparseRNN(TrainingTools, RNN):
     """nn.RNN, to be trained while a `Pruner` masks its weights; arguments, call and state_dict are those of nn.RNN.
 
     >>> layer = SparseRNN(4, 8, nonlinearity="relu")
@@ -146,6 +147,11 @@ class SparseLSTM(GateGradientLayer, LSTM):
 
 
 TRAINING_CLASSES: dict[type[RNNBase], type[RNNBase]] = {RNN: SparseRNN, GRU: SparseGRU, LSTM: SparseLSTM}
+
+
+def classes_of(layer: RNNBase) -> tuple[type[RNNBase], type[RNNBase]]:
+    """Return the dense class that `layer`, an nn.RNN, nn.GRU or nn.LSTM, is an instance of, and the training class."""
+    return next((dense, training) for dense, training in TRAINING_CLASSES.items() if isinstance(layer, dense))
 
 
 def _check_dense(cls: type[RNNBase], dense_class: type[RNNBase], dense: object) -> None:

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
+from triton_sparse_rnn.nn.computed_weights import computed_weight, read_weight
 from triton_sparse_rnn.notices import in_layer, warn
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS, to_blocks
@@ -60,15 +60,16 @@ def weight_shape(sizes: LayerSizes, name: str) -> tuple[int, ...]:
     >>> weight_shape(torch.nn.LSTM(4, 8, proj_size=3, bidirectional=True, num_layers=2), "weight_ih_l1_reverse")
     (32, 6)
     """
-    rows, hidden = GATES[sizes.mode] * sizes.hidden_size, sizes.proj_size or sizes.hidden_size
+    H, I = int(sizes.hidden_size), int(sizes.input_size)  # torch.nn takes integers of numpy, and keeps them
+    rows, hidden = GATES[sizes.mode] * H, int(sizes.proj_size) or H
     if name.startswith("bias"):
         return (rows,)
     if name.startswith("weight_hr"):
-        return hidden, sizes.hidden_size
+        return hidden, H
     if name.startswith("weight_hh"):
         return rows, hidden
     first_layer = name.removesuffix("_reverse") == "weight_ih_l0"
-    return rows, sizes.input_size if first_layer else hidden * (2 if sizes.bidirectional else 1)
+    return rows, I if first_layer else hidden * (2 if sizes.bidirectional else 1)
 
 
 def gate_count(sizes: LayerSizes, name: str) -> int:
@@ -111,16 +112,12 @@ def store_weights(
         dtype: in which blocks are stored.
         block_size: (BR, BC), None for `choose_block_size`.
     Raises:
-        ValueError: a weight is no parameter, or cannot be stored in dtype.
+        ValueError: a hook computes a weight, or it cannot be stored in dtype.
     """
     weights: dict[str, BlockMatrix | Tensor] = {}
     for name in weight_names(dense):
-        if name not in dense._parameters and not is_parametrized(dense, name):
-            raise ValueError(
-                f"{name} is computed by a hook, as torch.nn.utils.prune and weight_norm do, and would not be up to "
-                "date; make it a parameter first, with prune.remove(layer, name) or remove_weight_norm(layer, name)"
-            )
-        weight = getattr(dense, name).detach()
+        _refuse_computed_by_hook(dense, name)
+        weight = read_weight(dense, name)
         if weight.is_meta:
             raise ValueError(f"{name} is on the meta device and holds no weights to convert")
         if name.startswith("bias"):
@@ -141,6 +138,23 @@ def store_weights(
             else BlockMatrix.from_dense(weight, size, gates=gates, dtype=dtype)
         )
     return weights
+
+
+def _refuse_computed_by_hook(dense: nn.RNNBase, name: str) -> None:
+    """Raise for a weight that is computed before each call; a parametrization computes at every access instead."""
+    computed = computed_weight(dense, name)
+    if name in dense._parameters or (computed is not None and computed.hook is None):
+        return
+    layer = f"model.get_submodule({path!r})" if (path := in_layer("")) else "layer"
+    if computed is None:
+        raise ValueError(
+            f"{in_layer(name)} is no parameter, but computed by something unknown: make it one first, by "
+            f"{layer}.register_parameter({name!r}, ...)"
+        )
+    raise ValueError(
+        f"{in_layer(name)} is computed by a hook before each call, from {' and '.join(computed.parts)}: make it a "
+        f"parameter again by {computed.removal}({layer}, {name!r}), of a copy if training goes on"
+    )
 
 
 def kept_blocks(weight: Tensor, gates: int, block_size: tuple[int, int]) -> Tensor:

@@ -1,0 +1,141 @@
+"""What code written for nn.GRU, and torch's tools, ask of a persistent module, which has no weights as nn.GRU has."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from triton_sparse_rnn.nn.fx_tracing import record_call, record_method, tracer_of
+from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS, to_buffers
+from triton_sparse_rnn.notices import warn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+
+_DENSE_WEIGHT = re.compile(r"weight_(ih|hh|hr)_l\d+(_reverse)?")
+_LISTS_OF_WEIGHTS = {"_flat_weights", "_flat_weights_names", "_all_weights", "all_weights"}
+
+
+class PersistentTools(nn.Module):
+    """The part of a PersistentLayer that is there for others: idioms, torch.fx, torch.jit.script, a state's dtype."""
+
+    _said_train_changes_nothing: ClassVar[bool] = False
+    _marker: Tensor
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Yield what was added to this module; if there is nothing, one empty parameter of its dtype and device.
+
+        So `next(rnn.parameters()).new_zeros(...)`, by which many models make their first state, goes on working. The
+        weights are buffers: `named_parameters()` and the parameters of the whole model have none of them.
+        """
+        nothing = True
+        for parameter in super().parameters(recurse):
+            nothing = False
+            yield parameter
+        if nothing:
+            empty = torch.empty(0, dtype=self.dtype, device=self.device)
+            yield nn.Parameter(empty, requires_grad=False)
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what there is instead of nn.GRU's weights: a dense copy would silently lose what is written to it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if _DENSE_WEIGHT.fullmatch(name) is None and name not in _LISTS_OF_WEIGHTS:
+                raise
+        one = name if name.startswith("weight") else "weight_hh_l0"
+        raise AttributeError(
+            f"a {type(self).__name__} has no {name}: it was converted by to_sparse(), and its weights are in blocks. "
+            f"stored_weights()[{one!r}].to_dense() is a copy of one, to_dense() a layer of torch.nn with all of them, "
+            "and .dtype and .device are those of its inputs and states",
+            name=name,
+            obj=self,
+        )
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: there is nothing to flatten. Here because code written for nn.RNN calls it."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the flag that nn.Module.train sets; it changes nothing here, and a warning says so, once."""
+        if mode and not PersistentTools._said_train_changes_nothing:
+            PersistentTools._said_train_changes_nothing = True
+            warn(
+                f"{type(self).__name__} is for inference: train() changes nothing, dropout stays off and there is no "
+                "backward"
+            )
+        return super().train(mode)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse torch.jit.script, which would say something obscure."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile a {type(self).__name__}, which was converted by to_sparse(): script "
+            "to_dense(model), with nn.GRU and the zeros but without the speed, or use torch.export.export"
+        )
+
+    def _follow_assigned(self, before: Mapping[str, Tensor | None]) -> None:
+        """Take the dtype and device of tensors that load_state_dict(assign=True) has put in the place of others.
+
+        Biases and dense weights tell the dtype, or, where there are none, blocks that had that of this module. If they
+        disagree, nothing changes, and the next call says which one does not fit.
+
+        Args:
+            before: the buffers until then.
+        """
+        plain: set[torch.dtype] = set()
+        blocks: set[torch.dtype] = set()
+        own = (name for weight in self.stored_weights().items() for name in to_buffers(*weight))
+        for name in own:  # and not what a user has added
+            old, new = before[name], self._buffers[name]
+            if old is None or new is None or new is old or old.dtype != self.dtype or name.endswith("_scales"):
+                continue
+            (blocks if name.endswith(MATRIX_PARTS) else plain).add(new.dtype)
+        told = plain or blocks
+        dtype = told.pop() if len(told) == 1 else self.dtype
+        self._buffers["_marker"] = torch.empty(0, dtype=dtype, device=self.device)
+
+    def _refuse_graphs_of_others(self) -> None:
+        """Raise where a call is recorded in a form that has no place for the operator of this layer."""
+        torch_nn_only = "use to_dense(model), with torch.nn's layer and the zeros but without the speed"
+        if torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage] - it is documented
+            raise RuntimeError(
+                "torch.jit.trace, which torch.onnx.export(dynamo=False) uses too, cannot record a "
+                f"{type(self).__name__}, which was converted by to_sparse(): {torch_nn_only}, or torch.export.export"
+            )
+        # torch.onnx.is_in_onnx_export() is False to torch.compile, by which a strict export traces this.
+        exporter = sys.modules.get("torch.onnx._internal.exporter._flags")
+        if exporter is not None and getattr(exporter, "_is_onnx_exporting", False):
+            raise RuntimeError(
+                f"ONNX has no operator for a {type(self).__name__}, which was converted by to_sparse(): {torch_nn_only}"
+            )
+
+    def _recorded(self, method: str, *args: Any) -> Any:
+        """Return a node of the graph that torch.fx is making of this call; None for a call that is to run.
+
+        Hooks that torch.fx has traced on the way here are in the graph already; then it must not call them again.
+
+        Raises:
+            RuntimeError: torch.jit.trace or torch.onnx.export records it.
+        """
+        self._refuse_graphs_of_others()
+        tracer = tracer_of(args, {})
+        if tracer is None:
+            return None
+        args = args[:1] if args[1] is None else args
+        if method == "forward" and not (self._forward_pre_hooks or self._forward_hooks):
+            return record_call(tracer, self, args, {})
+        return record_method(tracer, self, method, args, {})
+
+    if TYPE_CHECKING:
+
+        @property
+        def dtype(self) -> torch.dtype: ...
+        @property
+        def device(self) -> torch.device: ...
+        def stored_weights(self) -> dict[str, BlockMatrix | Tensor]: ...

@@ -1,0 +1,48 @@
+"""What torch.utils.flop_counter counts for the operator of a recurrent layer.
+
+That module loads Triton, so it is not imported here; by the time it counts, somebody has.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from triton_sparse_rnn.ops.layer_weights import TENSORS_PER_DIRECTION, TENSORS_PER_MATRIX
+
+
+def count_operations(x_shape: Sequence[int], states: Any, weights: Sequence[Any], *args: Any, **kwargs: Any) -> int:
+    """Return the operations of one call, two for each stored weight and row of x: of products, as torch.mm's are.
+
+    Args:
+        x_shape: [N, I].
+        weights: shapes of what `recurrent_layer` takes.
+        states, args, kwargs: what else it takes; they make no difference.
+
+    >>> count_operations((5, 4), [(1, 1, 3)], [(12, 4), None, None, None, (2, 1, 16), *[None] * 9])
+    800
+    """
+    stored = 0
+    for first in range(0, len(weights), TENSORS_PER_DIRECTION):
+        matrices = weights[first : first + 3 * TENSORS_PER_MATRIX : TENSORS_PER_MATRIX]
+        stored += sum(math.prod(values) for values in matrices if values is not None)
+    return 2 * x_shape[0] * stored
+
+
+def count_in_active_modes() -> None:
+    """Let every FlopCounterMode that is on now, and those made later, count the operator."""
+    counting = sys.modules.get("torch.utils.flop_counter")
+    if counting is None:
+        return
+    operator = torch.ops.triton_sparse_rnn.recurrent_layer
+    if operator not in counting.flop_registry:
+        counting.register_flop_formula(operator)(count_operations)
+    for mode in _get_current_dispatch_mode_stack():
+        registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)  # a mode copies it when it is made
+        if isinstance(registry, dict):
+            registry.setdefault(operator, counting.flop_registry[operator])
