@@ -1,6 +1,6 @@
 """Small optimizers and averages that do what others' packages do to the weights, for the tests beside this file."""
 
-import math
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -103,10 +103,9 @@ class Several(Optimizer):
     def param_groups(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return [group for each in self.optimizers for group in each.param_groups]
 
-    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Any = None) -> Any:
         for each in self.optimizers:
             each.step()
-        return math.nan
 
 
 class Average:

@@ -82,8 +82,7 @@ class Attachment:
     def _after_outer(self, optimizer: Any) -> None:
         self.in_step = False
         if self._pruner is not None:
-            counted = getattr(self._counting(), "state", None)  # masked by its own step
-            self._pruner._masks.apply_everywhere([state for state in states_of([optimizer]) if state is not counted])
+            self._pruner._masks.apply_everywhere(())  # what it remembers was masked when the inner step was counted
 
 
 class GradientHook:
