@@ -90,35 +90,37 @@ class RecurrentLayer:
         if num_threads > 1:
             Team.compile()
 
-    def __call__(self, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
+    def __call__(
+        self,
+        x: Tensor,
+        states: list[Tensor],
+        batch_sizes: Tensor | None,
+        projected: Sequence[Tensor | None] | None = None,
+    ) -> list[Tensor]:
         """Return y, h_n and, for an LSTM, c_n.
 
         Args:
             x: [N, I].
             states: h0 and, for an LSTM, c0.
             batch_sizes: [T]; None where every step has B rows.
-        """
-        if not self._has_dense:
-            return self.run(x, self._nothing_projected, states, batch_sizes)
-        return self.run(x, [_dense_projection(x, direction) for direction in self._directions], states, batch_sizes)
-
-    def run(
-        self, x: Tensor, projected: Sequence[Tensor | None], states: list[Tensor], batch_sizes: Tensor | None
-    ) -> list[Tensor]:
-        """As a call, with W_ih x + b_ih given for each direction where W_ih is an ordinary matrix.
-
-        Behind its N * G * H numbers there is room for a vector.
+            projected: W_ih x + b_ih of each direction where W_ih is an ordinary matrix, if that is known. Behind its
+                N * G * H numbers there is room for a vector.
         """
         # Of a single step most of the time is spent here: no line is without its price.
         N, (D, B, P) = x.shape[0], states[0].shape
         y, ends = x.new_empty(N, D * P), [*map(torch.empty_like, states)]
         if N == 0:
             return [y, *(state.clone() for state in states)]
+        if projected is None:
+            projected = self._nothing_projected
+            if self._has_dense:
+                projected = [_dense_projection(x, direction) for direction in self._directions]
         T, sizes = (N // B, 0) if batch_sizes is None else (batch_sizes.shape[0], batch_sizes.data_ptr())
-        places = (
-            x.data_ptr(), y.data_ptr(), states[0].data_ptr(), states[-1].data_ptr(),
-            ends[0].data_ptr(), ends[-1].data_ptr(),
-        )  # fmt: skip
+        h0, h_n = states[0].data_ptr(), ends[0].data_ptr()
+        c0, c_n = (h0, h_n) if len(ends) == 1 else (states[1].data_ptr(), ends[1].data_ptr())
+        places = x.data_ptr(), y.data_ptr(), h0, c0, h_n, c_n
+        if 0 in places and x.numel() > 0:
+            raise RuntimeError("x and states must have memory, got a tensor whose memory was freed")
         if self._num_threads > 1 and T * self._step_bytes >= _SHARED_BYTES:
             with Team(self._num_threads - 1) as team:
                 self._run_directions(team, T, N, B, sizes, places, projected)

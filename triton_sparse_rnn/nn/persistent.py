@@ -255,8 +255,7 @@ class PersistentLayer(nn.Module):
         """Layers without the operator, which takes several microseconds, as much as a step of a small layer."""
         plan = self._plan
         if plan is None or not plan.holds(self):
-            layers = [self._layer_weights(layer) for layer in range(self.num_layers)]
-            self._plan = plan = make_plan(self, self._call_layout, layers)
+            self._plan = plan = make_plan(self)
         return plan.layers
 
     def chosen_backends(self) -> list[str]:

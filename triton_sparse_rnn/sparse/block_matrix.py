@@ -25,6 +25,7 @@ from triton_sparse_rnn.sparse.blocks import check_block_size, count_blocks, from
 
 GATE_NAMES = {"RNN_TANH": "h", "RNN_RELU": "h", "GRU": "rzn", "LSTM": "ifgo"}  # by nn.RNNBase.mode, a letter each
 GATES = {mode: len(names) for mode, names in GATE_NAMES.items()}  # G
+INDEX_DTYPE = torch.int32  # of columns and starts
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8)
 
 
@@ -188,7 +189,7 @@ class BlockMatrix:
         check_storage_dtype(self.values.dtype, "values")
         _check_gates(self.gates, self.shape[0])
         for name in ("columns", "starts"):
-            if getattr(self, name).dtype != torch.int32:
+            if getattr(self, name).dtype != INDEX_DTYPE:
                 raise ValueError(f"{name} must be int32, got {getattr(self, name).dtype}")
         shapes = tuple(self.values.shape), tuple(self.columns.shape), tuple(self.starts.shape)
         if self.values.dim() != 3 or 0 in self.block_size or self.columns.shape != self.values.shape[:1]:
