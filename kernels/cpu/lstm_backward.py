@@ -105,7 +105,7 @@ class GateGradients:
         """
         N, H = c.shape
         self.gates = _scratch(N, GATES * H)
-        self.zeros = torch.zeros(GATES, dtype=torch.int64)
+        self.zeros = torch.zeros(GATES, dtype=torch.int64, device="cpu")
         self._has_rows = format.grouped and group == (1, H)
         self._factors = _scratch(N, -(-H // group[1])) if format.grouped else None
         self.dh, self.dc = (grad.clone(memory_format=torch.contiguous_format) for grad in (grad_h, grad_c))

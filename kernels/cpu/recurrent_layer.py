@@ -83,7 +83,7 @@ class RecurrentLayer:
         self._num_threads = num_threads
         self._step_bytes = sum(direction.weight_hh.nbytes for direction in directions)
         matrices = [matrix for direction in directions for matrix in direction if isinstance(matrix, BlockMatrix)]
-        self._no_bias = torch.zeros(max(map(_padded_rows, matrices)))
+        self._no_bias = torch.zeros(max(map(_padded_rows, matrices)), dtype=torch.float32, device="cpu")
         self._matrices = [self._read_matrices(mode, direction, quantized) for direction in directions]
         self._fields: dict[tuple[int, int], list[_PlacedDirection]] = {}
         self._run = compiled_layer()

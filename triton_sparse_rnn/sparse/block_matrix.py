@@ -135,12 +135,13 @@ class BlockMatrix:
                 f"shape {(rows, columns)} with gates={gates} fills up to {padded} in blocks of {block_size}, "
                 f"but matrix has {tuple(matrix.shape)}"
             )
+        own = {"dtype": blocks.dtype, "device": blocks.device}
         try:  # torch checks the indices of a BSR tensor only when it is told to
-            torch.sparse_bsr_tensor(row_starts, column_indices, blocks, size=matrix.shape, check_invariants=True)
+            torch.sparse_bsr_tensor(row_starts, column_indices, blocks, size=matrix.shape, **own, check_invariants=True)
         except RuntimeError as error:
             raise ValueError(f"matrix is not a valid BSR tensor: {error}") from error
         counts = row_starts.diff().long()
-        block_rows = torch.arange(len(counts), device=counts.device)
+        block_rows = torch.arange(len(counts), dtype=torch.int64, device=counts.device)
         ours = block_rows.view(gates, -1).t().flatten()  # our order of rows of blocks: group by group
         order = torch.argsort(torch.argsort(ours)[block_rows.repeat_interleave(counts)], stable=True)
         ends = counts[ours].cumsum(0)
@@ -158,7 +159,7 @@ class BlockMatrix:
         """Return a torch BSR tensor; the edge blocks of each gate stay filled up with zeros."""
         groups, gates = self.block_grid[1], self.gates
         counts = self.starts.diff().long()
-        theirs = torch.arange(len(counts), device=counts.device).view(groups, gates).t().flatten()
+        theirs = torch.arange(len(counts), dtype=torch.int64, device=counts.device).view(groups, gates).t().flatten()
         order = torch.argsort(torch.argsort(theirs)[self.block_rows], stable=True)
         ends = counts[theirs].cumsum(0)
         scaled = self.scaled_blocks()
@@ -167,6 +168,8 @@ class BlockMatrix:
             self.columns[order].long(),
             scaled[order],
             size=_padded_shape(*self.shape, self.block_size, gates),
+            dtype=scaled.dtype,
+            device=scaled.device,
             check_invariants=True,
         )
 
