@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from triton_sparse_rnn.kernels.cpu.addresses import address_of
 from triton_sparse_rnn.kernels.cpu.compilation import compiled_layer, kernel_address
 from triton_sparse_rnn.kernels.cpu.layer import KERNEL_BYTES, LayerFields, MatrixFields
 from triton_sparse_rnn.kernels.cpu.pack import PackFormat
@@ -64,8 +65,9 @@ class _PlacedDirection(NamedTuple):
 class RecurrentLayer:
     """A layer ready to run: its kernels are compiled, and the addresses of its tensors are taken.
 
-    Nothing is checked. `unsupported_reason` (support.py) must have returned None, and the tensors must stay where they
-    are as long as this is called.
+    Weights are looked at when it is made (addresses.py), but not what indices hold: `BlockMatrix.check` does that.
+    What it is called with is not: see there. `unsupported_reason` (support.py) must have returned None, and the tensors
+    must stay where they are as long as this is called.
     """
 
     def __init__(self, mode: str, directions: list[Direction], *, quantized: bool, num_threads: int = 1) -> None:
@@ -218,17 +220,17 @@ def _matrix_fields(matrix: BlockMatrix, bias: Tensor, quantized: bool, mode: str
     BR, BC = matrix.block_size
     layout = BlockFormat(BR, BC, str(matrix.values.dtype).removeprefix("torch."), quantized)
     gates, groups, block_columns = matrix.block_grid
-    rows = matrix.shape[0] // gates
+    rows, NB = matrix.shape[0] // gates, len(matrix.values)
     fits = rows == groups * BR
     padded_inputs = block_columns * BC
     return MatrixFields(
         pack=kernel_address(PackFormat.for_product(layout)),
         product=kernel_address(layout if mode is None else StepFormat(mode, layout)),
-        starts=matrix.starts.data_ptr(),
-        columns=matrix.columns.data_ptr(),
-        values=matrix.values.data_ptr(),
-        scales=0 if matrix.scales is None else matrix.scales.data_ptr(),
-        bias=bias.data_ptr(),
+        starts=address_of("starts", matrix.starts, torch.int32, gates * groups + 1),
+        columns=address_of("columns", matrix.columns, torch.int32, NB),
+        values=address_of("values", matrix.values, getattr(torch, layout.dtype), NB * BC * BR),
+        scales=0 if matrix.scales is None else address_of("scales", matrix.scales, torch.float32, matrix.shape[0]),
+        bias=address_of("bias", bias, torch.float32, matrix.shape[0]),
         gates=gates,
         vectors=groups * layout.parts,
         row_bytes=rows * FLOAT_BYTES,
