@@ -65,4 +65,4 @@ def _recurrence(work: Workload, matrix: BlockMatrix) -> Callable[[], Tensor]:
     x, states = work.x[:, 0], [torch.zeros(1, 1, work.H)] * (2 if work.cell == "LSTM" else 1)
     projected = torch.nn.functional.linear(x, weight_ih, bias_ih).flatten()
     projected = torch.cat([projected, torch.zeros(matrix.block_size[0])])
-    return lambda: layer.run(x, [projected], states, None)[0]
+    return lambda: layer(x, states, None, [projected])[0]

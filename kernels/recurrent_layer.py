@@ -212,7 +212,7 @@ def new_call(layer: RecurrentLayer, x: Tensor, states: list[Tensor], batch_sizes
         T = len(batch_sizes)
         starts = (batch_sizes.cumsum(0) - batch_sizes).to(layer.device)
         # Sizes never increase, so row b has as many steps as there are sizes above b.
-        ends = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(B, device="cpu"), right=True)
+        ends = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(B, dtype=torch.int64, device="cpu"), right=True)
         lengths = ends.to(layer.device, torch.int32)
     # The interpreter truncates to bfloat16 where a GPU rounds.
     y = x.new_empty(len(x), width, dtype=torch.float32 if INTERPRETED else x.dtype)
@@ -250,7 +250,7 @@ def results(call: Call, h_n: Tensor, states: list[Tensor]) -> list[Tensor]:
 def slot_bias(mode: str, direction: Direction) -> Tensor:
     """What each gate slot gets besides products, [H, SLOTS]: both biases, but a GRU's n keeps b_hn apart, in slot 2."""
     G, H = GATES[mode], direction.weight_hh.shape[1]
-    zeros = torch.zeros(G * H, device=direction.weight_hh.values.device)
+    zeros = torch.zeros(G * H, dtype=torch.float32, device=direction.weight_hh.values.device)
     bias_ih, bias_hh = (zeros if bias is None else bias.float() for bias in (direction.bias_ih, direction.bias_hh))
     ih, hh = bias_ih.view(G, H), bias_hh.view(G, H)
     gates = [ih[0] + hh[0], ih[1] + hh[1], hh[2], ih[2]] if mode == "GRU" else list(ih + hh)

@@ -138,13 +138,13 @@ def _regrouped(matrix: BlockMatrix) -> RowBlocks:
 def _stored_weights(matrix: BlockMatrix) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield stored weights, some at a time: block of 16 x 1 (unit group, gate, column), row in it, weight."""
     G, H, C = matrix.gates, matrix.shape[0] // matrix.gates, matrix.shape[1]
-    (BR, BC), device = matrix.block_size, matrix.values.device
+    (BR, BC), like = matrix.block_size, {"dtype": torch.int64, "device": matrix.values.device}
     block_rows = matrix.block_rows
     for first in range(0, len(matrix.values), max(1, _CHUNK // (BR * BC))):
         some = slice(first, first + max(1, _CHUNK // (BR * BC)))
         groups, gates = block_rows[some].div(G, rounding_mode="floor"), block_rows[some] % G
-        units = groups[:, None, None] * BR + torch.arange(BR, device=device)
-        columns = matrix.columns[some, None, None].long() * BC + torch.arange(BC, device=device)[:, None]
+        units = groups[:, None, None] * BR + torch.arange(BR, **like)
+        columns = matrix.columns[some, None, None].long() * BC + torch.arange(BC, **like)[:, None]
         blocks = (units.div(UNITS, rounding_mode="floor") * G + gates[:, None, None]) * C + columns
         exists = (units < H) & (columns < C)  # blocks at the edge are filled up
         rows = (units % UNITS).expand_as(exists)

@@ -336,5 +336,6 @@ def pack_tiles(blocks: RowBlocks, tile: Tile, tiles: int) -> tuple[Tensor, Tenso
 def _places(blocks: RowBlocks) -> tuple[Tensor, Tensor]:
     """Of each stored column: its place in its list, and the list (direction, unit group, gate)."""
     counts = blocks.starts.diff()
-    rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    return torch.arange(len(rows), device=counts.device) - blocks.starts[rows], rows
+    like = {"dtype": torch.int64, "device": counts.device}
+    rows = torch.repeat_interleave(torch.arange(len(counts), **like), counts)
+    return torch.arange(len(rows), **like) - blocks.starts[rows], rows

@@ -13,6 +13,7 @@ compilation.py     compiles kernels and keeps them
 intrinsics.py      what numba functions do with addresses
 layer.py           the time loop and the batch, the same for every cell
 team.py            work shared by threads; threads.py has the threads
+addresses.py       from tensors to the addresses that launchers give to kernels
 recurrent_layer.py the launcher: a layer ready to run
 
 and, for the backward of an LSTM whose small gate gradients become zero,

@@ -7,6 +7,9 @@ Column c of block k is a vector of weights, so with the input v the product of t
 and a pruned block is not read at all. A tile of inputs shares each load of a weight. It lies in memory as pack.py
 leaves it, number i of all its inputs together: v0[0] v1[0] ... v0[1] v1[1] ...
 
+Weights in int8 are integers here, and their scale comes last: with inputs near 1e36 these sums may leave float32 where
+those of weights and inputs would not.
+
 Quantised inputs are bytes, their sums are int32, and the result is start + sum * scale of the weights * scale of the
 input. Where there is an instruction for it, vpdpbusd, a sum takes four columns, a quad, at once.
 """

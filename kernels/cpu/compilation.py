@@ -77,9 +77,10 @@ def kernel_function(layout: Format) -> Callable[[int, int, int], None]:
 
 @functools.cache
 def compiled_layer() -> Callable[..., bool]:
-    """Return `layer.run_layer`, compiled."""
+    """Return `layer.run_layer`, compiled, to be called with integers: their types are not looked at."""
+    signature = types.boolean(*[types.int64] * 13)
     with _compiling:
-        return _cached(njit, types.boolean(*[types.int64] * 13), nogil=True)(make_run_layer(fingerprint()))
+        return _cached(njit, signature, nogil=True)(make_run_layer(fingerprint())).get_overload(signature)
 
 
 @functools.cache

@@ -53,7 +53,8 @@ def _operators() -> _Operators | None:
     """
     try:
         inner_product, lay_out = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
-        inputs, matrix = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4)
+        numbers = torch.arange(12, dtype=torch.float32, device="cpu")
+        inputs, matrix = numbers[:6].view(2, 3), numbers.view(3, 4)
         product = inner_product(inputs, lay_out(matrix.t(), 2), None, "none", [], "")
         does = torch.equal(product, inputs @ matrix)
     except Exception:  # whatever an operator raises that takes something else

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
+from triton_sparse_rnn.kernels.cpu.addresses import address_of_rows
 from triton_sparse_rnn.kernels.cpu.compilation import kernel_address
 from triton_sparse_rnn.kernels.cpu.dense_products import multiply
 from triton_sparse_rnn.kernels.cpu.sparse_products import (
@@ -129,7 +130,13 @@ class SkippingProduct:
         """
         factor_words = np.array(
             [
-                FactorFields(place.address, place.bytes, output.shape[1], output.data_ptr(), row_bytes(output))
+                FactorFields(
+                    place.address,
+                    place.bytes,
+                    output.shape[1],
+                    address_of_rows("output", output, *output.shape),
+                    row_bytes(output),
+                )
                 for place, output in zip(panels, outputs, strict=True)
             ],
             dtype=np.int64,
@@ -138,7 +145,8 @@ class SkippingProduct:
         scratch, address = _aligned(scratch_bytes)
         starts, values, places, sums = (address + offset for offset in offsets)
         fields = SparseProductFields(
-            gates.data_ptr(), row_bytes(gates), gates.shape[1], starts, values, places, sums,
+            address_of_rows("gates", gates, *gates.shape), row_bytes(gates), gates.shape[1],
+            starts, values, places, sums,
             factor_words.ctypes.data, len(outputs),
         )  # fmt: skip
         self._words = np.array(fields, dtype=np.int64)
@@ -162,7 +170,14 @@ def lay_out(matrices: Sequence[Tensor], num_threads: int = 1) -> list[Panels]:
     for matrix in matrices:
         rows, columns = matrix.shape
         panels = Panels(*_aligned(panels_bytes(rows, columns)), panels_bytes(rows, 1))
-        fields = PanelFields(matrix.data_ptr(), row_bytes(matrix), rows, columns, panels.address, panels.bytes)
+        fields = PanelFields(
+            address_of_rows("matrix", matrix, *matrix.shape),
+            row_bytes(matrix),
+            rows,
+            columns,
+            panels.address,
+            panels.bytes,
+        )
         laid_out.append(panels)
         words.append(np.array(fields, dtype=np.int64))
         calls += [(kernel, words[-1].ctypes.data, i, i + 1) for i in range(-(-columns // PANEL_COLUMNS))]

@@ -1,6 +1,6 @@
 """The launcher: states and gate gradients of a direction of an LSTM, with addresses in place of tensors.
 
-All tensors are float32, and the last axis of each is contiguous. Nothing is checked.
+All tensors are float32, and the last axis of each is contiguous; addresses.py looks at them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from triton_sparse_rnn.kernels.cpu.addresses import address_of, address_of_rows
 from triton_sparse_rnn.kernels.cpu.compilation import compiled_go_back, kernel_address, kernel_function
 from triton_sparse_rnn.kernels.cpu.dense_products import prepare_product
 from triton_sparse_rnn.kernels.cpu.gate_gradients import GATES, GateGradientFields, GateGradientFormat
@@ -48,17 +49,18 @@ def lstm_cells(steps: np.ndarray, gates: Tensor, c0: Tensor, y: Tensor) -> tuple
     Returns:
         [N, H], contiguous; where the gates are others, c is theirs.
     """
+    (N, H), B = y.shape, int(steps[:, 1].max())
     c, right = _scratch(*y.shape), np.zeros(1, dtype=np.int64)
     fields = CellFields(
         steps=steps.ctypes.data,
         units=y.shape[1],
-        gates=gates.data_ptr(),
+        gates=address_of_rows("gates", gates, N, GATES * H),
         gates_bytes=row_bytes(gates),
-        c0=c0.data_ptr(),
+        c0=address_of_rows("c0", c0, B, H),
         c0_bytes=row_bytes(c0),
-        y=y.data_ptr(),
+        y=address_of_rows("y", y, N, H),
         y_bytes=row_bytes(y),
-        c=c.data_ptr(),
+        c=address_of("c", c, torch.float32, N * H),
         right=right.ctypes.data,
     )
     words = np.array(fields, dtype=np.int64)
@@ -105,30 +107,31 @@ class GateGradients:
         """
         N, H = c.shape
         self.gates = _scratch(N, GATES * H)
-        self.zeros = torch.zeros(GATES, dtype=torch.int64)
+        self.zeros = torch.zeros(GATES, dtype=torch.int64, device="cpu")
         self._has_rows = format.grouped and group == (1, H)
         self._factors = _scratch(N, -(-H // group[1])) if format.grouped else None
         self.dh, self.dc = (grad.clone(memory_format=torch.contiguous_format) for grad in (grad_h, grad_c))
         thresholds = None if thresholds is None else thresholds.contiguous()
+        needed, B = 1 if format.grouped else GATES, int(steps[:, 1].max())
         fields = GateGradientFields(
             steps=steps.ctypes.data,
             units=H,
-            activated=activated.data_ptr(),
+            activated=address_of_rows("activated", activated, N, GATES * H),
             activated_bytes=row_bytes(activated),
-            c=c.data_ptr(),
-            c0=c0.data_ptr(),
+            c=address_of("c", c, torch.float32, N * H),
+            c0=address_of_rows("c0", c0, B, H),
             c0_bytes=row_bytes(c0),
-            grad_y=grad_y.data_ptr(),
+            grad_y=address_of_rows("grad_y", grad_y, N, H),
             grad_y_bytes=row_bytes(grad_y),
-            dh=self.dh.data_ptr(),
-            dc=self.dc.data_ptr(),
-            thresholds=0 if thresholds is None else thresholds.data_ptr(),
-            seed=seed.data_ptr(),
+            dh=address_of("grad_h", self.dh, torch.float32, B * H),
+            dc=address_of("grad_c", self.dc, torch.float32, B * H),
+            thresholds=0 if thresholds is None else address_of("thresholds", thresholds, torch.float32, needed),
+            seed=address_of("seed", seed, torch.int64, 1),
             group_rows=group[0],
             group_units=group[1],
-            gates=self.gates.data_ptr(),
-            zeros=self.zeros.data_ptr(),
-            factors=0 if self._factors is None else self._factors.data_ptr(),
+            gates=address_of_rows("gates", self.gates, N, GATES * H),
+            zeros=address_of("zeros", self.zeros, torch.int64, GATES),
+            factors=0 if self._factors is None else address_of_rows("factors", self._factors, N, 1),
         )
         self._read = (steps, activated, c, c0, grad_y, thresholds, seed)  # these must stay where they are
         self._steps, self._format = steps, format
@@ -156,7 +159,8 @@ class GateGradients:
         product = SkippingProduct(self.gates, len(self.dh), lay_out([weight_hh]), [self.dh])
         compiled_go_back()(
             len(self._steps), self._steps.ctypes.data, kernel_address(self._format), self.fields,
-            product.kernel, product.fields, self.gates.data_ptr(), row_bytes(self.gates),
+            product.kernel, product.fields,
+            address_of_rows("gates", self.gates, *self.gates.shape), row_bytes(self.gates),
         )  # fmt: skip
 
     def kept_rows(self, first: int, end: int) -> Tensor:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from triton_sparse_rnn.kernels.cpu.addresses import address_of
 from triton_sparse_rnn.kernels.cpu.compilation import compiled_layer, kernel_address
 from triton_sparse_rnn.kernels.cpu.layer import KERNEL_BYTES, LayerFields, MatrixFields
 from triton_sparse_rnn.kernels.cpu.pack import PackFormat
@@ -64,8 +65,9 @@ class _PlacedDirection(NamedTuple):
 class RecurrentLayer:
     """A layer ready to run: its kernels are compiled, and the addresses of its tensors are taken.
 
-    Nothing is checked. `unsupported_reason` (support.py) must have returned None, and the tensors must stay where they
-    are as long as this is called.
+    Weights are looked at when it is made (addresses.py), but not what indices hold: `BlockMatrix.check` does that.
+    What it is called with is not: see there. `unsupported_reason` (support.py) must have returned None, and the tensors
+    must stay where they are as long as this is called.
     """
 
     def __init__(self, mode: str, directions: list[Direction], *, quantized: bool, num_threads: int = 1) -> None:
@@ -83,42 +85,44 @@ class RecurrentLayer:
         self._num_threads = num_threads
         self._step_bytes = sum(direction.weight_hh.nbytes for direction in directions)
         matrices = [matrix for direction in directions for matrix in direction if isinstance(matrix, BlockMatrix)]
-        self._no_bias = torch.zeros(max(map(_padded_rows, matrices)))
+        self._no_bias = torch.zeros(max(map(_padded_rows, matrices)), dtype=torch.float32, device="cpu")
         self._matrices = [self._read_matrices(mode, direction, quantized) for direction in directions]
         self._fields: dict[tuple[int, int], list[_PlacedDirection]] = {}
         self._run = compiled_layer()
         if num_threads > 1:
             Team.compile()
 
-    def __call__(self, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
+    def __call__(
+        self,
+        x: Tensor,
+        states: list[Tensor],
+        batch_sizes: Tensor | None,
+        projected: Sequence[Tensor | None] | None = None,
+    ) -> list[Tensor]:
         """Return y, h_n and, for an LSTM, c_n.
 
         Args:
             x: [N, I].
             states: h0 and, for an LSTM, c0.
             batch_sizes: [T]; None where every step has B rows.
-        """
-        if not self._has_dense:
-            return self.run(x, self._nothing_projected, states, batch_sizes)
-        return self.run(x, [_dense_projection(x, direction) for direction in self._directions], states, batch_sizes)
-
-    def run(
-        self, x: Tensor, projected: Sequence[Tensor | None], states: list[Tensor], batch_sizes: Tensor | None
-    ) -> list[Tensor]:
-        """As a call, with W_ih x + b_ih given for each direction where W_ih is an ordinary matrix.
-
-        Behind its N * G * H numbers there is room for a vector.
+            projected: W_ih x + b_ih of each direction where W_ih is an ordinary matrix, if that is known. Behind its
+                N * G * H numbers there is room for a vector.
         """
         # Of a single step most of the time is spent here: no line is without its price.
         N, (D, B, P) = x.shape[0], states[0].shape
         y, ends = x.new_empty(N, D * P), [*map(torch.empty_like, states)]
         if N == 0:
             return [y, *(state.clone() for state in states)]
+        if projected is None:
+            projected = self._nothing_projected
+            if self._has_dense:
+                projected = [_dense_projection(x, direction) for direction in self._directions]
         T, sizes = (N // B, 0) if batch_sizes is None else (batch_sizes.shape[0], batch_sizes.data_ptr())
-        places = (
-            x.data_ptr(), y.data_ptr(), states[0].data_ptr(), states[-1].data_ptr(),
-            ends[0].data_ptr(), ends[-1].data_ptr(),
-        )  # fmt: skip
+        h0, h_n = states[0].data_ptr(), ends[0].data_ptr()
+        c0, c_n = (h0, h_n) if len(ends) == 1 else (states[1].data_ptr(), ends[1].data_ptr())
+        places = x.data_ptr(), y.data_ptr(), h0, c0, h_n, c_n
+        if 0 in places and x.numel() > 0:
+            raise RuntimeError("x and states must have memory, got a tensor whose memory was freed")
         if self._num_threads > 1 and T * self._step_bytes >= _SHARED_BYTES:
             with Team(self._num_threads - 1) as team:
                 self._run_directions(team, T, N, B, sizes, places, projected)
@@ -216,17 +220,17 @@ def _matrix_fields(matrix: BlockMatrix, bias: Tensor, quantized: bool, mode: str
     BR, BC = matrix.block_size
     layout = BlockFormat(BR, BC, str(matrix.values.dtype).removeprefix("torch."), quantized)
     gates, groups, block_columns = matrix.block_grid
-    rows = matrix.shape[0] // gates
+    rows, NB = matrix.shape[0] // gates, len(matrix.values)
     fits = rows == groups * BR
     padded_inputs = block_columns * BC
     return MatrixFields(
         pack=kernel_address(PackFormat.for_product(layout)),
         product=kernel_address(layout if mode is None else StepFormat(mode, layout)),
-        starts=matrix.starts.data_ptr(),
-        columns=matrix.columns.data_ptr(),
-        values=matrix.values.data_ptr(),
-        scales=0 if matrix.scales is None else matrix.scales.data_ptr(),
-        bias=bias.data_ptr(),
+        starts=address_of("starts", matrix.starts, torch.int32, gates * groups + 1),
+        columns=address_of("columns", matrix.columns, torch.int32, NB),
+        values=address_of("values", matrix.values, getattr(torch, layout.dtype), NB * BC * BR),
+        scales=0 if matrix.scales is None else address_of("scales", matrix.scales, torch.float32, matrix.shape[0]),
+        bias=address_of("bias", bias, torch.float32, matrix.shape[0]),
         gates=gates,
         vectors=groups * layout.parts,
         row_bytes=rows * FLOAT_BYTES,

@@ -193,3 +193,14 @@ def test_there_is_no_backward(cell, backend):
     head = nn.Linear(7, 1)
     head(ours(x.detach(), hx)[0]).sum().backward()  # what comes after the layer can be trained
     assert head.weight.grad is not None
+
+
+def test_int8_of_large_inputs():
+    """The range that from_dense states: absolute inputs that add up to less than 2.6e36."""
+    layer = make_pruned(nn.RNN, 40, 7, nonlinearity="relu")
+    x = torch.randn(3, 2, 40).abs()
+    x *= 2.5e36 / x.sum(-1, keepdim=True)
+    ours, reference = (convert(layer, backend, weight_dtype=torch.int8)(x)[0] for backend in ("cpu", "reference"))
+    assert reference.isfinite().all()
+    assert (reference > 1e34).any()
+    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e30)

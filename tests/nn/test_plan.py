@@ -12,6 +12,7 @@ from persistent_cases import (
     assert_same_bits,
     convert,
     every_cell_and_backend,
+    every_cell_on_the_cpu,
     make_pruned,
     make_states,
     tensors_of,
@@ -171,6 +172,86 @@ def test_what_makes_no_difference_prepares_nothing(prepared):
     ours.bias_ih_l0.mul_(2)
     assert_same_bits(ours(x), convert(ours.to_dense())(x))
     assert len(prepared) == 2  # the one just made too
+
+
+CALLS: dict[str, Any] = {
+    "call": lambda ours, x: ours(x),
+    "step": lambda ours, x: ours.step(x[0]),
+    "packed": lambda ours, x: ours(pack_sequence([x[:, 0]])),
+    "operator": lambda ours, x: ours(x.clone().requires_grad_()),
+}
+
+
+def converted_in_inference_mode(layer: nn.RNNBase, backend: str) -> PersistentLayer:
+    with torch.inference_mode():
+        return convert(layer, backend)
+
+
+@every_cell_on_the_cpu
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("make", [convert, converted_in_inference_mode])
+def test_indices_that_are_written_to_are_looked_at_again(cell, backend, call, make):
+    """Kernels read as far as they say."""
+    x = torch.randn(4, 2, 5)
+    for part, wrong in (("columns", 10**8), ("starts", 10**6)):
+        ours = make(make_pruned(cell), backend)
+        with torch.inference_mode():
+            CALLS[call](ours, x.clone())
+            ours.get_buffer(f"weight_hh_l0_{part}").fill_(wrong)
+        with pytest.raises(ValueError, match=rf"{part} must (lie in|rise from) 0"):
+            CALLS[call](ours, x)
+
+
+@pytest.mark.parametrize("make", [convert, converted_in_inference_mode])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_weights_that_are_written_to_count(make, dtype, backend):
+    ours = make(make_pruned(nn.GRU).to(dtype), backend)
+    x = torch.randn(4, 2, 5).to(dtype)
+    with torch.inference_mode():
+        ours(x)
+        for name, buffer in ours.named_buffers():
+            if name.endswith("values") or name.startswith("bias"):
+                buffer.mul_(2)
+    assert_same_bits(ours(x), convert(ours.to_dense(), backend)(x))
+
+
+@every_cell_and_backend
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("left_bytes", [0, 4])
+def test_buffers_that_were_freed(cell, backend, call, left_bytes):
+    x = torch.randn(4, 2, 5)
+    freed = ["weight_hh_l0_values", "weight_ih_l0_columns", "weight_hh_l0_starts", "bias_hh_l0"]
+    for name in freed if backend != "triton" else freed[:1]:
+        ours = convert(make_pruned(cell), backend)
+        CALLS[call](ours, x)
+        ours.get_buffer(name).untyped_storage().resize_(left_bytes)
+        with pytest.raises(RuntimeError, match=f"{name.replace('_l0', '')} has no memory for its numbers"):
+            CALLS[call](ours, x)
+
+
+@every_cell_and_backend
+@pytest.mark.parametrize("left_bytes", [0, 4])
+def test_inputs_and_states_that_were_freed(cell, backend, left_bytes):
+    ours = convert(make_pruned(cell), backend)
+    ours(torch.randn(4, 2, 5))
+    for call in (
+        lambda x, hx: ours(x[1:], hx),
+        lambda x, hx: ours.step(x[0], hx),
+        lambda x, hx: ours(x[:, 0], tuple(h[:, 0] for h in hx) if isinstance(hx, tuple) else hx[:, 0]),
+        lambda x, hx: ours(pack_sequence([x[:, 0], x[:, 1]]), hx),
+        lambda x, hx: ours(x.clone().requires_grad_(), hx),
+    ):
+        hx = make_states(ours, 2)
+        (hx[-1] if isinstance(hx, tuple) else hx).untyped_storage().resize_(left_bytes)
+        with pytest.raises(RuntimeError, match=r"hx has no memory|out of bounds for storage"):
+            call(torch.randn(4, 2, 5), hx)
+    for strided in (torch.randn(4, 2, 5), torch.randn(9, 2, 5)[5:], torch.randn(4, 2, 10)[..., ::2]):
+        step = strided[0]
+        strided.untyped_storage().resize_(left_bytes)
+        for call in (lambda: ours(strided), lambda: ours.step(step), lambda: ours(strided, make_states(ours, 2))):  # noqa: B023
+            with pytest.raises(RuntimeError, match="input has no memory"):
+                call()
 
 
 def test_copies_do_not_share_a_plan():

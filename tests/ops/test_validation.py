@@ -10,6 +10,7 @@ from triton_sparse_rnn.ops.validation import (
     check_activation_dtype,
     check_batch_sizes,
     check_call,
+    check_memory,
     check_num_threads,
     check_weights,
 )
@@ -197,12 +198,85 @@ def test_numbers_of_threads():
             check_num_threads(wrong)
 
 
-def test_indices_are_read_only_where_asked_for():
+def test_indices_are_read_again_only_after_a_write(monkeypatch):
+    """The operator asks at every call, and reading them takes as long as a small layer."""
     weights = make_weights()
-    wrong = weights._replace(weight_hh=changed(weights.weight_hh, columns=weights.weight_hh.columns + H))
-    with pytest.raises(ValueError, match=r"columns must lie in 0..4"):
-        check_weights([wrong], "GRU", I, torch.float32, CPU)
-    check_weights([wrong], "GRU", I, torch.float32, CPU, indices=False)
+    read = []
+    check_indices = BlockMatrix._check_indices
+    monkeypatch.setattr(BlockMatrix, "_check_indices", lambda *args: (read.append(1), check_indices(*args)))
+
+    def check(indices: bool) -> int:
+        read.clear()
+        check_weights([weights], "GRU", I, torch.float32, CPU, indices=indices)
+        return len(read)
+
+    assert [check(False), check(False), check(True)] == [2, 0, 2]
+    weights.weight_hh.columns[-1] += 0
+    assert [check(False), check(False)] == [1, 0]
+    weights.weight_hh.starts.add_(0)
+    assert [check(False), check(False)] == [1, 0]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_wrong_indices_are_found(first, inference):
+    with torch.inference_mode(inference):
+        weights = make_weights()
+        check_weights([weights], "GRU", I, torch.float32, CPU, indices=first)
+        weights.weight_hh.columns.add_(H)
+        for indices in (False, True):
+            with pytest.raises(ValueError, match=r"columns must lie in 0..4"):
+                check_weights([weights], "GRU", I, torch.float32, CPU, indices=indices)
+
+
+def free(tensor: Tensor, left_bytes: int = 0) -> None:
+    tensor.untyped_storage().resize_(left_bytes)
+
+
+@pytest.mark.parametrize("left_bytes", [0, 15])
+def test_tensors_without_memory(left_bytes):
+    for tensor in (torch.ones(4), torch.ones(3, 4)[::2, 2:], torch.ones(9)[5:], torch.ones(4).requires_grad_()):
+        check_memory("x", tensor)
+        check_memory("x", tensor[:0])
+        free(tensor, left_bytes)
+        with pytest.raises(RuntimeError, match=rf"x has no memory .* and its storage has {left_bytes}; was it freed"):
+            check_memory("x", tensor)
+        check_memory("x", tensor[:0])
+    cut = torch.ones(10)[::3]
+    free(cut, 40)
+    check_memory("x", cut)
+    free(cut, 39)
+    with pytest.raises(RuntimeError, match=r"strides \[3\], storage offset 0, and itemsize 4 require a storage of 40"):
+        check_memory("x", cut)
+    with pytest.raises(RuntimeError, match="x has no memory"):
+        check_memory("x", torch._efficientzerotensor((3,)))  # type: ignore[attr-defined]
+
+
+def test_tensors_that_have_no_addresses():
+    for tensor in (torch.ones(3, device="meta"), torch.eye(3).to_sparse(), torch.ones(3).to_mkldnn()):
+        check_memory("x", tensor)
+    torch.vmap(lambda x: check_memory("x", x) or x)(torch.ones(2, 3))  # type: ignore[func-returns-value]
+
+
+FREED = {
+    "x": lambda call: call["x"],
+    "states": lambda call: call["states"][-1],
+    "weight_hh_values": lambda call: call["directions"][1].weight_hh.values,
+    "weight_ih_columns": lambda call: call["directions"][0].weight_ih.columns,
+    "weight_hr_starts": lambda call: call["directions"][1].weight_hr.starts,
+    "weight_hh_scales": lambda call: call["directions"][1].weight_hh.scales,
+    "bias_ih": lambda call: call["directions"][1].bias_ih,
+}
+
+
+@pytest.mark.parametrize("name", FREED)
+def test_arguments_without_memory(name):
+    call = make_call("LSTM", 2, P)
+    call["directions"] = [make_weights("LSTM", P, dtype=torch.int8) for _ in range(2)]
+    check_call(**call)
+    free(FREED[name](call), 2)
+    with pytest.raises(RuntimeError, match=f"{name} has no memory"):
+        check_call(**call)
 
 
 @pytest.mark.parametrize("size", [H - 1, H + 1])

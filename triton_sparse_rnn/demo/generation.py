@@ -21,7 +21,8 @@ def draw_noise(count: int, vocabulary_size: int, seed: int) -> Tensor:
 
     The last symbol, OTHER, is never drawn.
     """
-    uniform = torch.rand(count, vocabulary_size, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    uniform = torch.rand(count, vocabulary_size, generator=generator, dtype=torch.float32, device="cpu")
     noise = -torch.log(-torch.log(uniform.clamp(1e-9, 1 - 1e-7)))
     noise[:, -1] = -torch.inf
     return noise
@@ -107,7 +108,7 @@ def time_streams(
 
 def _run_layer(rnn: Any, count: int) -> None:
     step, h = step_of(rnn), None
-    x = torch.zeros(1, rnn.input_size)
+    x = torch.zeros(1, rnn.input_size, dtype=torch.float32, device="cpu")
     for _ in range(count):
         _, h = step(x, h)
 

@@ -60,8 +60,9 @@ class Vocabulary:
 
     def encode(self, data: bytes) -> Tensor:
         """Return the symbols of `data`, [len(data)], int16."""
-        table = torch.full((256,), len(self.known), dtype=torch.int16)
-        table[_as_tensor(self.known).long()] = torch.arange(len(self.known), dtype=torch.int16)
+        symbols = {"dtype": torch.int16, "device": "cpu"}
+        table = torch.full((256,), len(self.known), **symbols)
+        table[_as_tensor(self.known).long()] = torch.arange(len(self.known), **symbols)
         return table[_as_tensor(data).long()]
 
     def decoder(self) -> Callable[[int], str]:
@@ -166,7 +167,9 @@ def count_characters(data: bytes) -> int:
 
 
 def _as_tensor(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    if not data:  # torch.frombuffer takes no empty buffer
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _is_visible(file: Path, root: Path) -> bool:

@@ -150,7 +150,7 @@ def _averages(trainer: Trainer) -> Iterator[nn.Module]:
 def _forget_best(trainer: Trainer, *, finished: bool) -> None:
     for stopping in trainer.early_stopping_callbacks:
         worst = float("inf") if stopping.monitor_op is torch.lt else -float("inf")
-        stopping.best_score = torch.tensor(worst)
+        stopping.best_score = torch.tensor(worst, dtype=torch.float32, device="cpu")
         stopping.wait_count = 0
     checkpoints: list[Any] = trainer.checkpoint_callbacks if finished else []
     for checkpoint in checkpoints:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_sparse_rnn.ops.layer_weights import RunLayer
-from triton_sparse_rnn.ops.validation import check_batch_sizes
+from triton_sparse_rnn.ops.validation import check_batch_sizes, check_memory
 
 
 class CallLayout(NamedTuple):
@@ -118,6 +118,8 @@ def _state_list(hx: Tensor | Sequence[Tensor], layout: CallLayout) -> list[Tenso
     wanted = "a tensor" if len(layout.state_sizes) == 1 else "a pair of tensors (h_0, c_0)"
     if len(states) != len(layout.state_sizes) or not all(isinstance(state, Tensor) for state in states):
         raise TypeError(f"hx must be {wanted}, got {type(hx).__name__}")
+    for state in states:
+        check_memory("hx", state)
     return states
 
 
@@ -151,6 +153,7 @@ def _check_input(x: Tensor, axes: int, layout: CallLayout) -> None:
             "Input and parameter tensors are not at the same device, "
             f"found input tensor at {x.device} and parameter tensor at {layout.device}"
         )
+    check_memory("input", x)
 
 
 def _check_states(states: list[Tensor] | None, x: Tensor, B: int, layout: CallLayout) -> list[Tensor]:

@@ -110,7 +110,7 @@ class GateGradientState:
     def move_thresholds(self, index: int, zeros: Tensor, target: float, gain: float) -> None:
         """Move the controller's thresholds by what they led to; zeros as in `count`, which comes before."""
         own = self.log_thresholds[index]
-        shares = zeros / self.last[index, len(self.gates)]
+        shares = zeros.float() / self.last[index, len(self.gates)]
         missing = target - (shares if own.numel() > 1 else shares.mean())
         own += torch.where(_is_usable(self.scale[index]), gain * missing, 0)
         own.clamp_(LOWEST, HIGHEST)

@@ -22,6 +22,7 @@ from triton_sparse_rnn.ops.gate_gradients.contract import Direction, Steps
 from triton_sparse_rnn.ops.gate_gradients.dispatch import choose_backward
 from triton_sparse_rnn.ops.gate_gradients.forward import Weights
 from triton_sparse_rnn.ops.gate_gradients.function import run_layer
+from triton_sparse_rnn.ops.validation import check_memory
 
 _CALL = inspect.signature(LSTM.forward)
 
@@ -110,6 +111,8 @@ def _run(layer: RNNBase, gate_gradient: GateGradientSparsity, input: Tensor | Pa
     call = read_call(input, hx, layout_of(layer, layer.mode, weights[0][0].dtype, weights[0][0].device))
     dtype = result_dtype(call, layer.mode, weights[0][0].dtype)
     x, *states = cast([call.x, *call.states], dtype)
+    for weight in (weight for one in weights for weight in one):
+        check_memory("a weight", weight)
     D, ends = 2 if layer.bidirectional else 1, []
     for k in range(layer.num_layers):
         if k > 0 and layer.dropout > 0:

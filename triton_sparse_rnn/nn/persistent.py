@@ -127,7 +127,9 @@ class PersistentLayer(PersistentTools):
                 its own threads, unless weight_dtype is another than its own or block_size has 16 rows or more.
                 weight_hr of an LSTM, which a Pruner prunes only on request, goes to blocks too.
             weight_dtype: how weights are stored: torch.float32, float64, float16, bfloat16 or int8 (symmetric, one
-                scale per row); None for the dtype of `dense`. Inputs, outputs and biases keep that dtype.
+                scale per row); None for the dtype of `dense`. Inputs, outputs and biases keep that dtype. On "cpu" the
+                scale of int8 is applied to a sum of integers times inputs: that must stay below 3.4e38, which it does
+                while the absolute inputs of a step add up to less than 2.6e36.
             block_size: (BR, BC); None takes, weight by weight, the one with the fewest bytes of 16x1, 16x4, 16x16 and
                 16x32. Take the pruner's own size, or None. A size of 16 rows or more holds for dense weights too: on
                 one thread of a CPU the kernel for blocks is faster than torch even where all of them are stored.
@@ -274,8 +276,7 @@ class PersistentLayer(PersistentTools):
         """Layers without the operator, which takes several microseconds, as much as a step of a small layer."""
         plan = self._plan
         if plan is None or not plan.holds(self):
-            layers = [self._layer_weights(layer) for layer in range(self.num_layers)]
-            self._plan = plan = make_plan(self, self._call_layout, layers)
+            self._plan = plan = make_plan(self)
         return plan.layers
 
     def chosen_backends(self) -> list[str]:

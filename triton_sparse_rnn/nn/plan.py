@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 
 from triton_sparse_rnn.nn.calls import CallLayout
 from triton_sparse_rnn.nn.instance_state import own_tensors
 from triton_sparse_rnn.ops.dispatch import PREPARE_LAYER, choose_backend
-from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
-from triton_sparse_rnn.ops.operators import is_observed
+from triton_sparse_rnn.ops.layer_weights import RunLayer
+from triton_sparse_rnn.ops.operators import is_watched
 from triton_sparse_rnn.ops.triton import PreparedLayer, PreparedStack, stack_layers
 from triton_sparse_rnn.ops.validation import check_not_capturing, check_num_threads, check_weights
+from triton_sparse_rnn.sparse.block_matrix import INDEX_DTYPE
 
 if TYPE_CHECKING:
     from triton_sparse_rnn.nn.persistent import PersistentLayer
@@ -25,16 +28,20 @@ class Plan(NamedTuple):
 
     settings: tuple[str | None, torch.dtype | None, int]  # backend, activation_dtype, num_threads
     layout: CallLayout
-    device_type: str
+    on_cpu: bool
     buffers: list[Tensor | None]
-    tensors: list[Tensor]
+    tensors: list[Tensor]  # those that hold anything
     addresses: list[int]
+    indices: list[Tensor]  # `columns` and `starts` of blocks
+    versions: list[int]  # torch counts in them what is written into an index in place
     layers: list[RunLayer]
 
     def holds(self, module: PersistentLayer) -> bool:
-        """Whether all is as it was, and every tensor lies where it lay: prepared layers keep addresses.
+        """Whether all is as it was, every tensor lies where it lay, and nothing was written into an index.
 
-        A tensor moves when its `data` is assigned to, by share_memory_(), and when a queue sends it to a process.
+        Prepared layers keep addresses, and read as far as indices say. A tensor moves when its `data` is assigned to,
+        by share_memory_(), when a queue sends it to a process, and when its storage is resized or freed. What is
+        written into weights and biases counts without more ado.
         """
         buffers = module._buffers
         return (
@@ -43,22 +50,32 @@ class Plan(NamedTuple):
             and len(self.buffers) <= len(buffers)  # what a user added comes behind
             and all(map(operator.is_, self.buffers, buffers.values()))
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+            and [tensor._version for tensor in self.indices] == self.versions
         )
 
     def plain_states(self, module: PersistentLayer, x: Any, hx: Any, axes: int, batch_axis: int) -> list[Tensor] | None:
         """Return the states of a plain call of this plan; None for others, which `read_call` or `read_step` looks into.
 
         Plain are most calls: an x of `axes` axes, none of them empty, hx of three axes or None, all of them ordinary
-        tensors of the right dtype that nothing traces or differentiates, and no autocast. To see this takes four
-        microseconds, and to read a call in all its forms fifteen.
+        tensors of the right dtype, with their numbers in memory, that nothing traces or differentiates, and no
+        autocast. To see this takes four microseconds, and to read a call in all its forms fifteen.
         """
         _, input_size, state_sizes, layers, _, dtype, device = self.layout
-        if type(x) is not Tensor or x.dtype is not dtype or x.device != device:
+        on_cpu, itemsize = self.on_cpu, dtype.itemsize
+        if is_watched() or _is_any_autocast_enabled():
+            return None
+        if type(x) is not Tensor or x.dtype is not dtype or not (x.is_cpu if on_cpu else x.device == device):
             return None
         shape = x.shape
         if len(shape) != axes or shape[-1] != input_size or 0 in shape:
             return None
+        # As `check_memory` does; a tensor with other strides is copied by torch before a kernel reads it.
+        if x.untyped_storage().nbytes() < x.nbytes + x.storage_offset() * itemsize:
+            return None
         B = shape[batch_axis]
+        records_gradients = torch.is_grad_enabled()
+        if records_gradients and x.requires_grad:
+            return None
         if hx is None:
             states = [x.new_zeros(layers, B, size) for size in state_sizes]
         else:
@@ -66,13 +83,16 @@ class Plan(NamedTuple):
             if len(states) != len(state_sizes):
                 return None
             for state, size in zip(states, state_sizes):  # noqa: B905 - it takes time, and lengths are the same
-                if type(state) is not Tensor or state.dtype is not dtype or state.device != device:
+                if type(state) is not Tensor or state.dtype is not dtype:
                     return None
-                if state.shape != (layers, B, size):
+                if not (state.is_cpu if on_cpu else state.device == device):
                     return None
-        if is_observed(x, states) or torch.is_autocast_enabled(self.device_type) or not self.holds(module):
-            return None
-        return states
+                if state.shape != (layers, B, size) or (records_gradients and state.requires_grad):
+                    return None
+                needed_bytes = (layers * B * size + state.storage_offset()) * itemsize
+                if state.untyped_storage().nbytes() < needed_bytes:
+                    return None
+        return states if self.holds(module) else None
 
     def descriptions(self) -> list[str]:
         """How the layers run that say so: tile, programs, bytes on chip; each form once."""
@@ -83,33 +103,50 @@ class Plan(NamedTuple):
         )
 
 
-def make_plan(module: PersistentLayer, layout: CallLayout, layers: list[list[LayerWeights]]) -> Plan:
-    """Check the weights of every layer and let its backend prepare it.
+def make_plan(module: PersistentLayer) -> Plan:
+    """Check the weights of every layer of a module, and let its backend prepare it.
 
-    Args:
-        module: whose settings and buffers are taken.
-        layout: of its calls.
-        layers: for each layer the weights of its directions, in these buffers.
     Raises:
         ValueError: weights do not fit together, or a setting is wrong.
         BackendUnavailableError: the module names a backend that cannot run a layer.
-        RuntimeError: a CUDA graph is being captured.
+        RuntimeError: the memory of a weight was freed, or a CUDA graph is being captured.
     """
+    layout = module._call_layout
     check_not_capturing(layout.device)
     backend, activation_dtype, num_threads = settings = module.backend, module.activation_dtype, module.num_threads
-    names = own_tensors(module)
-    buffers = [tensor for name, tensor in module._buffers.items() if name in names]
-    tensors = [tensor for tensor in buffers if tensor is not None]
-    addresses = [tensor.data_ptr() for tensor in tensors]
     num_threads = check_num_threads(num_threads)
+    names = own_tensors(module)
+    _count_writes(module._buffers, names)
+    buffers = [tensor for name, tensor in module._buffers.items() if name in names]
+    tensors = [tensor for tensor in buffers if tensor is not None and tensor.numel() > 0]
+    indices = [tensor for tensor in tensors if tensor.dtype == INDEX_DTYPE]
+    plan = Plan(
+        settings,
+        layout,
+        layout.device.type == "cpu",
+        buffers,
+        tensors,
+        [tensor.data_ptr() for tensor in tensors],
+        indices,
+        [tensor._version for tensor in indices],
+        [],
+    )
+    layers = [module._layer_weights(layer) for layer in range(module.num_layers)]
     place, input_size = (layout.dtype, layout.device), layout.input_size
     for directions in layers:
         check_weights(directions, module.mode, input_size, *place, activation_dtype=activation_dtype)
         input_size = len(directions) * directions[0].weight_hh.shape[1]
-    plan = Plan(settings, layout, layout.device.type, buffers, tensors, addresses, [])
     for directions in layers:
         chosen = choose_backend(backend, module.mode, *place, directions, activation_dtype)
         options = {"dtype": layout.dtype, "activation_dtype": activation_dtype, "num_threads": num_threads}
         plan.layers.append(PREPARE_LAYER[chosen](module.mode, directions, **options))
     plan.layers[:] = stack_layers(plan.layers)
     return plan
+
+
+def _count_writes(buffers: dict[str, Tensor | None], names: Collection[str]) -> None:
+    """Put a copy in the place of each index that was made in inference mode: torch counts no writes into those."""
+    for name, tensor in buffers.items():
+        if name in names and tensor is not None and tensor.dtype == INDEX_DTYPE and tensor.is_inference():
+            with torch.inference_mode(False):
+                buffers[name] = tensor.clone()

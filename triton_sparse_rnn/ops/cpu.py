@@ -57,13 +57,15 @@ def prepare_layer(
 
     def run(x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
         batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
-        if x.dtype == torch.float32:
-            return layer(plain(x), [plain(state) for state in states], batch_sizes)
+        return layer(plain(x), [plain(state) for state in states], batch_sizes)
+
+    def run_wider(x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
+        batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
         # Made again for what is cast in it: whatever was written into that since counts.
         results = make()(plain(x).float(), [plain(state).float() for state in states], batch_sizes)
-        return [result.to(x.dtype) for result in results]
+        return [result.to(dtype) for result in results]
 
-    return run
+    return run if dtype == torch.float32 else run_wider
 
 
 def _float(weight: Any) -> Any:

@@ -194,7 +194,7 @@ def block_linear(weight: BlockMatrix | Tensor, bias: Tensor | None, dtype: torch
         return dense_linear(weight, bias, dtype)  # nothing is pruned: every output reads every input
     (gates, groups, block_columns), (BR, BC) = weight.block_grid, weight.block_size
     blocks = weight.scaled_blocks().to(dtype)  # [NB, BR, BC]
-    places = weight.columns.long()[:, None] * BC + torch.arange(BC, device=blocks.device)  # [NB, BC]
+    places = weight.columns.long()[:, None] * BC + torch.arange(BC, dtype=torch.int64, device=blocks.device)  # [NB, BC]
     block_rows = weight.block_rows
     chunk_rows = max(1, CHUNK_BYTES // max(1, len(blocks) * (BC + BR) * dtype.itemsize))
 

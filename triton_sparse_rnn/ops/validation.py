@@ -6,9 +6,35 @@ import numbers
 
 import torch
 from torch import Tensor
+from torch._C import _has_storage
+from torch.compiler import is_compiling
+from torch.nn import Parameter
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+
+
+def check_memory(name: str, tensor: Tensor) -> None:
+    """Raise RuntimeError unless the memory of a tensor holds all of its numbers.
+
+    Whoever frees memory by `untyped_storage().resize_(0)` leaves the tensor with its shape, and with an address that is
+    0 or behind the end of what there is. torch.nn's layers raise for most of these, and end the process for others.
+    """
+    if is_compiling() or type(tensor) not in (Tensor, Parameter) or tensor.is_meta or not _has_storage(tensor):
+        return  # there are no addresses: tensors of a trace, of torch.func, sparse ones
+    if tensor.numel() == 0:
+        return
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    found = tensor.untyped_storage().nbytes()
+    if found < needed or tensor._is_zerotensor():
+        raise RuntimeError(
+            f"{name} has no memory for its numbers: sizes {list(tensor.shape)}, strides {list(tensor.stride())}, "
+            f"storage offset {tensor.storage_offset()}, and itemsize {tensor.itemsize} require a storage of {needed} "
+            f"bytes, and its storage has {found}; was it freed by untyped_storage().resize_()? Give a tensor that "
+            "holds its numbers"
+        )
 
 
 def check_batch_sizes(batch_sizes: Tensor, rows: int, batch_size: int) -> None:
@@ -21,6 +47,7 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int, batch_size: int) -> None:
             f"batch_sizes must be a vector of int64 on the CPU, got {batch_sizes.dtype} of shape "
             f"{tuple(batch_sizes.shape)} on {batch_sizes.device}"
         )
+    check_memory("batch_sizes", batch_sizes)
     sizes = batch_sizes.tolist()
     if not sizes:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -84,7 +111,8 @@ def check_weights(
         input_size: features of its inputs.
         dtype, device: of its inputs, and so of all that is not in blocks.
         activation_dtype: torch.int8 for quantised activations, or None.
-        indices: also look at what the blocks' indices hold, which takes as long as a small layer.
+        indices: also look at what the blocks' indices hold, which takes as long as a small layer; False: only if they
+            are others than those looked at before, or torch has counted a write into them since.
     """
     for weights in directions:
         rows, hidden = weights.weight_hh.shape
@@ -116,7 +144,7 @@ def check_call(
     mode: str,
     activation_dtype: torch.dtype | None = None,
 ) -> None:
-    """Raise ValueError or RuntimeError unless the arguments of the operator fit together; indices are trusted."""
+    """Raise ValueError or RuntimeError unless the arguments of the operator fit together."""
     H, hidden = directions[0].weight_hh.shape[0] // GATES[mode], directions[0].weight_hh.shape[1]
     B = states[0].shape[1] if states[0].dim() == 3 else -1
     sizes = (hidden, H) if mode == "LSTM" else (hidden,)
@@ -129,6 +157,7 @@ def check_call(
     columns = directions[0].weight_ih.shape[1:]
     if x.dim() != 2 or x.shape[1:] != columns:
         raise ValueError(f"x must be [N, {', '.join(map(str, columns))}], got {tuple(x.shape)}")
+    check_memory("x", x)
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, x.shape[0], B)
     elif x.shape[0] % B if B else x.shape[0]:
@@ -141,7 +170,26 @@ def _check_blocks(name: str, matrix: BlockMatrix, shape: tuple[int, int], device
         raise ValueError(f"{name} must be of shape {shape}, got {matrix.shape}")
     if matrix.values.device != device:
         raise ValueError(f"{name} must be on {device}, got {matrix.values.device}")
-    matrix.check(indices=indices)
+    for part in ("values", "columns", "starts", "scales"):
+        if (tensor := getattr(matrix, part)) is not None:
+            check_memory(f"{name}_{part}", tensor)
+    seen = _indices_as_they_are(matrix)
+    matrix.check(indices=indices or seen is None or _CHECKED.get(matrix.columns) != seen)
+    if seen is not None:
+        _CHECKED[matrix.columns] = seen
+
+
+# By `columns`, for as long as that lives: what `_indices_as_they_are` gave when the indices were found to be right.
+_CHECKED = WeakTensorKeyDictionary()
+
+
+def _indices_as_they_are(matrix: BlockMatrix) -> tuple[object, ...] | None:
+    """What changes with the indices of a matrix, or with what they must fit; None where torch counts no writes."""
+    columns, starts = matrix.columns, matrix.starts
+    if columns.is_inference() or starts.is_inference():
+        return None
+    places = columns.data_ptr(), columns._version, starts.data_ptr(), starts._version
+    return *places, matrix.shape, matrix.gates, matrix.values.shape
 
 
 def _check_tensor(
@@ -154,3 +202,4 @@ def _check_tensor(
         )
     if contiguous and not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    check_memory(name, tensor)

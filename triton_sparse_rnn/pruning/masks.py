@@ -72,7 +72,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     """
     flat = mask.flatten().to("cpu", torch.uint8)
     padded = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -84,7 +84,7 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     count = torch.Size(shape).numel()
     if not _is_vector(packed, -(-count // 8)):
         raise ValueError(f"expected uint8 [{-(-count // 8)}] for {count} blocks, got {_describe(packed)}")
-    bits = (packed.to("cpu")[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    bits = (packed.to("cpu")[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
     if bits.flatten()[count:].any():
         raise ValueError(f"bits are set beyond the {count} blocks")
     return bits.flatten()[:count].to(torch.bool).view(shape)

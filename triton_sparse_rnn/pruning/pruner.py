@@ -230,7 +230,7 @@ class Pruner:
     def full_block_mask(self, weight: Weight) -> Tensor:
         """Return the block mask of a weight before anything is pruned: all True, see `update_block_mask`."""
         gates, rows, columns = weight.block_grid(self.block_size)
-        return torch.ones(1 if self.tie_gates else gates, rows, columns, dtype=torch.bool)
+        return torch.ones(1 if self.tie_gates else gates, rows, columns, dtype=torch.bool, device="cpu")
 
     def update_block_mask(self, weight: Weight, tensor: Tensor, block_mask: Tensor, step: int) -> Tensor:
         """Return what an update at `step` makes of a block mask, given the weights in `tensor`.

@@ -56,7 +56,7 @@ def combine_gates(scores: Tensor, score: str) -> Tensor:
 def block_weight_counts(shape: tuple[int, int], block_size: tuple[int, int], device: torch.device) -> Tensor:
     """How many weights each block of a matrix [R, C] really has: [block rows, block columns], int64."""
     heights, widths = (
-        (size - torch.arange(0, size, block, device=device)).clamp(max=block)
+        (size - torch.arange(0, size, block, dtype=torch.int64, device=device)).clamp(max=block)
         for size, block in zip(shape, block_size, strict=True)
     )
     return heights[:, None] * widths

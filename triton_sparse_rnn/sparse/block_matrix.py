@@ -26,6 +26,7 @@ from triton_sparse_rnn.sparse.blocks import check_block_size, check_filling_up, 
 
 GATE_NAMES = {"RNN_TANH": "h", "RNN_RELU": "h", "GRU": "rzn", "LSTM": "ifgo"}  # by nn.RNNBase.mode, a letter each
 GATES = {mode: len(names) for mode, names in GATE_NAMES.items()}  # G
+INDEX_DTYPE = torch.int32  # of columns and starts
 _SIZES_END = 2**31  # block columns are int32, and the product of two sizes is an int64
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8)
 
@@ -137,12 +138,13 @@ class BlockMatrix:
                 f"shape {(rows, columns)} with gates={gates} fills up to {padded} in blocks of {block_size}, "
                 f"but matrix has {tuple(matrix.shape)}"
             )
+        own = {"dtype": blocks.dtype, "device": blocks.device}
         try:  # torch checks the indices of a BSR tensor only when it is told to
-            torch.sparse_bsr_tensor(row_starts, column_indices, blocks, size=matrix.shape, check_invariants=True)
+            torch.sparse_bsr_tensor(row_starts, column_indices, blocks, size=matrix.shape, **own, check_invariants=True)
         except RuntimeError as error:
             raise ValueError(f"matrix is not a valid BSR tensor: {error}") from error
         counts = row_starts.diff().long()
-        block_rows = torch.arange(len(counts), device=counts.device)
+        block_rows = torch.arange(len(counts), dtype=torch.int64, device=counts.device)
         ours = block_rows.view(gates, -1).t().flatten()  # our order of rows of blocks: group by group
         order = torch.argsort(torch.argsort(ours)[block_rows.repeat_interleave(counts)], stable=True)
         ends = counts[ours].cumsum(0)
@@ -160,7 +162,7 @@ class BlockMatrix:
         """Return a torch BSR tensor; the edge blocks of each gate stay filled up with zeros."""
         groups, gates = self.block_grid[1], self.gates
         counts = self.starts.diff().long()
-        theirs = torch.arange(len(counts), device=counts.device).view(groups, gates).t().flatten()
+        theirs = torch.arange(len(counts), dtype=torch.int64, device=counts.device).view(groups, gates).t().flatten()
         order = torch.argsort(torch.argsort(theirs)[self.block_rows], stable=True)
         ends = counts[theirs].cumsum(0)
         scaled = self.scaled_blocks()
@@ -169,6 +171,8 @@ class BlockMatrix:
             self.columns[order].long(),
             scaled[order],
             size=_padded_shape(*self.shape, self.block_size, gates),
+            dtype=scaled.dtype,
+            device=scaled.device,
             check_invariants=True,
         )
 
@@ -192,7 +196,7 @@ class BlockMatrix:
         _check_shape(self.shape)
         _check_gates(self.gates, self.shape[0])
         for name in ("columns", "starts"):
-            if getattr(self, name).dtype != torch.int32:
+            if getattr(self, name).dtype != INDEX_DTYPE:
                 raise ValueError(f"{name} must be int32, got {getattr(self, name).dtype}")
         shapes = tuple(self.values.shape), tuple(self.columns.shape), tuple(self.starts.shape)
         if self.values.dim() != 3 or 0 in self.block_size or self.columns.shape != self.values.shape[:1]:

@@ -103,7 +103,7 @@ def _run_torch(
     has_biases = weights[0].bias_ih is not None
     options = has_biases, 1, 0.0, True, D == 2  # then layers, dropout, training, bidirectional
     if packed:
-        y, *ends = run(x, torch.tensor(batch_sizes), states, parameters, *options)
+        y, *ends = run(x, torch.tensor(batch_sizes, dtype=torch.int64, device="cpu"), states, parameters, *options)
     else:
         y, *ends = run(x.reshape(len(batch_sizes), batch_sizes[0], x.shape[1]), states, parameters, *options, False)
     # What comes from a Function as a view may not be written to; torch.nn's y may.

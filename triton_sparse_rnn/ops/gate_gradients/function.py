@@ -15,6 +15,7 @@ from torch.autograd import Function
 from triton_sparse_rnn.ops.gate_gradients.contract import Arriving, Control, Direction, Gradients, Needed, Steps
 from triton_sparse_rnn.ops.gate_gradients.dispatch import choose_backward
 from triton_sparse_rnn.ops.gate_gradients.forward import Weights, run_forward
+from triton_sparse_rnn.ops.validation import check_memory
 
 _WEIGHT_GRADIENTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # of Gradients, in Weights' order
 _PER_DIRECTION = len(_WEIGHT_GRADIENTS)
@@ -149,6 +150,7 @@ def _as_plain(tensors: Sequence[Tensor | None]) -> list[Any]:
 def _as_plain_tensor(tensor: Tensor) -> Tensor:
     if tensor._is_zerotensor():  # has no memory
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    check_memory("a tensor that backward needs", tensor)
     tensor = tensor.resolve_neg()
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 

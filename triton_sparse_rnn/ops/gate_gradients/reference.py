@@ -185,7 +185,7 @@ def _step_sizes(gates: Tensor, rule: Rule) -> Tensor:
 
 def _lengths(total: int, size: int, like: Tensor) -> Tensor:
     """The lengths of the pieces of an axis: `size`, and what is left for the last one."""
-    return (total - torch.arange(0, total, size, device=like.device)).clamp(max=size)
+    return (total - torch.arange(0, total, size, dtype=torch.int64, device=like.device)).clamp(max=size)
 
 
 def _spread(values: Tensor, gates: Tensor, rule: Rule) -> Tensor:
@@ -212,8 +212,9 @@ def _random_numbers(gates: Tensor, first_row: int, rule: Rule, seed: Tensor) -> 
     """The numbers u of all groups of a step, of the shape of `_step_sizes`."""
     B, G, H = gates.shape
     rows, units = (rule.rows, rule.units) if rule.group == "blocks" else (1, 1)
-    n = first_row + torch.arange(0, B, rows, device=gates.device)[:, None]
+    like = {"dtype": torch.int64, "device": gates.device}
+    n = first_row + torch.arange(0, B, rows, **like)[:, None]
     if rule.group == "elements":
-        return uniform(seed, n, torch.arange(G * H, device=gates.device)).view(B, G, H)
+        return uniform(seed, n, torch.arange(G * H, **like)).view(B, G, H)
     groups = 1 if rule.group == "rows" else -(-H // units)
-    return uniform(seed, n, torch.arange(groups, device=gates.device))
+    return uniform(seed, n, torch.arange(groups, **like))

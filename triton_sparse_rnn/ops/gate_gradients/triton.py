@@ -137,7 +137,7 @@ def _through_time(
     starts, lengths = _ragged(direction.steps, device)
     gates = _gate_sums(direction, h_before).view(-1, 4, H)
     c0 = direction.c0.float().contiguous()
-    c = torch.empty(len(gates), H, device=device)
+    c = torch.empty(len(gates), H, dtype=torch.float32, device=device)
     activate_gates(gates, c0, c, starts, lengths, len(sizes), reverse=reverse)
     zeroing = _zeroing(rule, thresholds)
     tile = choose_tile(H, B, zeroing, gates.element_size(), device_limits(device).sms)
@@ -198,10 +198,11 @@ def _ragged(steps: Steps, device: torch.device) -> tuple[Tensor | None, Tensor |
             "the backward of a PackedSequence of different lengths cannot be captured in a CUDA graph: every replay "
             "would run with the lengths of the capture. Capture calls with a padded batch"
         )
-    sizes = torch.tensor(steps.batch_sizes, device="cpu")
+    counts = {"dtype": torch.int64, "device": "cpu"}
+    sizes = torch.tensor(steps.batch_sizes, **counts)
     # Sizes never increase, so row b has as many steps as there are sizes above b.
-    ends = len(sizes) - torch.searchsorted(sizes.flip(0), torch.arange(int(sizes[0]), device="cpu"), right=True)
-    starts, lengths = torch.tensor(steps.starts, device="cpu"), ends.to(torch.int32)
+    ends = len(sizes) - torch.searchsorted(sizes.flip(0), torch.arange(int(sizes[0]), **counts), right=True)
+    starts, lengths = torch.tensor(steps.starts, **counts), ends.to(torch.int32)
     if device.type == "cuda":  # a copy from other memory would wait for all that the device still has to do
         starts, lengths = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (starts, lengths))
     return starts, lengths
