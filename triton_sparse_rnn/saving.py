@@ -8,11 +8,12 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import GRU, LSTM, RNN  # bound here, so that a patched torch.nn.GRU may be a SparseGRU
 
 from triton_sparse_rnn.errors import SparseFileError
 from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.nn.convertible import why_not_converted
-from triton_sparse_rnn.nn.instance_state import become
+from triton_sparse_rnn.nn.instance_state import become, stand_in
 from triton_sparse_rnn.nn.persistent import PersistentLayer
 from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES, persistent_class, shown_name
 from triton_sparse_rnn.nn.state_names import layers_by_prefix, names_in_file, saved_tensors
@@ -70,7 +71,8 @@ def load_sparse(model: ModelT, path: str | os.PathLike[str]) -> ModelT:
     """Load a file of `save_sparse` into a freshly built dense model, in place.
 
     The recurrent layers that were saved sparse become persistent modules; each stays the same object, so hooks, lists
-    and closures that refer to it go on with it. All other tensors are copied into the tensors of the model, as
+    and closures that refer to it go on with it (but for one whose class has further bases, which Python cannot change:
+    a new module is put in its places in the model). All other tensors are copied into the tensors of the model, as
     load_state_dict(strict=True) does. Either all of it happens or none. The model may be wrapped where the saved one
     was not, and the other way round.
 
@@ -78,7 +80,7 @@ def load_sparse(model: ModelT, path: str | os.PathLike[str]) -> ModelT:
         model: of the architecture and dtype that were saved, with nn or Sparse modules, on its final device.
         path: the file.
     Returns:
-        `model`.
+        `model`, or what was put in its place.
     Raises:
         SparseFileError: the file is truncated, damaged or foreign, or holds another architecture.
         TypeError, ValueError: `model` is not a module, is on the meta device, or has a layer that would lose what its
@@ -115,14 +117,13 @@ def load_sparse(model: ModelT, path: str | os.PathLike[str]) -> ModelT:
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise SparseFileError(f"{path} describes its tensors wrongly ({error!r}); nothing was loaded") from error
     _check_convertible(model, built)
-    _load(model, state, {key: tensors[names[key]] for key in state if key not in own}, built)
-    return model
+    return _load(model, state, {key: tensors[names[key]] for key in state if key not in own}, built)  # type: ignore[return-value]
 
 
 def _load(
     model: nn.Module, state: Mapping[str, Any], rest: Mapping[str, Tensor], built: Mapping[nn.Module, PersistentLayer]
-) -> None:
-    """Copy tensors into the model and convert its layers, all of it or nothing.
+) -> nn.Module:
+    """Copy tensors into the model and convert its layers, all of it or nothing; returns the model.
 
     Args:
         model: as it was.
@@ -131,12 +132,17 @@ def _load(
         built: what each layer becomes.
     """
     before = {key: state[key].detach().clone() for key in rest}
-    undo = []
+    undo, loaded = [], model
     try:
         result = model.load_state_dict({**state, **rest}, strict=False)
         if getattr(result, "missing_keys", None) or getattr(result, "unexpected_keys", None):
             _copy_by_identity(model, state, rest)
-        undo += [become(layer, new) for layer, new in built.items()]
+        for layer, new in built.items():
+            try:
+                undo.append(become(layer, new))
+            except TypeError:
+                undo.append(stand_in(model, layer, new))
+                loaded = new if layer is model else loaded
     except Exception:
         for restore in undo:
             restore()
@@ -144,6 +150,7 @@ def _load(
             for key, tensor in before.items():
                 state[key].copy_(tensor)
         raise
+    return loaded
 
 
 def _copy_by_identity(model: nn.Module, state: Mapping[str, Any], rest: Mapping[str, Tensor]) -> None:
@@ -239,7 +246,7 @@ def _new_class(layer: nn.Module) -> type[PersistentLayer] | None:
     """What a layer becomes when it is loaded; None for what is no recurrent layer."""
     if isinstance(layer, PersistentLayer):
         return type(layer)
-    return persistent_class(layer) if isinstance(layer, (nn.RNN, nn.GRU, nn.LSTM)) else None
+    return persistent_class(layer) if isinstance(layer, (RNN, GRU, LSTM)) else None
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn import GRU, LSTM, RNN, RNNBase  # bound here, so that a patched torch.nn.GRU may be a SparseGRU
 from torch.nn.utils.parametrize import is_parametrized
 
 from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS, weight_names
@@ -171,7 +172,7 @@ def become(layer: nn.Module, new: nn.Module) -> Callable[[], None]:
     Returns:
         What undoes it.
     Raises:
-        TypeError: Python cannot change the class, as of one with __slots__.
+        TypeError: Python cannot change the class, as of one with __slots__ or with further bases; nothing has changed.
     """
     old_class, old_state = type(layer), dict(vars(layer))
 
@@ -187,6 +188,22 @@ def become(layer: nn.Module, new: nn.Module) -> Callable[[], None]:
     return undo
 
 
+def stand_in(model: nn.Module, layer: nn.Module, new: nn.Module) -> Callable[[], None]:
+    """Put `new` in every place that `layer` has in the modules of a model, after a `become` that Python refused.
+
+    Returns:
+        What undoes it.
+    """
+    places = [(module, name) for module in model.modules() for name, held in module._modules.items() if held is layer]
+
+    def put(module: nn.Module) -> None:
+        for parent, name in places:
+            parent._modules[name] = module
+
+    put(new)
+    return lambda: put(layer)
+
+
 def _is_own_method(layer: nn.Module, name: str, value: object) -> bool:
     """Whether an attribute is a method of the layer's own class, bound to it."""
     return (
@@ -197,12 +214,12 @@ def _is_own_method(layer: nn.Module, name: str, value: object) -> bool:
 
 
 def _own_tensors(cls: type, sizes: Any) -> set[str]:
-    return set(weight_names(sizes)) if issubclass(cls, nn.RNNBase) else stored_names(sizes) | {"_marker"}
+    return set(weight_names(sizes)) if issubclass(cls, RNNBase) else stored_names(sizes) | {"_marker"}
 
 
 def _own_attributes(cls: type) -> set[str]:
     """What a layer of the class, and of no class of a user's, holds."""
-    dense = next((base for base in (nn.RNN, nn.GRU, nn.LSTM) if issubclass(cls, base)), None)
+    dense = next((base for base in (RNN, GRU, LSTM) if issubclass(cls, base)), None)
     return {*vars(nn.Module()), *_NOT_TAKEN} | (_PERSISTENT_ATTRIBUTES if dense is None else _dense_attributes(dense))
 
 

@@ -40,8 +40,7 @@ class PersistentTools(nn.Module):
             nothing = False
             yield parameter
         if nothing:
-            empty = torch.empty(0, dtype=self.dtype, device=self.device)
-            yield nn.Parameter(empty, requires_grad=False)
+            yield nn.Parameter(self._marker.new_empty(0), requires_grad=False)
 
     def __getattr__(self, name: str) -> Any:
         """Say what there is instead of nn.GRU's weights: a dense copy would silently lose what is written to it."""

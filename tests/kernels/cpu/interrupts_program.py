@@ -1,6 +1,6 @@
 """Interrupt a call that has helpers at each place where Python would notice Ctrl-C, and call again after each.
 
-    python interrupts_program.py layer|products warm|cold
+    PYTHONPATH=tests python tests/kernels/cpu/interrupts_program.py layer|products warm|cold
 
 Warm, a pool of threads is there, and every instruction is a place; cold, it is made anew by each call, and lines are.
 Ends with 0 if every call after an interrupt was right and no helper stays at work.

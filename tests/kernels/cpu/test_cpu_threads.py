@@ -1,6 +1,7 @@
 """Layers with several threads: the same bits as with one, whether helpers come, come late or never come."""
 
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -193,5 +194,7 @@ sys.exit(0 if status == 0 and same() else 1)
 def test_after_fork():
     """The pool of the parent has been used, and its threads are not in the child."""
     folder = Path(__file__).parent
-    run = subprocess.run([sys.executable, "-c", FORK], cwd=folder, timeout=100, check=False, capture_output=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", FORK]
+    run = subprocess.run(command, cwd=folder, env=environment, timeout=100, check=False, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()
