@@ -39,8 +39,8 @@ def test_each_is_stored_as_its_label_says_and_near_the_trained_model(trained: Ch
 
 
 class WrongGRU(PersistentGRU):
-    def forward(self, *args: Any) -> Any:
-        y, h = super().forward(*args)
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        y, h = super().forward(input, hx)
         return y * 0.9, h
 
 
