@@ -18,7 +18,7 @@ from torch import Tensor
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.files import FORMAT, open_regular, read_file
 
-WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # under which trainers keep a state_dict
+STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "module")  # under which trainers keep a state_dict
 _ALWAYS_READ_BYTES, _MOST_TIMES = 1 << 30, 1000  # what tensors may take in memory; times the size of their file
 
 
@@ -54,7 +54,7 @@ def _unwrapped(path: Path, content: Any) -> dict[str, Tensor | BlockMatrix]:
     state, seen = content, set()
     while isinstance(state, Mapping) and not any(isinstance(value, Tensor) for value in state.values()):
         seen.add(id(state))  # a dict may hold itself
-        held = [state.get(key) for key in WRAPPERS]
+        held = [state.get(key) for key in STATE_DICT_KEYS]
         state = next((inner for inner in held if isinstance(inner, Mapping) and id(inner) not in seen), None)
     if not isinstance(state, Mapping):
         held = (

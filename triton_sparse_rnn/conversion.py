@@ -125,9 +125,11 @@ def to_dense(model: nn.Module) -> Any:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    converted: dict[str, nn.Module] = {
-        name: module.to_dense() for name, module in model.named_modules() if isinstance(module, PersistentLayer)
-    }
+    converted: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PersistentLayer):
+            with about_layer(clean_name(name)):
+                converted[name] = module.to_dense()
     trained: dict[str, type[RNNBase]] = {}
     left = []
     for name, layer in named_recurrent_layers(model).items():
@@ -135,7 +137,7 @@ def to_dense(model: nn.Module) -> Any:
         if not isinstance(layer, training_class):
             continue
         if lost := added_members(layer, training_class):
-            left.append(f"'{name}' is a {type(layer).__name__}, which would lose {', '.join(lost)}")
+            left.append(f"'{clean_name(name)}' is a {type(layer).__name__}, which would lose {', '.join(lost)}")
         else:
             trained[name] = dense_class
     if not converted and not trained:

@@ -274,13 +274,12 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, block_size: tuple[i
         tensors = tensors_by_name(model)
     elif isinstance(model, Mapping):
         state = {str(name): value for name, value in model.items() if isinstance(value, (Tensor, BlockMatrix))}
-        tensors, computed = join_parts(state)
+        names = clean_names(state)
+        tensors, computed = join_parts({names[path]: value for path, value in state.items()})
     else:
         raise TypeError(f"model must be an nn.Module or a state_dict, got {type(model).__name__}")
     if not tensors:
         raise ValueError("model has no tensors to report")
-    names = clean_names(tensors)
-    tensors = {names[path]: value for path, value in tensors.items()}
     if missing := [name for name, value in tensors.items() if isinstance(value, Tensor) and value.is_meta]:
         raise ValueError(f"model has tensors without data on the meta device, such as {missing[0]}")
     if nested := [name for name, value in tensors.items() if isinstance(value, Tensor) and value.is_nested]:

@@ -40,8 +40,8 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: `model` is not a module, or its state_dict holds something other than tensors.
-        ValueError: it has no persistent module, one whose tensors a hook keeps out of the state_dict, or a tensor whose
-            layout or dtype safetensors cannot hold.
+        ValueError: it has no persistent module, one whose tensors a hook keeps out of the state_dict or whose indices
+            are wrong, or a tensor whose layout or dtype safetensors cannot hold.
         OSError: the file cannot be written, for example as the disk is full.
     """
     if not isinstance(model, nn.Module):
@@ -63,7 +63,10 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "state_dict hook replaces or renames them: remove it to save"
         )
     names = names_in_file(state, layers)
-    described = {_name_in_file(prefix, layer, names): _describe(layer) for prefix, layer in layers.items()}
+    described = {}
+    for prefix, layer in layers.items():
+        name = _name_in_file(prefix, layer, names)
+        described[name] = _describe(name, layer)
     write_file(path, {names[key]: value for key, value in state.items()}, {"modules": described})
 
 
@@ -206,12 +209,17 @@ def _prefix(name: str) -> str:
     return f"{name}." if name else ""
 
 
-def _describe(module: PersistentLayer) -> dict[str, Any]:
-    weights = {
-        name: {"block_size": weight.block_size, "gates": weight.gates, "shape": weight.shape}
-        for name, weight in module.stored_weights().items()
-        if isinstance(weight, BlockMatrix)
-    }
+def _describe(path: str, module: PersistentLayer) -> dict[str, Any]:
+    weights = {}
+    for name, weight in module.stored_weights().items():
+        if isinstance(weight, BlockMatrix):
+            try:
+                weight.check()
+            except ValueError as error:  # somebody has written into its indices
+                raise ValueError(
+                    f"model has blocks in {_prefix(path)}{name} that do not fit together: {error}"
+                ) from error
+            weights[name] = {"block_size": weight.block_size, "gates": weight.gates, "shape": weight.shape}
     return {
         "class": type(module).__name__,
         "dtype": _dtype_name(module.dtype),

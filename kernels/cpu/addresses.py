@@ -12,6 +12,15 @@ import torch
 from torch import Tensor
 
 
+def reached_bytes(tensor: Tensor) -> int:
+    """Return how far into its storage a tensor that is not empty reaches."""
+    if tensor.is_contiguous():
+        numbers = tensor.numel()
+    else:
+        numbers = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.storage_offset() + numbers) * tensor.itemsize
+
+
 def address_of(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> int:
     """Return the address of at least `count` numbers of a dtype, one behind the other, on the CPU.
 
@@ -46,6 +55,5 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
             f"{name} must be {count} numbers of {dtype} on the CPU, got {tensor.numel()} of {tensor.dtype} on "
             f"{tensor.device}"
         )
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    if tensor.numel() and tensor.untyped_storage().nbytes() < (tensor.storage_offset() + last + 1) * tensor.itemsize:
+    if tensor.numel() and tensor.untyped_storage().nbytes() < reached_bytes(tensor):
         raise ValueError(f"{name} has no memory for its numbers: its storage was freed or cut")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.nn.replace import added_members
 
 if TYPE_CHECKING:
@@ -83,12 +82,20 @@ def lost_members(layer: nn.Module, base: type[nn.Module]) -> list[str]:
     return [name for name in added_members(layer, base) if name not in computed]
 
 
-def with_computed_weights(model: nn.Module, tensors: Mapping[str, TensorT]) -> dict[str, TensorT | Tensor]:
-    """Put the computed weights of recurrent layers and cells into tensors by clean name, for their parts."""
+def with_computed_weights(
+    model: nn.Module, tensors: Mapping[str, TensorT], name_of: Callable[[str], str]
+) -> dict[str, TensorT | Tensor]:
+    """Put the computed weights of recurrent layers and cells among tensors by name, in the place of their parts.
+
+    Args:
+        model: whose layers compute them.
+        tensors: its state_dict.
+        name_of: gives the name in it of a path in the model.
+    """
     found: dict[str, TensorT | Tensor] = {**tensors}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-            prefix = f"{name}." if (name := clean_name(path)) else ""
+            prefix = f"{path_in_state}." if (path_in_state := name_of(path)) else ""
             names = module._flat_weights_names if isinstance(module, nn.RNNBase) else ("weight_ih", "weight_hh")
             for name in names:
                 if (computed := computed_weight(module, name)) is not None:

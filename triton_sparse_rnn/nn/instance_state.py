@@ -22,6 +22,7 @@ HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
 _NOT_TAKEN = {
     "_compiled_call_impl",  # of module.compile(); torch's own copies leave it out too
     "_gate_gradient",  # for training only
+    "flatten_parameters",  # some libraries put nothing in its place; it changes no result
 }
 # What PersistentLayer.__init__ sets; its tensors are those of `own_tensors`.
 _PERSISTENT_ATTRIBUTES = {
@@ -123,6 +124,10 @@ def what_is_lost(layer: nn.Module, new_class: type[nn.Module]) -> tuple[str, str
     if taken := colliding_names(layer, new_class):
         names = ", ".join(taken)
         return f"a {kind}, to which {names} was added, a name that {new_class.__name__} uses itself", "rename it"
+    if is_parametrized(layer) and (lost := [*layer.parametrizations.keys() - own_tensors(layer)]):  # type: ignore[union-attr, reportCallIssue]
+        names = ", ".join(sorted(lost))
+        way_out = "torch.nn.utils.parametrize.remove_parametrizations makes it a parameter"
+        return f"a {kind}, which would lose {names}, that a parametrization computes", way_out
     return "", ""
 
 

@@ -20,7 +20,7 @@ from triton_sparse_rnn.nn.independent_copy import copy_with_replacements
 from triton_sparse_rnn.nn.instance_state import check_nothing_is_lost, own_tensors
 from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES, shown_name
 from triton_sparse_rnn.nn.persistent_tools import PersistentTools
-from triton_sparse_rnn.nn.plan import Plan, make_plan
+from triton_sparse_rnn.nn.plan import Plan, count_writes, make_plan
 from triton_sparse_rnn.nn.weight_storage import (
     describe_storage,
     from_buffers,
@@ -98,6 +98,7 @@ class PersistentLayer(PersistentTools):
                 raise TypeError(f"{name} must be a BlockMatrix, got {type(weight).__name__}")
             for buffer, tensor in to_buffers(name, weight).items():
                 self.register_buffer(buffer, tensor)
+        count_writes(self._buffers, self._buffers.keys())
         # Follows .to() like any buffer, and so tells the dtype and device of inputs even without biases.
         device = self._buffers["weight_hh_l0_values"].device  # type: ignore[union-attr]
         self.register_buffer("_marker", torch.empty(0, dtype=dtype, device=device), persistent=False)
@@ -173,7 +174,7 @@ class PersistentLayer(PersistentTools):
         taken over as `from_dense` does.
 
         Raises:
-            TypeError, ValueError: what was added cannot be copied or taken over.
+            TypeError, ValueError: what was added cannot be copied or taken over, or indices of blocks are wrong.
         """
         check_nothing_is_lost(self, self.dense_class)
         options: dict[str, Any] = {"proj_size": self.proj_size} if self.proj_size else {}
@@ -194,7 +195,10 @@ class PersistentLayer(PersistentTools):
         dense.dropout = self.dropout
         with torch.no_grad():
             for name, weight in self.stored_weights().items():
-                getattr(dense, name).copy_(weight.to_dense() if isinstance(weight, BlockMatrix) else weight)
+                if isinstance(weight, BlockMatrix):
+                    weight.check()  # somebody may have written into its indices
+                    weight = weight.to_dense()
+                getattr(dense, name).copy_(weight)
         copy_with_replacements(self, {"": dense.train(self.training)})
         return dense
 

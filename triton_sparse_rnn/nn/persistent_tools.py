@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from triton_sparse_rnn.nn.fx_tracing import record_call, record_method, tracer_of
 from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS, to_buffers
@@ -40,7 +41,8 @@ class PersistentTools(nn.Module):
             nothing = False
             yield parameter
         if nothing:
-            yield nn.Parameter(self._marker.new_empty(0), requires_grad=False)
+            # torch.compile makes no Parameter, and what is to be asked of this one the marker tells as well.
+            yield self._marker if is_compiling() else nn.Parameter(self._marker.new_empty(0), requires_grad=False)  # type: ignore[misc]
 
     def __getattr__(self, name: str) -> Any:
         """Say what there is instead of nn.GRU's weights: a dense copy would silently lose what is written to it."""
@@ -53,9 +55,7 @@ class PersistentTools(nn.Module):
         raise AttributeError(
             f"a {type(self).__name__} has no {name}: it was converted by to_sparse(), and its weights are in blocks. "
             f"stored_weights()[{one!r}].to_dense() is a copy of one, to_dense() a layer of torch.nn with all of them, "
-            "and .dtype and .device are those of its inputs and states",
-            name=name,
-            obj=self,
+            "and .dtype and .device are those of its inputs and states"
         )
 
     def flatten_parameters(self) -> None:

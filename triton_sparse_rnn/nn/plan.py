@@ -116,7 +116,7 @@ def make_plan(module: PersistentLayer) -> Plan:
     backend, activation_dtype, num_threads = settings = module.backend, module.activation_dtype, module.num_threads
     num_threads = check_num_threads(num_threads)
     names = own_tensors(module)
-    _count_writes(module._buffers, names)
+    count_writes(module._buffers, names)
     buffers = [tensor for name, tensor in module._buffers.items() if name in names]
     tensors = [tensor for tensor in buffers if tensor is not None and tensor.numel() > 0]
     indices = [tensor for tensor in tensors if tensor.dtype == INDEX_DTYPE]
@@ -144,7 +144,7 @@ def make_plan(module: PersistentLayer) -> Plan:
     return plan
 
 
-def _count_writes(buffers: dict[str, Tensor | None], names: Collection[str]) -> None:
+def count_writes(buffers: dict[str, Tensor | None], names: Collection[str]) -> None:
     """Put a copy in the place of each index that was made in inference mode: torch counts no writes into those."""
     for name, tensor in buffers.items():
         if name in names and tensor is not None and tensor.dtype == INDEX_DTYPE and tensor.is_inference():

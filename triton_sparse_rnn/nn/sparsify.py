@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn import RNNBase
 
+from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.nn.cells import describe_cells
 from triton_sparse_rnn.nn.gate_gradient import GateGradientSparsity
 from triton_sparse_rnn.nn.gated_training import GateGradientLayer, check_gate_gradient
@@ -66,10 +67,11 @@ def sparsify(
         lost = [] if isinstance(layer, training_class) else added_members(layer, dense_class)
         passed_by = gate_gradient is not None and "forward" in overriding_attributes(layer)
         if lost:
-            left.append(f"'{name}' is a {type(layer).__name__}, which would lose {', '.join(lost)}")
+            left.append(f"'{clean_name(name)}' is a {type(layer).__name__}, which would lose {', '.join(lost)}")
         elif passed_by and not isinstance(layer, training_class):  # what it calls is torch's forward
             kind = type(layer).__name__
-            left.append(f"'{name}' is a {kind}, whose own forward, set on the layer itself, would pass it by")
+            own = "whose own forward, set on the layer itself, would pass it by"
+            left.append(f"'{clean_name(name)}' is a {kind}, {own}")
         else:
             trained.append((layer, training_class))
     if not trained:

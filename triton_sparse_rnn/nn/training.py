@@ -7,6 +7,7 @@ differently. It is a true subclass that inherits every behaviour, and adds the w
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -190,7 +191,11 @@ def _share_parameters(layer: LayerT, dense: RNNBase) -> LayerT:
     for name in expected:
         setattr(layer, name, dense._parameters[name])
     take_over(layer, dense, lambda value: value)
-    for kind in HOOKS:
-        vars(layer)[kind] = getattr(layer, kind).copy()  # the hooks are the same, but each layer has its own
+    for kind in HOOKS:  # the hooks are the same, but each layer has its own, and those that take a module get this one
+        hooks = getattr(layer, kind).copy()
+        for key, hook in hooks.items():
+            if getattr(hook, "with_module", False):
+                hooks[key] = copy.deepcopy(hook, {id(dense): layer, id(hook.hook): hook.hook})
+        vars(layer)[kind] = hooks
     layer.dropout = dense.dropout
     return layer.train(dense.training)

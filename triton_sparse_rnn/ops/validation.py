@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from triton_sparse_rnn.kernels.cpu.addresses import reached_bytes
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 
@@ -25,9 +26,7 @@ def check_memory(name: str, tensor: Tensor) -> None:
         return  # there are no addresses: tensors of a trace, of torch.func, sparse ones
     if tensor.numel() == 0:
         return
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
-    found = tensor.untyped_storage().nbytes()
+    needed, found = reached_bytes(tensor), tensor.untyped_storage().nbytes()
     if found < needed or tensor._is_zerotensor():
         raise RuntimeError(
             f"{name} has no memory for its numbers: sizes {list(tensor.shape)}, strides {list(tensor.stride())}, "

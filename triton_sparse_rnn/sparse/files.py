@@ -133,8 +133,8 @@ def _separate(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     names: dict[tuple[Any, ...], str] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
-        if tensor.is_meta or tensor.layout != torch.strided:
-            raise ValueError(f"{name} must be a tensor with numbers, got layout {tensor.layout} on {tensor.device}")
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_nested:
+            raise ValueError(f"{name} must be a tensor with numbers, got {_kind(tensor)}")
         tensor = tensor.detach().resolve_conj().resolve_neg()
         identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if tensor.numel() and identity in names:
@@ -146,6 +146,10 @@ def _separate(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         storages.add(storage)
         stored[name] = tensor
     return stored, aliases
+
+
+def _kind(tensor: Tensor) -> str:
+    return "a nested one" if tensor.is_nested else f"layout {tensor.layout} on {tensor.device}"
 
 
 def _copy(tensor: Tensor) -> Tensor:
