@@ -9,7 +9,16 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from triton_sparse_rnn import GateGradientSparsity, SparseGRU, SparseLSTM, SparseRNN, sparsify, to_dense, to_sparse
+from triton_sparse_rnn import (
+    GateGradientSparsity,
+    SparseGRU,
+    SparseLSTM,
+    SparseRNN,
+    save_sparse,
+    sparsify,
+    to_dense,
+    to_sparse,
+)
 
 PAIRS = [(nn.RNN, SparseRNN), (nn.GRU, SparseGRU), (nn.LSTM, SparseLSTM)]
 pairs = pytest.mark.parametrize(("dense_class", "sparse_class"), PAIRS)
@@ -124,3 +133,24 @@ def test_dynamic_quantisation_goes_by_exact_type(dense_class):
     quantized = quantize_dynamic(to_dense(model), {dense_class})
     assert type(quantized[0]).__module__.startswith("torch.ao.nn.quantized")
     assert torch.equal(quantized(x)[0], expected)
+
+
+@pytest.mark.parametrize("index", ["columns", "starts"])
+def test_wrong_indices_are_neither_made_dense_nor_saved(index, tmp_path):
+    gru: Any = nn.GRU(4, 32).requires_grad_(False)
+    gru.weight_ih_l0[:, 1:] = gru.weight_hh_l0[:, 1:] = 0
+    fast: Any = to_sparse(nn.ModuleDict({"rnn": gru}))
+    getattr(fast["rnn"], f"weight_hh_l0_{index}").add_(10**6)
+    for use in (to_dense, lambda model: save_sparse(model, tmp_path / "file")):
+        with pytest.raises(ValueError, match=r"columns must|starts must"):
+            use(fast)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_layer_that_is_refused_is_named():
+    gru: Any = nn.GRU(4, 32).requires_grad_(False)
+    gru.weight_ih_l0[:, 1:] = gru.weight_hh_l0[:, 1:] = 0
+    fast: Any = to_sparse(nn.ModuleDict({"rnn": gru}))
+    fast["rnn"].forward = lambda x, hx=None: None
+    with pytest.raises(ValueError, match="'rnn' cannot be converted: it is a PersistentGRU, which has its own forward"):
+        to_dense(fast)

@@ -204,3 +204,12 @@ def test_torch_pruning_becomes_ours_once_it_is_made_permanent():
     fast = to_sparse(sparsify(layer))
     assert isinstance(fast, PersistentGRU)
     assert fast.density < 0.2
+
+
+def test_a_report_where_clean_names_would_be_the_same():
+    def normed():
+        return parametrizations.weight_norm(nn.GRU(3, 16), "weight_hh_l0")
+
+    model = nn.ModuleDict({"rnn": normed(), "module": nn.ModuleDict({"rnn": normed()})})
+    names = {weight.name for weight in sparsity_report(model).weights}
+    assert names == {f"{rnn}.weight_{kind}_l0" for rnn in ("rnn", "module.rnn") for kind in ("ih", "hh")}

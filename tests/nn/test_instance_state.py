@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from triton_sparse_rnn.nn import PersistentGRU, SparseGRU, SparseLSTM
 from triton_sparse_rnn.nn.gate_gradient import GateGradientSparsity
@@ -165,3 +166,18 @@ def test_a_layer_becomes_another_and_is_restored():
     undo()
     assert type(layer) is nn.GRU
     assert torch.equal(layer(x)[0], dense)
+
+
+def test_a_flatten_parameters_that_does_nothing_is_no_hindrance():
+    layer: Any = nn.GRU(3, 16)
+    layer.flatten_parameters = lambda: None
+    assert what_is_lost(layer, PersistentGRU) == what_is_lost(layer, SparseGRU) == ("", "")
+
+
+def test_a_parametrized_parameter_of_the_users_would_be_lost():
+    layer: Any = nn.GRU(3, 16)
+    layer.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    parametrize.register_parametrization(layer, "scale", nn.Identity())
+    lost, way_out = what_is_lost(layer, PersistentGRU)
+    assert "would lose scale" in lost
+    assert "remove_parametrizations" in way_out

@@ -368,3 +368,14 @@ def test_methods_that_cast_and_move():
     assert meta.weight_hh_l0_values.dtype == torch.bfloat16
     follows = convert(make_pruned(nn.GRU)).double()
     assert follows.weight_hh_l0_values.dtype == torch.float64
+
+
+def test_a_step_says_that_hooks_do_not_run():
+    ours: Any = convert(make_pruned(nn.GRU))
+    x = torch.randn(2, 5)
+    expected = ours.step(x)[0]
+    handle = ours.register_forward_pre_hook(lambda module, given: (2 * given[0], *given[1:]))
+    with pytest.warns(UserWarning, match=r"step\(\) of this PersistentGRU does not run its forward hooks"):
+        assert torch.equal(ours.step(x)[0], expected)
+    handle.remove()
+    assert torch.equal(ours.step(x)[0], expected)

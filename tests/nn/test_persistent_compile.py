@@ -123,3 +123,22 @@ def test_aot_inductor(tmp_path):
     for T, B in SIZES[:3]:
         x = torch.randn(T, B, 5)
         assert_same_bits(packaged(x), ours(x))
+
+
+class FirstState(nn.Module):
+    """Makes its first state of a parameter, as many models do, and looks for a weight."""
+
+    def __init__(self, rnn):
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x):
+        h = next(self.rnn.parameters()).new_zeros(1, x.shape[1], 7)
+        return self.rnn(x, h)[0] if not hasattr(self.rnn, "weight_hh_l0") else x
+
+
+def test_compile_code_written_for_torch_nn():
+    model = FirstState(convert(make_pruned(nn.GRU)))
+    x = torch.randn(4, 2, 5)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
+    assert_same_bits(compiled(x), model(x))

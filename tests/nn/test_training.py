@@ -158,3 +158,13 @@ def test_to_sparse_takes_options_by_name(dense_class, sparse_class):
     assert {name: getattr(ours, name) for name in given} == given
     assert ours.weight_hh_l0_values.shape[1:] == (1, 2)
     assert ours.weight_hh_l0_values.dtype == torch.int8
+
+
+@pairs
+def test_hooks_that_take_a_module_get_the_new_one(dense_class, sparse_class):
+    dense, seen = dense_class(3, 4), []
+    dense.register_load_state_dict_pre_hook(lambda module, *others: seen.append(module))
+    layer = sparse_class.from_dense(dense)
+    layer.load_state_dict(layer.state_dict())
+    dense.load_state_dict(dense.state_dict())
+    assert seen == [layer, dense]

@@ -19,10 +19,10 @@ from triton_sparse_rnn.nn.calls import Call, CallLayout, cast, layout_of, read_c
 from triton_sparse_rnn.nn.independent_copy import copy_with_replacements
 from triton_sparse_rnn.nn.instance_state import check_nothing_is_lost, own_tensors
 from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES, shown_name
+from triton_sparse_rnn.nn.persistent_repr import shown_options
 from triton_sparse_rnn.nn.persistent_tools import PersistentTools
 from triton_sparse_rnn.nn.plan import Plan, count_writes, make_plan
 from triton_sparse_rnn.nn.weight_storage import (
-    describe_storage,
     from_buffers,
     store_weights,
     stored_density,
@@ -30,6 +30,7 @@ from triton_sparse_rnn.nn.weight_storage import (
     warn_if_slow,
     weight_names,
 )
+from triton_sparse_rnn.notices import warn
 from triton_sparse_rnn.ops.dispatch import check_backend, choose_backend, unsupported_reason
 from triton_sparse_rnn.ops.flop_counting import count_in_active_modes
 from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
@@ -235,9 +236,16 @@ class PersistentLayer(PersistentTools):
             y [B, H] ([H] unbatched) and the new hx; the one that was passed in is not changed.
         Raises:
             RuntimeError: the layer is bidirectional: its second direction begins at the end of a sequence.
+        Warns:
+            UserWarning: the layer has forward hooks. They belong to calls; here they do not run.
         """
         if self.bidirectional:
             raise RuntimeError("step() needs one direction, but this layer is bidirectional: it needs whole sequences")
+        if (self._forward_pre_hooks or self._forward_hooks) and not is_compiling():
+            warn(
+                f"step() of this {type(self).__name__} does not run its forward hooks, as a call does: do what they do "
+                "in the loop that calls step(), or take them off"
+            )
         plan = None if is_compiling() else self._plan
         if plan is None or (states := plan.plain_states(self, x, hx, 2, 0)) is None:
             recorded = self._recorded("step", x, hx)
@@ -357,23 +365,7 @@ class PersistentLayer(PersistentTools):
 
     def extra_repr(self) -> str:
         """Show what nn.RNNBase shows, and how the weights are stored and run."""
-        options = {
-            "proj_size": (self.proj_size, 0),
-            "num_layers": (self.num_layers, 1),
-            "bias": (self.bias, True),
-            "batch_first": (self.batch_first, False),
-            "dropout": (self.dropout, 0),
-            "bidirectional": (self.bidirectional, False),
-            "activation_dtype": (self.activation_dtype, None),
-            "num_threads": (self.num_threads, 1),
-        }
-        changed = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
-        stored = describe_storage(self.stored_weights())
-        backend = self.backend or "/".join(sorted(set(self.chosen_backends())))
-        runs = [f"backend={backend!r}"]
-        if (plan := self._plan) is not None and plan.holds(self):
-            runs += [f"kernels={text!r}" for text in plan.descriptions()]
-        return ", ".join([str(self.input_size), str(self.hidden_size), *changed, *stored, *runs])
+        return shown_options(self)
 
 
 class PersistentRNN(PersistentLayer):
