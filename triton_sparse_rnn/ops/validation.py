@@ -172,10 +172,11 @@ def _check_blocks(name: str, matrix: BlockMatrix, shape: tuple[int, int], device
     for part in ("values", "columns", "starts", "scales"):
         if (tensor := getattr(matrix, part)) is not None:
             check_memory(f"{name}_{part}", tensor)
-    seen = _indices_as_they_are(matrix)
-    matrix.check(indices=indices or seen is None or _CHECKED.get(matrix.columns) != seen)
-    if seen is not None:
-        _CHECKED[matrix.columns] = seen
+    now = _indices_as_they_are(matrix)
+    known = now is not None and _CHECKED.get(matrix.columns) == now
+    matrix.check(indices=indices or not known)
+    if now is not None and not known:
+        _CHECKED[matrix.columns] = now
 
 
 # By `columns`, for as long as that lives: what `_indices_as_they_are` gave when the indices were found to be right.
