@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_stand_ins import HookedLookahead, Lookahead, Plain, Sam, Several
+from optimizer_stand_ins import HookedLookahead, Lookahead, Plain, Sam, Several, SteppingBySuper, Switching
 from pruner_training import NOW, backward, gru, masked_everywhere, train
 
 from triton_sparse_rnn.pruning import ConstantMask, OneShot, PolynomialDecay, Pruner
+from triton_sparse_rnn.pruning.optimizers import find_counting
 
 DECAY = PolynomialDecay(initial_sparsity=0.3, final_sparsity=0.8, begin_step=0, end_step=6, frequency=2)
 
@@ -253,6 +254,108 @@ def test_two_pruners_of_different_weights_are_fine():
     assert all(pruner.step_count == 2 and zeros_hold(pruner) for pruner in pruners)
     for handle in handles:
         handle.remove()
+
+
+@pytest.mark.parametrize("keep", ["nothing", "handle", "pruner"])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_pruner_whose_optimizer_is_gone_masks_no_gradients_of_the_next(keep, by_hand):
+    """As when a cell of a notebook is run again."""
+    layer = gru(5, 16)
+    dense = copy.deepcopy(layer.state_dict())
+    held: list[Any] = []
+
+    def run(sparsity, steps=12):
+        layer.load_state_dict(dense)
+        optimizer, pruner = adam(layer), Pruner(layer, OneShot(sparsity=sparsity, step=1), block_size=(2, 1))
+        if not (held and by_hand):
+            held.append(pruner.attach(optimizer))
+        gradients = []
+        for seed in range(steps):
+            optimizer.zero_grad()
+            backward(layer, seed)
+            gradients.append((layer.weight_hh_l0.grad != 0).float().mean().item())
+            optimizer.step()
+            if pruner._attachment is None:
+                pruner.step(optimizer)
+        held.append(pruner)
+        return gradients
+
+    gc.disable()
+    try:
+        run(0.9)
+        held[:] = {"nothing": [None], "handle": held[:1], "pruner": held[1:]}[keep]
+        gradients = run(0.3)
+    finally:
+        gc.enable()
+    assert gradients[-1] == pytest.approx(0.7, abs=0.05)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_step_by_hand_with_weights_of_an_attached_pruner_is_refused(by_hand):
+    layer = gru(5, 7)
+    first, second, optimizer = Pruner(layer, NOW), Pruner(layer, NOW), adam(layer)
+    handle = first.attach(optimizer)
+    with pytest.raises(ValueError, match="another pruner is attached and prunes weight_ih_l0, weight_hh_l0 already"):
+        second.step(optimizer) if by_hand else second.attach(optimizer)
+    handle.remove()
+    second.step(optimizer)
+    assert second.step_count == 1
+
+
+@pytest.mark.parametrize("attach_to", [lambda optimizer: optimizer, Lookahead, HookedLookahead])
+def test_a_step_that_calls_that_of_its_super_class_is_one(attach_to):
+    layer = gru(5, 7)
+    optimizer = SteppingBySuper(layer.parameters(), lr=0.02)
+    torch.optim.Adam(gru(2, 3).parameters())  # from now on Adam.step calls hooks, too
+    outer = attach_to(optimizer)
+    pruner = Pruner(layer, DECAY, block_size=(2, 1))
+    pruner.attach(outer)
+    for step in range(8):
+        train(layer, outer, 1)
+        assert pruner.step_count == step + 1
+        assert masked_everywhere(pruner, optimizer)
+        optimizer.fails = True
+        with pytest.raises(ZeroDivisionError):
+            outer.step()
+        optimizer.fails = False
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        lambda step, first, second: [first if step < 7 else second],
+        lambda step, first, second: [(first, second)[step % 2]],
+        lambda step, first, second: [first, second],
+    ],
+    ids=["switch", "alternate", "both"],
+)
+@pytest.mark.parametrize(
+    "wrap", [lambda optimizer: optimizer, Lookahead, lambda optimizer: Plain(Lookahead(optimizer))]
+)
+def test_a_wrapper_of_two_optimizers_with_the_same_weights_counts_its_own_steps(wrap, turns):
+    layer = gru(5, 7)
+    switching = Switching(layer.parameters(), turns)
+    optimizer = wrap(switching)
+    pruner = Pruner(layer, DECAY, block_size=(2, 1))
+    pruner.attach(optimizer)
+    for step in range(20):
+        train(layer, optimizer, 1)
+        assert pruner.step_count == step + 1
+        assert zeros_hold(pruner)
+    assert masked_everywhere(pruner, switching.first)
+    assert masked_everywhere(pruner, switching.second)
+
+
+def test_an_optimizer_that_is_kept_twice_or_knows_what_is_around_it_counts():
+    layer = gru(5, 7)
+    inner: Any = adam(layer)
+    outer: Any = Lookahead(Lookahead(inner))
+    outer.base = inner
+    inner.wrapper = outer
+    counting, around = find_counting(outer, {id(layer.weight_hh_l0)})
+    assert counting is inner
+    assert around[0] is outer
+    assert around[1] is outer.optimizer
 
 
 def test_a_pruner_whose_optimizer_is_gone_stands_in_nobodys_way():

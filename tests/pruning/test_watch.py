@@ -1,14 +1,24 @@
 """Who else writes: pruned weights that are not zero, and trainings in which the attached optimizer does not step."""
 
 import copy
+import gc
 import math
 import warnings
 from typing import Any
 
 import optimizer_stand_ins
+import pruner_training
 import pytest
 import torch
-from optimizer_stand_ins import Average, HookedLookahead, Lookahead, Sam
+from optimizer_stand_ins import (
+    Average,
+    HookedLookahead,
+    Lookahead,
+    Sam,
+    SamAlone,
+    Several,
+    SteppingBySuper,
+)
 from pruner_training import NOW, attached, backward, gru, masked_everywhere, train
 from torch import nn
 
@@ -18,9 +28,8 @@ from triton_sparse_rnn.pruning.watch import PrunedSamples
 BEHIND = (
     r"pruned weights of weight_ih_l0, weight_hh_l0 were written to since the step of Adam .*pruner\.attach\(lookahead"
 )
-NO_STEP = (
-    r"weight_hh_l0 was written to before each of the last 3 backward passes, but the Adam .* no step.*attach\(that"
-)
+NO_STEP = r"of class SGD, made 11 steps for weight_ih_l0, weight_hh_l0, and the Adam .* no step meanwhile.*attach\(that"
+NEVER = r"weight_[ih]h_l0 has changed before 12 backward passes, but the {} .* no step so far, .*pruner\.step\(opt"
 
 
 def zeros_hold(pruner):
@@ -119,8 +128,45 @@ def test_samples_are_pruned_places_spread_over_each_weight(block_size, tie_gates
         assert {int(place) // (13 * weight.parameter.shape[1]) for place in places} == {0, 1, 2}
 
 
+@pytest.fixture
+def _another_device(monkeypatch):
+    """Samples are looked at as those on a GPU, whose tensors say "cuda"."""
+    monkeypatch.setattr(PrunedSamples, "_answers_at_once", lambda samples, parameter: False)
+
+
+@pytest.mark.usefixtures("_another_device")
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0"])
+def test_every_weight_on_another_device_is_read_when_steps_are_made_by_hand(name):
+    layer = gru(5, 7)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    pruner = Pruner(layer, NOW)
+    train(layer, optimizer, 2, after=lambda: pruner.step(optimizer))
+    with torch.no_grad():
+        layer.get_parameter(name).add_(1)
+    with pytest.warns(UserWarning, match=f"pruned weights of {name} were written to since pruner.step"):
+        train(layer, optimizer, PrunedSamples.PERIOD, after=lambda: pruner.step(optimizer))
+
+
+@pytest.mark.usefixtures("_another_device")
+@pytest.mark.parametrize("end", ["many steps", "remove"])
+def test_what_was_seen_on_another_device_is_read_though_masks_change(end):
+    layer = gru(5, 7)
+    schedule = PolynomialDecay(initial_sparsity=0.3, final_sparsity=0.8, begin_step=0, end_step=70, frequency=1)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    pruner = Pruner(layer, schedule, block_size=(2, 1))
+    handle = pruner.attach(optimizer)
+    train(layer, optimizer, 2)
+    with torch.no_grad():
+        layer.weight_hh_l0.add_(1)
+    if end == "remove":
+        train(layer, optimizer, 2)
+    with pytest.warns(UserWarning, match="pruned weights of weight_hh_l0 were written to since the step of Adam"):
+        handle.remove() if end == "remove" else train(layer, optimizer, PrunedSamples.PERIOD)
+    handle.remove()  # says nothing more
+    assert pruner._attachment is None
+
+
 def test_samples_do_not_wait_for_another_device_at_every_look(monkeypatch):
-    """As a GPU is looked at, whose tensors say "cuda"."""
     layer = gru(5, 7)
     pruner, optimizer = attached(layer, NOW)
     train(layer, optimizer, 1)
@@ -147,9 +193,61 @@ def test_an_optimizer_made_anew_is_noticed():
     other = torch.optim.SGD(layer.parameters(), lr=0.1)
     train(layer, other, 3)  # a model may be written to for other reasons
     with pytest.warns(UserWarning, match=NO_STEP) as caught:
-        train(layer, other, 9)
+        train(layer, other, 30)
     assert len(caught) == 1  # said once
+    assert caught[0].filename == pruner_training.__file__  # where the other is called
     assert (pruner.step_count, pruner.sparsity) == (1, 0)
+
+
+@pytest.mark.parametrize("variant", [{}, {"fused": True}, {"foreach": True}])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_another_is_counted_whatever_it_does_to_versions(kind, variant, steps_before):
+    layer = gru(5, 7)
+    train(layer, attached(layer, NOW)[1], steps_before)
+    gc.collect()  # the attached one is gone, and its pruner with it unless somebody holds them
+    pruner, optimizer = attached(layer, NOW)
+    train(layer, optimizer, steps_before)
+    other = kind(layer.parameters(), lr=0.01, **variant)
+    train(layer, other, 10)
+    with pytest.warns(UserWarning, match=f"of class {kind.__name__}, made 11 steps for .* Adam"):
+        train(layer, other, 1)
+    assert pruner.step_count == steps_before
+
+
+def test_another_that_is_seen_by_a_call_of_its_super_class_is_counted_once():
+    layer = gru(5, 7)
+    pruner, _ = attached(layer, NOW)
+    other = SteppingBySuper(layer.parameters(), lr=0.01)
+    train(layer, other, 10)
+    with pytest.warns(UserWarning, match="of class SteppingBySuper, made 11 steps"):
+        train(layer, other, 1)
+    assert pruner.step_count == 0
+
+
+def test_an_optimizer_that_never_calls_step_is_noticed_though_versions_do_not_move():
+    layer = gru(5, 7)
+    sam = SamAlone(layer.parameters())
+    pruner = Pruner(layer, NOW)
+    handle = pruner.attach(sam)
+
+    def train_by_it(steps):
+        for seed in range(steps):
+            for step in (sam.first_step, sam.second_step):
+                sam.zero_grad()
+                backward(layer, seed)
+                step()
+
+    with pytest.warns(UserWarning, match=NEVER.format("SamAlone")) as caught:
+        train_by_it(9)
+    assert len(caught) == 1
+    assert pruner.step_count == 0
+    handle.remove()
+    for step in range(3):  # as the warning says
+        train_by_it(1)
+        pruner.step(sam)
+        assert pruner.step_count == step + 1
+    assert zeros_hold(pruner)
 
 
 def test_an_optimizer_made_anew_can_be_attached():
@@ -176,8 +274,21 @@ def test_a_step_that_calls_no_hooks_is_noticed():
                 parameter -= 0.1 * parameter.grad
 
     optimizer.step = own_step
-    with pytest.warns(UserWarning, match="the Adam that the pruner is attached to has made no step"):
-        train(layer, optimizer, 5)
+    with pytest.warns(UserWarning, match=NEVER.format("Adam")):
+        train(layer, optimizer, 14)
+
+
+def test_an_exception_in_a_step_leaves_the_watch_awake():
+    layer = gru(5, 7)
+    optimizer = attached(layer, NOW)[1]
+
+    def fails():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(fails)
+    with pytest.warns(UserWarning, match=NO_STEP):
+        train(layer, torch.optim.SGD(layer.parameters(), lr=0.1), 11)
 
 
 class TestNothingIsSaid:
@@ -330,6 +441,85 @@ class TestNothingIsSaid:
         pruner, optimizer = attached(layer, ConstantMask(), block_size=(4, 1))
         train(layer, optimizer, 5)
         assert masked_everywhere(pruner, optimizer)
+
+    def test_of_a_weight_that_is_normalised_in_each_forward_pass(self):
+        layer = gru(5, 7)
+
+        @torch.no_grad()
+        def normalise(module, args):
+            layer.weight_hh_l0.mul_(7 / layer.weight_hh_l0.norm()).mul_(1 + 1e-6)
+
+        layer.register_forward_pre_hook(normalise)
+        pruner, optimizer = attached(layer, NOW)
+        for _ in range(3):
+            optimizer.zero_grad()
+            for seed in range(8):
+                backward(layer, seed)
+            optimizer.step()
+        assert pruner.step_count == 3
+
+    @pytest.mark.parametrize("skipped", [0, 5])
+    def test_of_noise_that_is_added_and_taken_back(self, skipped):
+        layer = gru(5, 7)
+        pruner, optimizer = attached(layer, NOW)
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        for step in range(skipped + 3):
+            optimizer.zero_grad()
+            for _ in range(1 if skipped else 4):
+                noise = torch.randn_like(layer.weight_hh_l0) * (layer.weight_hh_l0 != 0)
+                layer.weight_hh_l0.detach().add_(noise)
+                scaler.scale(layer(torch.randn(4, 3, 5))[0].square().mean()).backward()
+                layer.weight_hh_l0.detach().sub_(noise)
+            if step < skipped:
+                layer.bias_ih_l0.grad[0] = math.inf
+            scaler.step(optimizer)
+            scaler.update()
+        assert pruner.step_count == 3
+
+    def test_of_an_inner_loop_of_another_optimizer(self):
+        """As in Reptile: a task trains the weights, and where it led is the gradient of the attached optimizer."""
+        layer = gru(5, 7)
+        pruner, optimizer = attached(layer, NOW)
+        for _ in range(3):
+            before = copy.deepcopy(layer.state_dict())
+            train(layer, torch.optim.SGD(layer.parameters(), lr=0.1), 10)
+            after = copy.deepcopy(layer.state_dict())
+            layer.load_state_dict(before)
+            for name, parameter in layer.named_parameters():
+                parameter.grad = before[name] - after[name]
+            optimizer.step()
+        assert pruner.step_count == 3
+        assert masked_everywhere(pruner, optimizer)
+
+    def test_of_many_optimizers_in_each_step(self):
+        model = nn.ModuleList([gru(5, 7) for _ in range(7)])
+        parts = Several([torch.optim.SGD([weight], lr=0.1) for weight in model.parameters()])
+        pruner, _ = attached(model, NOW, parts)
+        for _ in range(2):
+            for layer in model:
+                backward(layer)
+            parts.step()
+        assert pruner.step_count == 2
+
+    def test_of_others_that_train_other_weights(self):
+        layer, head = gru(5, 7), nn.Linear(7, 1)
+        pruner, optimizer = attached(layer, NOW)
+        others = torch.optim.SGD(head.parameters(), lr=0.1)
+        head.weight.grad = torch.ones_like(head.weight)
+        for _ in range(15):
+            others.step()
+        train(layer, optimizer, 1)
+        assert pruner.step_count == 1
+
+    def test_of_a_weight_without_elements(self):
+        layer = gru(5, 7)
+        layer.none = nn.Parameter(torch.empty(4, 0))
+        with pytest.warns(UserWarning, match="none will be pruned to nothing"):
+            pruner, optimizer = attached(layer, NOW, include=("none",))
+        for _ in range(15):
+            layer.none.square().sum().backward()
+        train(layer, optimizer, 2)
+        assert (pruner.step_count, pruner.sparsities["none"]) == (2, 0)
 
     def test_of_weights_that_share_no_gradient(self):
         model = nn.ModuleList([gru(5, 7), gru(5, 7)])

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from triton_sparse_rnn.pruning.attachment import Attachment
+from triton_sparse_rnn.pruning.live_set import LiveSet
 from triton_sparse_rnn.pruning.optimizers import parameter_ids
 from triton_sparse_rnn.pruning.pruner import Pruner
 from triton_sparse_rnn.pruning.schedules import PolynomialDecay, Schedule
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-_attached: weakref.WeakSet[PrunedTraining] = weakref.WeakSet()
+_attached: LiveSet[PrunedTraining] = LiveSet()
 
 
 class PrunerOptions(TypedDict, total=False):
@@ -157,7 +158,7 @@ class PrunedTraining:
     def _leave_abandoned(self, pruner: Pruner) -> None:
         """Take callbacks of trainings that were given up, which nobody told of it, off the weights of this one."""
         weights = {id(weight.parameter) for weight in pruner.weights}
-        for other in list(_attached):
+        for other in _attached:
             if other.pruner is not None and any(id(weight.parameter) in weights for weight in other.pruner.weights):
                 other._detach()
 
