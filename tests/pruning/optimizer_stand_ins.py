@@ -86,7 +86,7 @@ class Switching(Optimizer):
         self.second = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
         self.turns, self.steps = turns, 0
 
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         for each in self.turns(self.steps, self.first, self.second):
             each.step()
         self.steps += 1

@@ -166,12 +166,12 @@ def test_what_was_seen_on_another_device_is_read_though_masks_change(end):
     assert pruner._attachment is None
 
 
-def test_samples_do_not_wait_for_another_device_at_every_look(monkeypatch):
+@pytest.mark.usefixtures("_another_device")
+def test_samples_do_not_wait_for_another_device_at_every_look():
     layer = gru(5, 7)
     pruner, optimizer = attached(layer, NOW)
     train(layer, optimizer, 1)
     samples = pruner._masks.samples
-    monkeypatch.setattr(samples, "_answers_at_once", lambda parameter: False)
     with torch.no_grad():
         layer.weight_hh_l0.add_(1)
     looks = [samples.written(pruner.weights) for _ in range(2)]

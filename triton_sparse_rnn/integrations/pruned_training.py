@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -99,7 +100,12 @@ class PrunedTraining:
             optimizers: of the training; one of them must hold all weights that are pruned.
             steps_left: that the trainer will take, infinity if it does not know.
             saved: what `_progress` returned.
+
+        Raises:
+            ValueError: `saved` is nothing of the kind.
         """
+        if saved is not None:
+            self._check_saved(saved)
         self._detach()  # from a training that failed
         self._check_alone(training)
         pruner = self.pruner if saved is None else None
@@ -115,6 +121,20 @@ class PrunedTraining:
         self.pruner = pruner
         self._ends_late = False
         self._check_end(pruner.step_count + steps_left)
+
+    def _check_saved(self, saved: object) -> None:
+        if isinstance(saved, Mapping) and saved.keys() == {"total_steps", "pruner"}:
+            steps = saved["total_steps"]
+            if isinstance(saved["pruner"], Mapping) and (steps is None or (type(steps) is int and steps >= 2)):
+                return
+        raise ValueError(self._not_its_progress(saved))
+
+    def _not_its_progress(self, saved: object) -> str:
+        return (
+            f"the checkpoint has a progress of {type(self).__name__} that this callback did not save: it must have "
+            f"total_steps (an integer from 2, or None) and pruner (a state of Pruner), got {reprlib.repr(saved)}. "
+            "Train from another checkpoint, or load its weights and begin anew"
+        )
 
     def _check_end(self, last_planned: float) -> None:
         """Warn, once, if training ends before pruning."""

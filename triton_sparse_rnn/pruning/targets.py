@@ -134,17 +134,11 @@ def _not_dense(value: object) -> str | None:
     """What a value is, if it is no such tensor."""
     if not isinstance(value, Tensor):
         return type(value).__name__
-    if value.is_nested or value.layout != torch.strided or value.is_quantized:
-        return (
-            "a nested one"
-            if value.is_nested
-            else f"a quantized one ({value.dtype})"
-            if value.is_quantized
-            else f"{value.layout}"
-        )
+    if value.is_nested or value.layout != torch.strided:
+        return "a nested one" if value.is_nested else str(value.layout)
     if value.is_meta:
         return "one on the meta device"
-    return None if value.is_floating_point() else f"{value.dtype}"
+    return None if value.is_floating_point() else str(value.dtype)
 
 
 def warn_of_emptied_gates(weights: Iterable[Weight], block_size: tuple[int, int], *, balanced: bool) -> None:
