@@ -273,7 +273,7 @@ def _damage_mask(text):
 )
 def test_a_progress_of_something_else_is_refused(damage, tmp_path):
     callback = pruner_callback()
-    trainer = make_trainer(tmp_path, callback)
+    trainer: Any = make_trainer(tmp_path, callback)
     trainer.train()
     state = json.loads(json.dumps(callback.state()))
     damage(state)

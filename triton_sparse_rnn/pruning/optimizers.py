@@ -114,13 +114,18 @@ def in_its_own_step(optimizer: Any) -> bool:
 
     The stack tells, since a count of steps that were entered goes wrong with the first exception.
     """
-    if sum(getattr(vars(base).get("step"), "hooked", False) for base in type(optimizer).__mro__) < 2:
+    if not _may_step_inside(type(optimizer)):
         return False
     steps, frame = 0, sys._getframe(1)
     while frame is not None:
         steps += frame.f_code is _HOOKED_STEP and frame.f_locals.get("self") is optimizer
         frame = frame.f_back
     return steps > 1
+
+
+@functools.lru_cache
+def _may_step_inside(kind: type) -> bool:
+    return sum("step" in vars(base) for base in kind.__mro__ if base is not Optimizer) > 1
 
 
 def _of_whole_steps(call: Callable[[Any], None]) -> Callable[[Any, Any, Any], None]:
