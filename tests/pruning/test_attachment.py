@@ -1,6 +1,7 @@
 """Optimizers in each other: which one counts, what the outer ones write, and hooks where none can be registered."""
 
 import copy
+import functools
 import gc
 import math
 from typing import Any
@@ -170,11 +171,13 @@ def test_a_copied_wrapper_steps_its_own_weights_and_no_pruner():
     assert not any(map(torch.equal, parameters, before))
 
 
+@pytest.mark.parametrize("kind", [functools.partial(torch.optim.SGD, momentum=0.9), SteppingBySuper])
 @pytest.mark.parametrize("how", ["step", "function"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.* is deprecated")  # what torch.compile imports
-def test_a_compiled_step_counts_without_being_compiled_anew(how):
+def test_a_compiled_step_counts_without_being_compiled_anew(how, kind):
     layer = gru(5, 7)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    torch.optim.Adam(gru(2, 3).parameters())  # from now on Adam.step calls hooks, too
+    optimizer = kind(layer.parameters(), lr=0.02)
     pruner = Pruner(layer, DECAY, block_size=(2, 1))
     pruner.attach(optimizer)
     torch._dynamo.reset()
