@@ -223,10 +223,11 @@ class TestNothingIsSaid:
             parts.step()
         assert pruner.step_count == 2
 
-    def test_of_others_that_train_other_weights(self):
+    @pytest.mark.parametrize("holds_all", [False, True])
+    def test_of_others_that_train_other_weights(self, holds_all):
         layer, head = gru(5, 7), nn.Linear(7, 1)
         pruner, optimizer = attached(layer, NOW)
-        others = torch.optim.SGD(head.parameters(), lr=0.1)
+        others = torch.optim.SGD([*head.parameters(), *(layer.parameters() if holds_all else ())], lr=0.1)
         head.weight.grad = torch.ones_like(head.weight)
         for _ in range(15):
             others.step()

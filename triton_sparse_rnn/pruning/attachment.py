@@ -104,7 +104,8 @@ class Attachment:
         if steps <= self.PATIENCE:
             return
         held = parameter_ids(optimizer)
-        if names := [weight.name for weight in pruner.weights if id(weight.parameter) in held]:
+        trained = [weight for weight in pruner.weights if weight.parameter.grad is not None]
+        if names := [weight.name for weight in trained if id(weight.parameter) in held]:
             self.told = True
             warn(
                 f"another optimizer, of class {type(optimizer).__name__}, made {steps} steps for {', '.join(names)}, "
