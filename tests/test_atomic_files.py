@@ -67,7 +67,10 @@ def test_nobody_reads_in_the_meantime_what_they_could_not_read_before(tmp_path: 
 def test_owner_and_group_are_kept_where_they_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "file"
     path.write_bytes(OLD)
-    os.chown(path, 1234, 4321)
+    try:
+        os.chown(path, 1234, 4321)
+    except OSError as error:
+        pytest.skip(f"this root may not give files to others: {error}")  # one of a user namespace
     path.chmod(0o2750)
     write_atomically(path, [NEW])
     assert (path.stat().st_uid, path.stat().st_gid, mode_of(path)) == (1234, 4321, 0o2750)

@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -189,8 +188,8 @@ def test_demo_interrupted_by_ctrl_c_and_resumed(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    while "step" not in process.stdout.readline():
-        time.sleep(0.01)
+    while (line := process.stdout.readline()) and "step" not in line:
+        pass
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error

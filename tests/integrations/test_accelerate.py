@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from triton_sparse_rnn import PolynomialDecay, Pruner
+from triton_sparse_rnn.pruning.weight_masks import WeightMasks
 
 SCHEDULE = PolynomialDecay(initial_sparsity=0.3, final_sparsity=0.8, begin_step=0, end_step=6, frequency=2)
 
@@ -55,6 +56,38 @@ def test_accelerates_optimizer_counts_the_steps_that_it_makes(prepared, accelera
         assert not state[~pruner.masks[pruner.weights[0].name]].any()
     assert pruner.finished
     assert "step" not in vars(optimizer)
+
+
+@pytest.fixture
+def count_of_maskings(monkeypatch):
+    calls = []
+    mask = WeightMasks.apply_everywhere
+    monkeypatch.setattr(WeightMasks, "apply_everywhere", lambda *args: calls.append(1) or mask(*args))
+    return lambda: len(calls)
+
+
+@pytest.mark.parametrize("kind", ["accelerate", "fabric", "lightning"])
+def test_wrappers_that_write_nothing_cost_no_second_masking(kind, model, request, count_of_maskings):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    if kind == "accelerate":
+        request.getfixturevalue("accelerator")
+        optimizer = pytest.importorskip("accelerate.optimizer").AcceleratedOptimizer(optimizer)
+    elif kind == "fabric":
+        fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+        _, optimizer = fabric.setup(model, optimizer)
+    else:
+        optimizer = pytest.importorskip("lightning.pytorch.core.optimizer").LightningOptimizer(optimizer)
+        optimizer._strategy = pytest.importorskip("lightning.pytorch.strategies").SingleDeviceStrategy()
+        optimizer._strategy._lightning_module = None
+        optimizer._strategy.optimizer_step = lambda optimizer, closure, **others: optimizer.step(closure)
+    pruner = Pruner(model, SCHEDULE, block_size=(4, 1))
+    pruner.attach(optimizer)
+    for number, x in enumerate(batches(3)):
+        optimizer.zero_grad()
+        model(x)[0].square().mean().backward()
+        optimizer.step()
+        assert pruner.step_count == count_of_maskings() == number + 1
+        assert zeros_hold(pruner)
 
 
 def test_accelerates_scaler_skips_steps(accelerator, model):

@@ -109,6 +109,20 @@ def test_a_checkpoint_that_was_only_validated_is_not_resumed(tmp_path):
     assert fresh.pruner.step_count == 2 * STEPS
 
 
+@pytest.mark.parametrize("saved", [{"total_steps": 16}, {"pruner": {}}, {"total_steps": 16, "pruner": 5}, {"wait": 3}])
+def test_a_progress_of_something_else_is_refused(saved, tmp_path):
+    path = tmp_path / "one.ckpt"
+    _, trainer = fit(pruner_callback(), max_epochs=1)
+    trainer.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=False)
+    assert checkpoint["callbacks"]["PrunerCallback"].keys() == {"total_steps", "pruner"}
+    checkpoint["callbacks"]["PrunerCallback"] = saved
+    torch.save(checkpoint, path)
+    trainer = make_trainer(pruner_callback())
+    with pytest.raises(ValueError, match=r"has a progress of PrunerCallback that this callback did not save: .* got "):
+        trainer.fit(model_class()(), loader(), loader(), ckpt_path=path, weights_only=False)
+
+
 def test_a_checkpoint_is_a_plain_model_to_load_and_convert(tmp_path):
     callback = pruner_callback()
     model, trainer = fit(callback)

@@ -39,6 +39,59 @@ class Sam(Optimizer):
         return loss
 
 
+class SamAlone(Optimizer):
+    """Sharpness-aware without an optimizer inside: its two calls write by `.data`, and nobody calls `step`."""
+
+    def __init__(self, parameters, lr=0.1):
+        super().__init__(parameters, {"lr": lr})
+
+    def _move(self, by):
+        for group in self.param_groups:
+            for each in group["params"]:
+                self.state[each]["moved"] = by * each.grad
+                each.data.add_(self.state[each]["moved"])
+
+    def first_step(self):
+        self._move(0.05)
+
+    def second_step(self):
+        for group in self.param_groups:
+            for each in group["params"]:
+                each.data.sub_(self.state[each]["moved"])
+        self._move(-self.defaults["lr"])
+
+    def step(self, closure: Any = None) -> Any:
+        raise NotImplementedError
+
+
+class SteppingBySuper(torch.optim.Adam):
+    """Hands its step on to a class whose step calls hooks as well, once torch has seen an object of it."""
+
+    fails = False
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        if self.fails:
+            raise ZeroDivisionError
+        return loss
+
+
+class Switching(Optimizer):
+    """Starts with one optimizer and goes on with another, or takes turns; both have all parameters."""
+
+    def __init__(self, parameters, turns):
+        parameters = list(parameters)
+        super().__init__(parameters, {})
+        self.first = torch.optim.Adam(parameters, lr=0.01)
+        self.second = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+        self.turns, self.steps = turns, 0
+
+    def step(self, closure: Any = None) -> Any:
+        for each in self.turns(self.steps, self.first, self.second):
+            each.step()
+        self.steps += 1
+
+
 class Lookahead(Optimizer):
     """Every k steps the weights go back half of the way; as in several packages, `Optimizer.__init__` never runs."""
 

@@ -44,3 +44,10 @@ def masked_everywhere(pruner, optimizer=None):
         tensors += [(weight, value) for value in state.values() if value.shape == weight.parameter.shape]
     masks = pruner.masks
     return pruner.sparsity > 0 and not any(tensor[~masks[weight.name]].any() for weight, tensor in tensors)
+
+
+def zeros_hold(pruner):
+    """Whether weights are zero where the masks say so, and something is pruned."""
+    return pruner.sparsity > 0 and not any(
+        weight.parameter[~pruner.masks[weight.name]].any() for weight in pruner.weights
+    )

@@ -1,29 +1,23 @@
 """Optimizers in each other: which one counts, what the outer ones write, and hooks where none can be registered."""
 
 import copy
-import gc
+import functools
 import math
 from typing import Any
 
 import pytest
 import torch
-from optimizer_stand_ins import HookedLookahead, Lookahead, Plain, Sam, Several
-from pruner_training import NOW, backward, gru, masked_everywhere, train
+from optimizer_stand_ins import HookedLookahead, Lookahead, Plain, Sam, Several, SteppingBySuper, Switching
+from pruner_training import NOW, backward, gru, masked_everywhere, train, zeros_hold
 
 from triton_sparse_rnn.pruning import ConstantMask, OneShot, PolynomialDecay, Pruner
+from triton_sparse_rnn.pruning.optimizers import find_counting
 
 DECAY = PolynomialDecay(initial_sparsity=0.3, final_sparsity=0.8, begin_step=0, end_step=6, frequency=2)
 
 
 def adam(layer):
     return torch.optim.Adam(layer.parameters(), lr=0.02)
-
-
-def zeros_hold(pruner):
-    """Whether weights are zero where the masks say so, and something is pruned."""
-    return pruner.sparsity > 0 and not any(
-        weight.parameter[~pruner.masks[weight.name]].any() for weight in pruner.weights
-    )
 
 
 def sam_step(layer, sam, seed=0):
@@ -169,11 +163,13 @@ def test_a_copied_wrapper_steps_its_own_weights_and_no_pruner():
     assert not any(map(torch.equal, parameters, before))
 
 
+@pytest.mark.parametrize("kind", [functools.partial(torch.optim.SGD, momentum=0.9), SteppingBySuper])
 @pytest.mark.parametrize("how", ["step", "function"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.* is deprecated")  # what torch.compile imports
-def test_a_compiled_step_counts_without_being_compiled_anew(how):
+def test_a_compiled_step_counts_without_being_compiled_anew(how, kind):
     layer = gru(5, 7)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    torch.optim.Adam(gru(2, 3).parameters())  # from now on Adam.step calls hooks, too
+    optimizer = kind(layer.parameters(), lr=0.02)
     pruner = Pruner(layer, DECAY, block_size=(2, 1))
     pruner.attach(optimizer)
     torch._dynamo.reset()
@@ -227,42 +223,60 @@ def test_objects_that_are_no_optimizers_are_refused():
             pruner.attach(thing)
 
 
-def test_two_pruners_of_the_same_weights_are_refused():
+@pytest.mark.parametrize("attach_to", [lambda optimizer: optimizer, Lookahead, HookedLookahead])
+def test_a_step_that_calls_that_of_its_super_class_is_one(attach_to):
     layer = gru(5, 7)
-    first, second = Pruner(layer, NOW), Pruner(layer, NOW, targets={"*ih*": None})
-    optimizer = adam(layer)
-    handle = first.attach(optimizer)
-    for other in (optimizer, adam(layer)):
-        with pytest.raises(
-            ValueError, match=r"another pruner .* prunes weight_hh_l0 already: call remove\(\) .*targets="
-        ):
-            second.attach(other)
-    assert second.sparsity == 0
-    handle.remove()
-    second.attach(optimizer)
-    train(layer, optimizer, 1)
-    assert (first.step_count, second.step_count) == (0, 1)
+    optimizer = SteppingBySuper(layer.parameters(), lr=0.02)
+    torch.optim.Adam(gru(2, 3).parameters())  # from now on Adam.step calls hooks, too
+    outer = attach_to(optimizer)
+    pruner = Pruner(layer, DECAY, block_size=(2, 1))
+    pruner.attach(outer)
+    for step in range(8):
+        train(layer, outer, 1)
+        assert pruner.step_count == step + 1
+        assert masked_everywhere(pruner, optimizer)
+        optimizer.fails = True
+        with pytest.raises(ZeroDivisionError):
+            outer.step()
+        optimizer.fails = False
 
 
-def test_two_pruners_of_different_weights_are_fine():
+@pytest.mark.parametrize(
+    "turns",
+    [
+        lambda step, first, second: [first if step < 7 else second],
+        lambda step, first, second: [(first, second)[step % 2]],
+        lambda step, first, second: [first, second],
+    ],
+    ids=["switch", "alternate", "both"],
+)
+@pytest.mark.parametrize(
+    "wrap", [lambda optimizer: optimizer, Lookahead, lambda optimizer: Plain(Lookahead(optimizer))]
+)
+def test_a_wrapper_of_two_optimizers_with_the_same_weights_counts_its_own_steps(wrap, turns):
     layer = gru(5, 7)
-    optimizer = adam(layer)
-    pruners = [Pruner(layer, NOW, targets={glob: None}) for glob in ("*ih*", "*hh*")]
-    handles = [pruner.attach(optimizer) for pruner in pruners]
-    train(layer, optimizer, 2)
-    assert all(pruner.step_count == 2 and zeros_hold(pruner) for pruner in pruners)
-    for handle in handles:
-        handle.remove()
+    switching = Switching(layer.parameters(), turns)
+    optimizer = wrap(switching)
+    pruner = Pruner(layer, DECAY, block_size=(2, 1))
+    pruner.attach(optimizer)
+    for step in range(20):
+        train(layer, optimizer, 1)
+        assert pruner.step_count == step + 1
+        assert zeros_hold(pruner)
+    assert masked_everywhere(pruner, switching.first)
+    assert masked_everywhere(pruner, switching.second)
 
 
-def test_a_pruner_whose_optimizer_is_gone_stands_in_nobodys_way():
+def test_an_optimizer_that_is_kept_twice_or_knows_what_is_around_it_counts():
     layer = gru(5, 7)
-    old = Pruner(layer, NOW)
-    lookahead = Lookahead(adam(layer))
-    old.attach(lookahead)
-    del lookahead
-    gc.collect()
-    Pruner(layer, NOW).attach(adam(layer))
+    inner: Any = adam(layer)
+    outer: Any = Lookahead(Lookahead(inner))
+    outer.base = inner
+    inner.wrapper = outer
+    counting, around = find_counting(outer, {id(layer.weight_hh_l0)})
+    assert counting is inner
+    assert around[0] is outer
+    assert around[1] is outer.optimizer
 
 
 @pytest.mark.parametrize("set_by_hand", ["weight_ih_l0", "weight_hh_l0", "both"])

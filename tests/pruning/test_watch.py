@@ -1,32 +1,30 @@
 """Who else writes: pruned weights that are not zero, and trainings in which the attached optimizer does not step."""
 
 import copy
-import math
-import warnings
+import gc
 from typing import Any
 
 import optimizer_stand_ins
+import pruner_training
 import pytest
 import torch
-from optimizer_stand_ins import Average, HookedLookahead, Lookahead, Sam
-from pruner_training import NOW, attached, backward, gru, masked_everywhere, train
-from torch import nn
+from optimizer_stand_ins import (
+    Average,
+    HookedLookahead,
+    Lookahead,
+    SamAlone,
+    SteppingBySuper,
+)
+from pruner_training import NOW, attached, backward, gru, masked_everywhere, train, zeros_hold
 
-from triton_sparse_rnn.pruning import ConstantMask, OneShot, PolynomialDecay, Pruner
+from triton_sparse_rnn.pruning import OneShot, PolynomialDecay, Pruner
 from triton_sparse_rnn.pruning.watch import PrunedSamples
 
 BEHIND = (
     r"pruned weights of weight_ih_l0, weight_hh_l0 were written to since the step of Adam .*pruner\.attach\(lookahead"
 )
-NO_STEP = (
-    r"weight_hh_l0 was written to before each of the last 3 backward passes, but the Adam .* no step.*attach\(that"
-)
-
-
-def zeros_hold(pruner):
-    return pruner.sparsity > 0 and not any(
-        weight.parameter[~pruner.masks[weight.name]].any() for weight in pruner.weights
-    )
+NO_STEP = r"of class SGD, made 11 steps for weight_ih_l0, weight_hh_l0, and the Adam .* no step meanwhile.*attach\(that"
+NEVER = r"weight_[ih]h_l0 has changed before 12 backward passes, but the {} .* no step so far, .*pruner\.step\(opt"
 
 
 @pytest.mark.parametrize("wrapper", [Lookahead, HookedLookahead])
@@ -119,13 +117,50 @@ def test_samples_are_pruned_places_spread_over_each_weight(block_size, tie_gates
         assert {int(place) // (13 * weight.parameter.shape[1]) for place in places} == {0, 1, 2}
 
 
-def test_samples_do_not_wait_for_another_device_at_every_look(monkeypatch):
-    """As a GPU is looked at, whose tensors say "cuda"."""
+@pytest.fixture
+def _another_device(monkeypatch):
+    """Samples are looked at as those on a GPU, whose tensors say "cuda"."""
+    monkeypatch.setattr(PrunedSamples, "_answers_at_once", lambda samples, parameter: False)
+
+
+@pytest.mark.usefixtures("_another_device")
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0"])
+def test_every_weight_on_another_device_is_read_when_steps_are_made_by_hand(name):
+    layer = gru(5, 7)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    pruner = Pruner(layer, NOW)
+    train(layer, optimizer, 2, after=lambda: pruner.step(optimizer))
+    with torch.no_grad():
+        layer.get_parameter(name).add_(1)
+    with pytest.warns(UserWarning, match=f"pruned weights of {name} were written to since pruner.step"):
+        train(layer, optimizer, PrunedSamples.PERIOD, after=lambda: pruner.step(optimizer))
+
+
+@pytest.mark.usefixtures("_another_device")
+@pytest.mark.parametrize("end", ["many steps", "remove"])
+def test_what_was_seen_on_another_device_is_read_though_masks_change(end):
+    layer = gru(5, 7)
+    schedule = PolynomialDecay(initial_sparsity=0.3, final_sparsity=0.8, begin_step=0, end_step=70, frequency=1)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    pruner = Pruner(layer, schedule, block_size=(2, 1))
+    handle = pruner.attach(optimizer)
+    train(layer, optimizer, 2)
+    with torch.no_grad():
+        layer.weight_hh_l0.add_(1)
+    if end == "remove":
+        train(layer, optimizer, 2)
+    with pytest.warns(UserWarning, match="pruned weights of weight_hh_l0 were written to since the step of Adam"):
+        handle.remove() if end == "remove" else train(layer, optimizer, PrunedSamples.PERIOD)
+    handle.remove()  # says nothing more
+    assert pruner._attachment is None
+
+
+@pytest.mark.usefixtures("_another_device")
+def test_samples_do_not_wait_for_another_device_at_every_look():
     layer = gru(5, 7)
     pruner, optimizer = attached(layer, NOW)
     train(layer, optimizer, 1)
     samples = pruner._masks.samples
-    monkeypatch.setattr(samples, "_answers_at_once", lambda parameter: False)
     with torch.no_grad():
         layer.weight_hh_l0.add_(1)
     looks = [samples.written(pruner.weights) for _ in range(2)]
@@ -147,9 +182,61 @@ def test_an_optimizer_made_anew_is_noticed():
     other = torch.optim.SGD(layer.parameters(), lr=0.1)
     train(layer, other, 3)  # a model may be written to for other reasons
     with pytest.warns(UserWarning, match=NO_STEP) as caught:
-        train(layer, other, 9)
+        train(layer, other, 30)
     assert len(caught) == 1  # said once
+    assert caught[0].filename == pruner_training.__file__  # where the other is called
     assert (pruner.step_count, pruner.sparsity) == (1, 0)
+
+
+@pytest.mark.parametrize("variant", [{}, {"fused": True}, {"foreach": True}])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_another_is_counted_whatever_it_does_to_versions(kind, variant, steps_before):
+    layer = gru(5, 7)
+    train(layer, attached(layer, NOW)[1], steps_before)
+    gc.collect()  # the attached one is gone, and its pruner with it unless somebody holds them
+    pruner, optimizer = attached(layer, NOW)
+    train(layer, optimizer, steps_before)
+    other = kind(layer.parameters(), lr=0.01, **variant)
+    train(layer, other, 10)
+    with pytest.warns(UserWarning, match=f"of class {kind.__name__}, made 11 steps for .* Adam"):
+        train(layer, other, 1)
+    assert pruner.step_count == steps_before
+
+
+def test_another_that_is_seen_by_a_call_of_its_super_class_is_counted_once():
+    layer = gru(5, 7)
+    pruner, _ = attached(layer, NOW)
+    other = SteppingBySuper(layer.parameters(), lr=0.01)
+    train(layer, other, 10)
+    with pytest.warns(UserWarning, match="of class SteppingBySuper, made 11 steps"):
+        train(layer, other, 1)
+    assert pruner.step_count == 0
+
+
+def test_an_optimizer_that_never_calls_step_is_noticed_though_versions_do_not_move():
+    layer = gru(5, 7)
+    sam = SamAlone(layer.parameters())
+    pruner = Pruner(layer, NOW)
+    handle = pruner.attach(sam)
+
+    def train_by_it(steps):
+        for seed in range(steps):
+            for step in (sam.first_step, sam.second_step):
+                sam.zero_grad()
+                backward(layer, seed)
+                step()
+
+    with pytest.warns(UserWarning, match=NEVER.format("SamAlone")) as caught:
+        train_by_it(9)
+    assert len(caught) == 1
+    assert pruner.step_count == 0
+    handle.remove()
+    for step in range(3):  # as the warning says
+        train_by_it(1)
+        pruner.step(sam)
+        assert pruner.step_count == step + 1
+    assert zeros_hold(pruner)
 
 
 def test_an_optimizer_made_anew_can_be_attached():
@@ -176,173 +263,18 @@ def test_a_step_that_calls_no_hooks_is_noticed():
                 parameter -= 0.1 * parameter.grad
 
     optimizer.step = own_step
-    with pytest.warns(UserWarning, match="the Adam that the pruner is attached to has made no step"):
-        train(layer, optimizer, 5)
+    with pytest.warns(UserWarning, match=NEVER.format("Adam")):
+        train(layer, optimizer, 14)
 
 
-class TestNothingIsSaid:
-    """Warnings are errors here."""
+def test_an_exception_in_a_step_leaves_the_watch_awake():
+    layer = gru(5, 7)
+    optimizer = attached(layer, NOW)[1]
 
-    def test_of_accumulated_gradients(self):
-        layer = gru(5, 7)
-        pruner, optimizer = attached(layer, NOW)
-        for step in range(3):
-            for seed in range(6):
-                backward(layer, seed)
-                layer.flatten_parameters()
-            if step:
-                optimizer.step()
-                optimizer.zero_grad()
-        assert masked_everywhere_without_gradients(pruner)
+    def fails():
+        raise ZeroDivisionError
 
-    def test_of_writes_that_change_nothing_in_accumulated_gradients(self):
-        layer = gru(5, 7)
-        pruner, _ = attached(layer, NOW)
-        for seed in range(9):
-            with torch.no_grad():  # as flatten_parameters() on a GPU
-                layer.weight_hh_l0.copy_(layer.weight_hh_l0.clone())
-            backward(layer, seed)
-        assert pruner.step_count == 0
-
-    @pytest.mark.parametrize("fused", [False, True])
-    def test_of_steps_that_a_scaler_skips(self, fused):
-        layer = gru(5, 7)
-        pruner, optimizer = attached(layer, NOW, torch.optim.Adam(layer.parameters(), fused=fused))
-        scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-        for _ in range(8):
-            optimizer.zero_grad()
-            scaler.scale(layer(torch.randn(4, 3, 5))[0].square().mean()).backward()
-            layer.bias_ih_l0.grad[0] = math.inf
-            scaler.step(optimizer)
-            scaler.update()
-        assert pruner.step_count == 0
-
-    def test_of_mixed_precision(self):
-        layer = gru(5, 7)
-        pruner, optimizer = attached(layer, NOW)
-        for seed in range(6):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
-                backward(layer, seed)
-            optimizer.step()
-        assert masked_everywhere(pruner, optimizer)
-
-    @pytest.mark.parametrize("by_hand", [False, True])
-    def test_of_two_backward_passes_a_step(self, by_hand):
-        layer = gru(5, 7)
-        sam = Sam(layer.parameters(), lr=0.02)
-        pruner = Pruner(layer, NOW)
-        if not by_hand:
-            pruner.attach(sam.base_optimizer)
-        for seed in range(6):
-            for step in (sam.first_step, sam.second_step):
-                sam.zero_grad()
-                backward(layer, seed)
-                step()
-            if by_hand:
-                pruner.step(sam)
-        assert masked_everywhere(pruner, sam)
-
-    @pytest.mark.parametrize("by_hand", [False, True])
-    def test_of_many_backward_passes_in_a_closure(self, by_hand):
-        layer = gru(5, 7)
-        optimizer = torch.optim.LBFGS(layer.parameters(), lr=0.5, max_iter=6)
-        pruner = Pruner(layer, PolynomialDecay(final_sparsity=0.8, begin_step=0, end_step=4, frequency=1))
-        if not by_hand:
-            pruner.attach(optimizer)
-
-        def closure():
-            optimizer.zero_grad()
-            loss = layer(torch.ones(4, 3, 5))[0].square().mean()
-            loss.backward()
-            return loss
-
-        for _ in range(6):
-            optimizer.step(closure)
-            if by_hand:
-                pruner.step(optimizer)
-        assert zeros_hold(pruner)
-        assert pruner.step_count == 6
-
-    def test_of_training_by_another_after_the_handle_is_removed(self):
-        layer = gru(5, 7)
-        optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
-        pruner = Pruner(layer, NOW)
-        with pruner.attach(optimizer):
-            train(layer, optimizer, 2)
-        train(layer, torch.optim.SGD(layer.parameters(), lr=0.1), 8)
-        pruner.state_dict()
-        assert not zeros_hold(pruner)
-        pruner.attach(optimizer)
-        train(layer, optimizer, 2)
-        assert masked_everywhere(pruner, optimizer)
-
-    @pytest.mark.parametrize("first", ["model", "pruner"])
-    def test_of_going_back_to_a_checkpoint(self, first):
-        layer = gru(5, 7)
-        pruner, optimizer = attached(layer, PolynomialDecay(final_sparsity=0.8, begin_step=0, end_step=8, frequency=1))
-        train(layer, optimizer, 3)
-        saved = copy.deepcopy((layer.state_dict(), pruner.state_dict()))
-        train(layer, optimizer, 4)
-        if first == "model":
-            layer.load_state_dict(saved[0])
-        pruner.load_state_dict(saved[1])
-        if first == "pruner":
-            layer.load_state_dict(saved[0])
-        train(layer, optimizer, 2)
-        assert masked_everywhere(pruner, optimizer)
-
-    def test_of_weights_that_are_loaded_before_each_of_many_gradients(self):
-        layer = gru(5, 7)
-        pruner, optimizer = attached(layer, NOW)
-        for _ in range(3):
-            layer.load_state_dict(gru(5, 7).state_dict() if not pruner.step_count else layer.state_dict())
-            backward(layer)
-            optimizer.step()
-        assert pruner.step_count == 3
-
-    def test_of_pruned_places_with_gradients_set_by_hand(self):
-        layer = gru(5, 7)
-        pruner, optimizer = attached(layer, NOW)
-        for _ in range(5):
-            for parameter in layer.parameters():
-                parameter.grad = torch.ones_like(parameter)
-            optimizer.step()
-        assert masked_everywhere(pruner, optimizer)
-
-    def test_of_a_model_that_moves_to_another_dtype(self):
-        layer = gru(5, 7)
-        pruner, optimizer = attached(layer, NOW, torch.optim.SGD(layer.parameters(), lr=0.1))
-        train(layer, optimizer, 2)
-        layer.double()
-        layer.zero_grad()
-        for _ in range(4):
-            layer(torch.randn(4, 3, 5, dtype=torch.float64))[0].sum().backward()
-            optimizer.step()
-            layer.zero_grad()
-        assert zeros_hold(pruner)
-
-    def test_of_a_constant_mask(self):
-        layer = gru(6, 8)
-        with torch.no_grad():
-            for weight in (layer.weight_ih_l0, layer.weight_hh_l0):
-                weight.view(3, 2, 4, -1)[:, 0, :, ::2] = 0
-        pruner, optimizer = attached(layer, ConstantMask(), block_size=(4, 1))
-        train(layer, optimizer, 5)
-        assert masked_everywhere(pruner, optimizer)
-
-    def test_of_weights_that_share_no_gradient(self):
-        model = nn.ModuleList([gru(5, 7), gru(5, 7)])
-        pruner, optimizer = attached(model, NOW, torch.optim.SGD(model.parameters(), lr=0.1))
-        for seed in range(8):
-            optimizer.zero_grad()
-            backward(model[seed % 2], seed)
-            optimizer.step()
-        assert zeros_hold(pruner)
-
-
-def masked_everywhere_without_gradients(pruner):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pruner.state_dict()
-    return zeros_hold(pruner)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(fails)
+    with pytest.warns(UserWarning, match=NO_STEP):
+        train(layer, torch.optim.SGD(layer.parameters(), lr=0.1), 11)

@@ -87,6 +87,31 @@ def test_a_model_without_the_weights_is_refused_and_nothing_changes():
         pruner.apply_masks(3)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda weight: weight.to_sparse(), r"torch\.sparse_coo"),
+        (lambda weight: weight.to_sparse_csr(), r"torch\.sparse_csr"),
+        (lambda weight: weight.numpy(), "ndarray"),
+        (lambda weight: weight.to("meta"), "one on the meta device"),
+        (lambda weight: weight.int(), r"torch\.int32"),
+        (lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), r"torch\.qint8"),
+        (lambda weight: torch.nested.nested_tensor([weight]), "a nested one"),
+        (lambda weight: None, "NoneType"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors|deprecated)")  # of what the test makes
+def test_a_second_weight_that_is_no_dense_tensor_is_refused_before_the_first_is_masked(make, got):
+    layer = gru(5, 7)
+    pruner, optimizer = attached(layer, NOW)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    train(layer, optimizer, 1)
+    state["weight_hh_l0"] = make(state["weight_hh_l0"])
+    with pytest.raises(TypeError, match=f"model must have a dense .* with values for weight_hh_l0, got {got}"):
+        pruner.apply_masks(state)
+    assert state["weight_ih_l0"].all()
+
+
 def test_before_anything_is_pruned_nothing_changes():
     layer = gru(5, 7)
     other = copy.deepcopy(layer)

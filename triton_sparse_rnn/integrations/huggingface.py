@@ -63,10 +63,20 @@ class PrunerCallback(PrunedTraining, TrainerCallback, ExportableState):
         name = type(self).__name__
         held: Any = state.stateful_callbacks
         saved = held.get(name) if state.global_step else None  # at step 0 it is this object's own state
-        progress = None if saved is None or not saved["progress"] else _from_json(saved["progress"])
+        progress = None if saved is None else self._read(saved)
         self._start(state, model, [optimizer], state.max_steps - state.global_step, progress)
         held.setdefault(name, self.state())  # the checkpoint may have been saved without this callback
         self._best_is_pruned = self.pruner is not None and self.pruner.finished
+
+    def _read(self, saved: Any) -> Any:
+        """Return of a state that was saved the progress, None if there was none yet."""
+        try:
+            progress = _from_json(saved["progress"])
+            if not isinstance(progress, Mapping):
+                raise TypeError("progress is no mapping")
+            return progress or None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self._not_its_progress(saved)} ({type(error).__name__}: {error})") from None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         if self.pruner is not None and not self._best_is_pruned:
@@ -107,5 +117,5 @@ def _from_json(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     if value.keys() == {"base64"}:
-        return torch.frombuffer(bytearray(base64.b64decode(value["base64"])), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(base64.b64decode(value["base64"], validate=True)), dtype=torch.uint8)
     return {key: _from_json(item) for key, item in value.items()}

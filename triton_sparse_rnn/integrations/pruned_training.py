@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from triton_sparse_rnn.pruning.attachment import Attachment
+from triton_sparse_rnn.pruning.live_set import LiveSet
 from triton_sparse_rnn.pruning.optimizers import parameter_ids
 from triton_sparse_rnn.pruning.pruner import Pruner
 from triton_sparse_rnn.pruning.schedules import PolynomialDecay, Schedule
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-_attached: weakref.WeakSet[PrunedTraining] = weakref.WeakSet()
+_attached: LiveSet[PrunedTraining] = LiveSet()
 
 
 class PrunerOptions(TypedDict, total=False):
@@ -98,7 +100,12 @@ class PrunedTraining:
             optimizers: of the training; one of them must hold all weights that are pruned.
             steps_left: that the trainer will take, infinity if it does not know.
             saved: what `_progress` returned.
+
+        Raises:
+            ValueError: `saved` is nothing of the kind.
         """
+        if saved is not None:
+            self._check_saved(saved)
         self._detach()  # from a training that failed
         self._check_alone(training)
         pruner = self.pruner if saved is None else None
@@ -114,6 +121,20 @@ class PrunedTraining:
         self.pruner = pruner
         self._ends_late = False
         self._check_end(pruner.step_count + steps_left)
+
+    def _check_saved(self, saved: object) -> None:
+        if isinstance(saved, Mapping) and saved.keys() == {"total_steps", "pruner"}:
+            steps = saved["total_steps"]
+            if isinstance(saved["pruner"], Mapping) and (steps is None or (type(steps) is int and steps >= 2)):
+                return
+        raise ValueError(self._not_its_progress(saved))
+
+    def _not_its_progress(self, saved: object) -> str:
+        return (
+            f"the checkpoint has a progress of {type(self).__name__} that this callback did not save: it must have "
+            f"total_steps (an integer from 2, or None) and pruner (a state of Pruner), got {reprlib.repr(saved)}. "
+            "Train from another checkpoint, or load its weights and begin anew"
+        )
 
     def _check_end(self, last_planned: float) -> None:
         """Warn, once, if training ends before pruning."""
@@ -157,7 +178,7 @@ class PrunedTraining:
     def _leave_abandoned(self, pruner: Pruner) -> None:
         """Take callbacks of trainings that were given up, which nobody told of it, off the weights of this one."""
         weights = {id(weight.parameter) for weight in pruner.weights}
-        for other in list(_attached):
+        for other in _attached:
             if other.pruner is not None and any(id(weight.parameter) in weights for weight in other.pruner.weights):
                 other._detach()
 

@@ -2,63 +2,76 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from triton_sparse_rnn.notices import warn
-from triton_sparse_rnn.pruning.optimizers import hook_step, optimizers_in, parameter_ids, states_of
+from triton_sparse_rnn.pruning.live_set import LiveSet
+from triton_sparse_rnn.pruning.optimizers import (
+    find_counting,
+    hook_step,
+    in_its_own_step,
+    optimizers_in,
+    parameter_ids,
+    states_of,
+)
 from triton_sparse_rnn.pruning.targets import Weight
 from triton_sparse_rnn.pruning.watch import StepWatch
 
 if TYPE_CHECKING:
     from triton_sparse_rnn.pruning.pruner import Pruner
 
-_attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
+_attachments: LiveSet[Attachment] = LiveSet()
+_lock = threading.Lock()
 
 
 class Attachment:
     """What `Pruner.attach` returns: the hooks in an optimizer that call the pruner, until `remove()`.
 
-    Of optimizers in each other (Lookahead, SAM, accelerate's wrapper) the innermost that has all pruned weights counts
-    the steps. What those around it write after its step is masked when their own step returns.
+    Of optimizers in each other (Lookahead, SAM, accelerate's wrapper) one counts the steps: see `find_counting`. What
+    those around it write after its step is masked when their own step returns.
 
     Attributes:
         name: of the class that was attached.
-        steps_seen: calls of the counting optimizer's step, those that a GradScaler made void too.
-        in_step: whether an optimizer is at work, which may call backward() in a closure.
-        told: whether it was said that the weights are trained without such calls.
+        began: whether a step was begun.
+        told: whether it was said that the weights are trained without such steps.
     """
 
+    PATIENCE: ClassVar = 10  # steps of another optimizer in a row, as inner loops may make
+
     def __init__(self, pruner: Pruner, optimizer: Any) -> None:
-        _check_not_pruned_by_another(pruner)
-        nested = optimizers_in(optimizer)
-        pruned = {id(weight.parameter) for weight in pruner.weights}
-        *outer, counting = [each for each in nested if pruned <= parameter_ids(each)]
+        check_not_pruned_by_another(pruner)
+        counting, outer = find_counting(optimizer, {id(weight.parameter) for weight in pruner.weights})
         self.name = type(optimizer).__name__
-        self.steps_seen = 0
-        self.in_step = self.told = False
+        self.began = self.told = False
         self._pruner: Pruner | None = pruner
-        self._nested = [weakref.ref(each) for each in nested]
+        self._nested = [weakref.ref(each) for each in optimizers_in(optimizer)]
         self._counting = weakref.ref(counting)
-        # A compiled optimizer.step leaves the hooks out: they count, which would compile it anew at every step.
-        disabled: Any = torch.compiler.disable
-        before, after, after_outer = map(disabled, (self._before_step, self._after_step, self._after_outer))
-        self._removers = [hook_step(counting, before, after)]
-        self._removers += [hook_step(each, before, after_outer) for each in outer]
+        self._steps_of_others: dict[int, int] = {}  # by id, since the last one that was counted
+        self._removers = [hook_step(counting, self._before_step, self._after_step)]
+        self._removers += [hook_step(each, self._before_step, self._after_outer) for each in outer]
         _attachments.add(self)
+        with _lock:
+            _hear_of_all_steps()
 
     def remove(self) -> None:
         """Take the pruner off the optimizer and off the gradients. A second call does nothing."""
         while self._removers:
             self._removers.pop()()
         _attachments.discard(self)
-        if self._pruner is not None:
-            self._pruner._detach()
-            self._pruner = None
+        pruner, self._pruner = self._pruner, None
+        if pruner is not None:
+            try:
+                pruner._tell_of_writes(pruner._masks.samples.unread())
+            finally:
+                pruner._detach()
 
     def __enter__(self) -> Attachment:
         return self
@@ -67,22 +80,39 @@ class Attachment:
         self.remove()
 
     def _before_step(self, optimizer: Any) -> None:
-        self.in_step = True
+        self.began = True
         if self._pruner is not None:
             self._pruner._before_step()
 
     def _after_step(self, optimizer: Any) -> None:
-        self.in_step = False
-        self.steps_seen += 1
+        self._steps_of_others.clear()
         # A fused optimizer skips a step inside its kernel, by the found_inf that GradScaler gives it for the call.
         found_inf = getattr(optimizer, "found_inf", None)
         if self._pruner is not None and (found_inf is None or not found_inf.item()):
             self._pruner._advance(states_of(each() for each in self._nested))
 
     def _after_outer(self, optimizer: Any) -> None:
-        self.in_step = False
         if self._pruner is not None:
             self._pruner._masks.apply_everywhere(())  # what it remembers was masked when the inner step was counted
+
+    def _hear_of_step(self, optimizer: Any) -> None:
+        """Take note of a step of any optimizer; its parameters are looked at only if it makes many in a row."""
+        pruner = self._pruner
+        if pruner is None or self.told or optimizer is self._counting() or in_its_own_step(optimizer):
+            return
+        steps = self._steps_of_others[id(optimizer)] = self._steps_of_others.get(id(optimizer), 0) + 1
+        if steps <= self.PATIENCE:
+            return
+        held = parameter_ids(optimizer)
+        trained = [weight for weight in pruner.weights if weight.parameter.grad is not None]
+        if names := [weight.name for weight in trained if id(weight.parameter) in held]:
+            self.told = True
+            warn(
+                f"another optimizer, of class {type(optimizer).__name__}, made {steps} steps for {', '.join(names)}, "
+                f"and the {self.name} that the pruner is attached to has made no step meanwhile, so nothing was "
+                "pruned. If the other trains the model now, or is inside a wrapper that steps in other ways, call "
+                "remove() of the handle that attach() returned, and attach(that optimizer)"
+            )
 
 
 class GradientHook:
@@ -106,15 +136,14 @@ class GradientHook:
         attachment = pruner._attachment
         if attachment is None:
             self._look(pruner)
-        elif not (attachment.in_step or attachment.told) and self._watch.others_step(
-            parameter, attachment.steps_seen, pruner._masks.own_writes[self._weight.name]
-        ):
+        elif not (attachment.began or attachment.told) and self._watch.sees_training(parameter):
             attachment.told = True
             warn(
-                f"{self._weight.name} was written to before each of the last {StepWatch.PATIENCE} backward passes, but "
-                f"the {attachment.name} that the pruner is attached to has made no step, so nothing more is pruned. If "
-                "another optimizer trains the model now, call remove() of the handle that attach() returned, and "
-                "attach(that optimizer); if one steps by itself inside a wrapper, attach to that one"
+                f"{self._weight.name} has changed before {StepWatch.PATIENCE} backward passes, but the "
+                f"{attachment.name} that the pruner is attached to has made no step so far, so nothing is pruned. If "
+                "another optimizer trains the model, call remove() of the handle that attach() returned, and "
+                "attach(that optimizer); if it is this one, by calls of its own in place of step(), remove() the "
+                "handle and call pruner.step(optimizer) after each of its steps"
             )
 
     def _look(self, pruner: Pruner) -> None:
@@ -125,7 +154,12 @@ class GradientHook:
                 pruner._tell_of_writes(names)  # a backward pass writes no weights: `Pruner.step` masks them
 
 
-def _check_not_pruned_by_another(pruner: Pruner) -> None:
+def check_not_pruned_by_another(pruner: Pruner) -> None:
+    """Refuse weights that an attached pruner prunes, and take off those whose optimizer is gone: they mask gradients.
+
+    Raises:
+        ValueError: naming the weights.
+    """
     if _pruned_by_another(pruner):
         gc.collect()  # one that nobody holds any more, with its optimizer, in a cycle
     if names := _pruned_by_another(pruner):
@@ -136,6 +170,26 @@ def _check_not_pruned_by_another(pruner: Pruner) -> None:
 
 
 def _pruned_by_another(pruner: Pruner) -> list[str]:
-    others = [attachment._pruner for attachment in _attachments if attachment._counting() is not None]
-    taken = {id(weight.parameter) for other in others if other is not None for weight in other.weights}
+    taken: set[int] = set()
+    for attachment in _attachments:
+        other = attachment._pruner
+        if other is None or other is pruner:
+            continue
+        held = {id(weight.parameter) for weight in other.weights}
+        if attachment._counting() is not None:
+            taken |= held
+        elif any(id(weight.parameter) in held for weight in pruner.weights):
+            attachment.remove()
     return [weight.name for weight in pruner.weights if id(weight.parameter) in taken]
+
+
+@functools.cache
+def _hear_of_all_steps() -> None:
+    """Once in a process, and for ever: torch's dict of hooks must not change while another thread goes through it."""
+    register_optimizer_step_post_hook(_after_any_step)
+
+
+def _after_any_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if not torch.compiler.is_compiling():  # else it would break the graph of others' steps
+        for attachment in _attachments:
+            attachment._hear_of_step(optimizer)

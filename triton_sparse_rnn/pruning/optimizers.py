@@ -4,23 +4,50 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+# Of wrappers that write no weights themselves.
+_PASSING_ON = ("accelerate.", "lightning.fabric.", "lightning_fabric.", "lightning.pytorch.", "pytorch_lightning.")
+_HOOKED_STEP = Optimizer.profile_hook_step(lambda: None).__code__  # what torch makes of the step of every class
 
-def optimizers_in(optimizer: Any) -> list[Any]:
+
+def optimizers_in(optimizer: Any, without: Iterable[Any] = ()) -> list[Any]:
     """Return an optimizer and all that it keeps in attributes, as wrappers do, each once, the outermost first."""
-    found = [optimizer]
+    found, left_out = [optimizer], list(without)
     for each in found:  # which grows
         for name, value in _attributes(each).items():
             if name not in ("state", "param_groups"):
-                found += [one for one in _optimizers_among(value) if all(one is not known for known in found)]
+                found += [one for one in _optimizers_among(value) if not _contains(found + left_out, one)]
     return found
+
+
+def find_counting(optimizer: Any, pruned: set[int]) -> tuple[Any, list[Any]]:
+    """Return which of optimizers in each other counts the steps, and those around it that may write when it is done.
+
+    It is the innermost that has all parameters of these ids. Where several have them side by side, as in wrappers that
+    change from one to another, the one around them counts.
+    """
+    passed = [optimizer]
+    while True:
+        inside = {
+            id(each): optimizers_in(each, passed)
+            for each in optimizers_in(passed[-1], passed)[1:]
+            if pruned <= parameter_ids(each)
+        }
+        deeper = {id(one) for nested in inside.values() for one in nested[1:]}
+        nearest = [nested[0] for name, nested in inside.items() if name not in deeper]
+        if len(nearest) != 1:
+            *around, counting = passed
+            return counting, [each for each in around if not type(each).__module__.startswith(_PASSING_ON)]
+        passed += nearest
 
 
 def is_optimizer(value: object) -> bool:
@@ -44,6 +71,10 @@ def state_tensors(state: Mapping[Any, Any], parameter: Tensor) -> Iterator[Tenso
             yield value
 
 
+def _contains(optimizers: list[Any], one: Any) -> bool:
+    return any(one is each for each in optimizers)
+
+
 def _attributes(optimizer: Any) -> dict[str, Any]:
     return getattr(optimizer, "__dict__", {})
 
@@ -57,23 +88,52 @@ def states_of(optimizers: Iterable[Any]) -> list[Mapping[Any, Any]]:
     states: list[Mapping[Any, Any]] = []
     for optimizer in optimizers:
         state = getattr(optimizer, "state", None)  # None also stands for an optimizer that is gone
-        if isinstance(state, Mapping) and all(state is not known for known in states):
+        if isinstance(state, Mapping) and not _contains(states, state):
             states.append(state)
     return states
 
 
 def hook_step(optimizer: Any, before: Callable[[Any], None], after: Callable[[Any], None]) -> Callable[[], None]:
-    """Call `before(optimizer)` and `after(optimizer)` around each of its steps.
+    """Call `before(optimizer)` and `after(optimizer)` around each of its steps, a `super().step()` inside left out.
 
     Returns:
         What takes the hooks off again.
     """
+    # A compiled optimizer.step leaves the hooks out: they count, which would compile it anew at every step.
+    disabled: Any = torch.compiler.disable
     if _runs_hooks(optimizer):
         handles = contextlib.ExitStack()
-        handles.callback(optimizer.register_step_pre_hook(lambda each, args, kwargs: before(each)).remove)
-        handles.callback(optimizer.register_step_post_hook(lambda each, args, kwargs: after(each)).remove)
+        handles.callback(optimizer.register_step_pre_hook(disabled(_of_whole_steps(before))).remove)
+        handles.callback(optimizer.register_step_post_hook(disabled(_of_whole_steps(after))).remove)
         return handles.close
-    return _wrap_step(optimizer, before, after)
+    return _wrap_step(optimizer, disabled(before), disabled(after))
+
+
+def in_its_own_step(optimizer: Any) -> bool:
+    """Whether a hook is called by a step inside another step of the same optimizer, as super().step() is.
+
+    The stack tells, since a count of steps that were entered goes wrong with the first exception.
+    """
+    if not _may_step_inside(type(optimizer)):
+        return False
+    steps, frame = 0, sys._getframe(1)
+    while frame is not None:
+        steps += frame.f_code is _HOOKED_STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return steps > 1
+
+
+@functools.lru_cache
+def _may_step_inside(kind: type) -> bool:
+    return sum("step" in vars(base) for base in kind.__mro__ if base is not Optimizer) > 1
+
+
+def _of_whole_steps(call: Callable[[Any], None]) -> Callable[[Any, Any, Any], None]:
+    def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
+        if not in_its_own_step(optimizer):
+            call(optimizer)
+
+    return hook
 
 
 def _runs_hooks(optimizer: Any) -> bool:

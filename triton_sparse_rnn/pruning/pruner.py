@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from triton_sparse_rnn.notices import warn
-from triton_sparse_rnn.pruning.attachment import Attachment, GradientHook
+from triton_sparse_rnn.pruning.attachment import Attachment, GradientHook, check_not_pruned_by_another
 from triton_sparse_rnn.pruning.masks import prune_to_sparsity, prune_to_threshold
 from triton_sparse_rnn.pruning.optimizers import is_optimizer, optimizers_in, parameter_ids, states_of
 from triton_sparse_rnn.pruning.schedules import ConstantMask, Schedule
@@ -130,21 +130,22 @@ class Pruner:
     def sparsities(self) -> dict[str, float]:
         """By name, the fraction of each weight that is pruned."""
         counts = self._masks.pruned_counts
-        return {weight.name: counts[weight.name] / weight.parameter.numel() for weight in self._weights}
+        return {weight.name: counts[weight.name] / max(1, weight.parameter.numel()) for weight in self._weights}
 
     @property
     def sparsity(self) -> float:
         """The fraction of all matched weights that is pruned."""
         total = sum(weight.parameter.numel() for weight in self._weights)
-        return sum(self._masks.pruned_counts.values()) / total
+        return sum(self._masks.pruned_counts.values()) / max(1, total)
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Step by itself after every `optimizer.step()`, those that a `GradScaler` skips left out.
 
         Args:
             optimizer: of optimizers in each other (Lookahead, SAM, what accelerate, Fabric and others prepare) the
-                outermost. The one inside that writes the weights counts the steps, whoever calls it; what those around
-                it write when it is done, such as Lookahead's slow weights, is masked too.
+                outermost. The one inside that writes the weights counts the steps, whoever calls it; where several
+                inside write them, the one around these. What others around it write when it is done, such as
+                Lookahead's slow weights, is masked too.
 
         Returns:
             A handle; `handle.remove()`, or leaving it as a context manager, ends the pruner's work: masks are kept,
@@ -155,8 +156,8 @@ class Pruner:
             ValueError: the optimizer lacks a parameter that is to be pruned, or another attached pruner prunes it.
 
         Warns:
-            UserWarning: later, once: the weights are trained but this optimizer makes no step, or pruned weights were
-                written to by somebody else.
+            UserWarning: later, once: another optimizer makes many steps in a row with the weights, they change though
+                this one never steps, or pruned weights were written to by somebody else.
         """
         if self._attachment is not None:
             raise RuntimeError("the pruner is attached already: call remove() of the handle that attach() returned")
@@ -174,11 +175,12 @@ class Pruner:
         Raises:
             RuntimeError: the pruner is attached, or the model no longer has a parameter that is pruned, or a
                 ConstantMask could not read the zeros before the optimizer wrote.
-            ValueError: the optimizer lacks a parameter that is pruned.
+            ValueError: the optimizer lacks a parameter that is pruned, or another attached pruner prunes it.
         """
         if self._attachment is not None:
             raise RuntimeError("the pruner is attached, so optimizer.step() calls it: do not call pruner.step() too")
         self._check_optimizer(optimizer)
+        check_not_pruned_by_another(self)
         if not self._started and (constant := self._constant_weights()):
             raise RuntimeError(
                 f"ConstantMask did not see the zeros of {', '.join(weight.name for weight in constant)} before "
@@ -199,7 +201,8 @@ class Pruner:
                 in a wrapper, as "module." in an AveragedModel, is left out.
 
         Raises:
-            TypeError, ValueError: a weight is missing or of another shape. Nothing is changed then.
+            TypeError, ValueError: a weight is missing, of another shape, or no dense tensor with values. Nothing is
+                changed then.
         """
         found = find_weights("model", model, self._weights)
         for weight in self._weights:
@@ -208,7 +211,11 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on as if never stopped: plain values and tensors, one bit for each block.
 
-        `torch.load(weights_only=True)` reads it. Save the model's and the optimizer's state with it.
+        `torch.load(weights_only=True)` reads it. Save the model's and the optimizer's state with it. Pruned weights
+        that somebody else wrote to are set to zero again first, so that both fit together.
+
+        Warns:
+            UserWarning: that this was so, unless it was said before.
         """
         self._look(wait=True)
         return pack_state(self._step_count, self._settings(), self._weights, self._masks.blocks)
@@ -331,7 +338,7 @@ class Pruner:
             self._tell_of_writes(names)
 
     def _tell_of_writes(self, names: list[str]) -> None:
-        if self._told_of_writes:
+        if self._told_of_writes or not names:
             return
         self._told_of_writes = True
         after = "pruner.step()" if self._attachment is None else f"the step of {self._attachment.name}"

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn.names import clean_name
@@ -107,7 +108,8 @@ def find_weights(where: str, source: nn.Module | Mapping[str, Tensor], weights: 
     """Return by name, out of another model or a state_dict, the tensors that stand for these weights.
 
     Raises:
-        TypeError, ValueError: naming `where`, and the weight that it lacks or has in another shape.
+        TypeError, ValueError: naming `where`, and the weight that it lacks, or has in another shape or no dense tensor
+            with values for.
     """
     if not isinstance(source, (nn.Module, Mapping)):
         raise TypeError(f"{where} must be an nn.Module or a state_dict, got {type(source).__name__}")
@@ -117,11 +119,26 @@ def find_weights(where: str, source: nn.Module | Mapping[str, Tensor], weights: 
     for weight in weights:
         if weight.name not in by_name:
             raise ValueError(f"{where} lacks {weight.name}, which the pruner prunes")
-        found[weight.name] = by_name[weight.name]
-        if found[weight.name].shape != weight.parameter.shape:
-            shape = tuple(found[weight.name].shape)
+        tensor = found[weight.name] = by_name[weight.name]
+        if kind := _not_dense(tensor):
+            raise TypeError(
+                f"{where} must have a dense floating-point tensor with values for {weight.name}, got {kind}"
+            )
+        if tensor.shape != weight.parameter.shape:
+            shape = tuple(tensor.shape)
             raise ValueError(f"{where} has {weight.name} of shape {shape}, expected {tuple(weight.parameter.shape)}")
     return found
+
+
+def _not_dense(value: object) -> str | None:
+    """What a value is, if it is no such tensor."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.is_nested or value.layout != torch.strided:
+        return "a nested one" if value.is_nested else str(value.layout)
+    if value.is_meta:
+        return "one on the meta device"
+    return None if value.is_floating_point() else str(value.dtype)
 
 
 def warn_of_emptied_gates(weights: Iterable[Weight], block_size: tuple[int, int], *, balanced: bool) -> None:

@@ -1,4 +1,4 @@
-"""Who else writes into weights that are pruned: small samples that should be zero, and writes without a step."""
+"""Who else writes into weights that are pruned: small samples that should be zero, and changes without a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PrunedSamples:
     """A few pruned places of each weight, zero unless somebody wrote there since they were masked.
 
     On a CPU every look is answered at once, in some microseconds for a weight. Another device is not waited for: what
-    was seen there gathers in a flag, which is read at every 64th look.
+    was seen there gathers in a flag, which is read at every 64th look at the weight, or by `unread`.
     """
 
     PLACES: ClassVar = 64
@@ -24,7 +24,7 @@ class PrunedSamples:
     def __init__(self) -> None:
         self._places: dict[str, Tensor] = {}
         self._flags: dict[str, Tensor] = {}
-        self._looks = 0
+        self._looks: dict[str, int] = {}
 
     def expect(self, weight: Weight, block_mask: Tensor, block_size: tuple[int, int]) -> None:
         """Look from now on at a sample of what the mask [G or 1, block rows, block columns] has just made zero."""
@@ -34,7 +34,10 @@ class PrunedSamples:
     def forget(self, weight: Weight) -> None:
         """Do not look at a weight until it is masked again, since its mask is new or nobody applies it."""
         self._places.pop(weight.name, None)
-        self._flags.pop(weight.name, None)
+
+    def unread(self) -> list[str]:
+        """Return the names of the weights that were found not to be zero on another device, without a look."""
+        return [name for name in list(self._flags) if self._flags.pop(name).item()]
 
     @torch.no_grad()
     def written(self, weights: Iterable[Weight], *, wait: bool = False) -> list[str]:
@@ -44,62 +47,45 @@ class PrunedSamples:
             weights: to look at.
             wait: for other devices, too.
         """
-        self._looks += 1
-        wait = wait or self._looks % self.PERIOD == 0
         return [weight.name for weight in weights if weight.name in self._places and self._is_written(weight, wait)]
 
     def _is_written(self, weight: Weight, wait: bool) -> bool:
         parameter, places = weight.parameter, self._places[weight.name]
         if places.device != parameter.device:
             places = self._places[weight.name] = places.to(parameter.device)  # the model has moved
-            self._flags.pop(weight.name, None)
         found = torch.take(parameter.detach(), places).count_nonzero()
         if self._answers_at_once(parameter):
             return bool(found.item())
         if weight.name in self._flags:
-            found += self._flags[weight.name]
+            found += self._flags[weight.name].to(found.device)
         self._flags[weight.name] = found
-        return wait and bool(self._flags.pop(weight.name).item())
+        looks = self._looks[weight.name] = self._looks.get(weight.name, 0) + 1
+        return (wait or looks % self.PERIOD == 0) and bool(self._flags.pop(weight.name).item())
 
     def _answers_at_once(self, parameter: Tensor) -> bool:
         return parameter.device.type == "cpu"
 
 
 class StepWatch:
-    """Finds out from backward passes that a weight is trained, though the attached optimizer does not step."""
+    """Finds out from backward passes that a weight is trained, though the attached optimizer never stepped."""
 
-    PATIENCE: ClassVar = 3
+    PATIENCE: ClassVar = 12  # above that of Attachment, which knows who steps
 
     def __init__(self) -> None:
-        self._writes: int | None = None
-        self._steps = self._strikes = 0
-        self._values: Tensor | None = None
+        self._seen: Tensor | None = None
+        self._changes = 0
 
-    def others_step(self, parameter: Tensor, steps: int, own_writes: int) -> bool:
-        """Take note of a backward pass; True when the last few all came after a write that was no step.
+    def sees_training(self, parameter: Tensor) -> bool:
+        """Take note of a backward pass; True at the one before which some values had changed often enough.
 
-        A write counts only if it changes something: flatten_parameters() writes what is there already.
-
-        Args:
-            parameter: whose version says how often it was written to.
-            steps: of the attached optimizer so far.
-            own_writes: of the pruner so far.
+        Values, not versions: those count no writes by `.data`, and writes that change nothing.
         """
-        writes = parameter._version - own_writes
-        written, stepped = writes != self._writes, steps != self._steps or self._writes is None
-        self._writes, self._steps = writes, steps
-        if stepped:
-            self._strikes = 0
-        elif written:
-            self._strikes += 1
-            values = parameter.detach().flatten()
-            values = values[:: -(-len(values) // 4096)]
-            if self._strikes == 1:
-                self._values = values.clone()
-            elif self._strikes == self.PATIENCE:
-                self._strikes = 0
-                return self._values is None or not torch.equal(values.to(self._values), self._values)
-        return False
+        values = parameter.detach().flatten()
+        values = values[:: max(1, -(-len(values) // 4096))].clone().view(torch.uint8)  # bits: NaN is NaN
+        changed = self._seen is not None and not torch.equal(values.to(self._seen.device), self._seen)
+        self._seen = values
+        self._changes += changed
+        return changed and self._changes == self.PATIENCE
 
 
 def _sample(weight: Weight, block_mask: Tensor, block_size: tuple[int, int], count: int) -> Tensor:

@@ -21,7 +21,6 @@ class WeightMasks:
     Attributes:
         blocks: by name, [G, block rows, block columns], or [1, ...] for all gates alike; bool, True = kept.
         pruned_counts: by name, how many weights are pruned.
-        own_writes: by name, how often `apply_everywhere` wrote to the weight.
         samples: of pruned places, to look at.
     """
 
@@ -32,7 +31,6 @@ class WeightMasks:
         self._block_size = block_size
         self.blocks = block_masks
         self.pruned_counts = dict.fromkeys(block_masks, 0)
-        self.own_writes = dict.fromkeys(block_masks, 0)
         self.samples = PrunedSamples()
         self._bits: dict[str, Tensor] = {}  # what `zero_pruned` takes, for each weight of which something is pruned
 
@@ -76,9 +74,7 @@ class WeightMasks:
         """Set it to zero in weights, gradients, and what optimizers remember of them in `states`."""
         for weight in self._weights:
             parameter = weight.parameter
-            version = parameter._version
             self.apply(weight, parameter)
-            self.own_writes[weight.name] += parameter._version - version
             if weight.name in self._bits:
                 self.samples.expect(weight, self.blocks[weight.name], self._block_size)
             if parameter.grad is not None:
