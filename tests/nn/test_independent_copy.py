@@ -6,30 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from layer_places import make_model
 from torch import nn
 
 from triton_sparse_rnn.nn import SparseGRU
 from triton_sparse_rnn.nn.independent_copy import copy_with_replacements
-
-
-class Places(nn.Module):
-    """A layer in every place where modules can be: attribute, list, dict, sequential, shared, plain list."""
-
-    def __init__(self):
-        super().__init__()
-        self.rnn = nn.RNN(2, 3)
-        self.absent = None
-        self.stack = nn.ModuleList([nn.GRU(2, 3), nn.Linear(3, 2)])
-        self.named = nn.ModuleDict({"lstm": nn.LSTM(2, 3), "again": self.stack[0]})
-        self.chain = nn.Sequential(nn.Sequential(nn.GRU(2, 3)))
-        self.same_chain = self.chain
-        self.by_hand = [self.rnn]
-        self.scale = torch.ones(1)
-        self.register_buffer("offset", torch.zeros(1))
-
-
-def make_model() -> Any:
-    return Places()
 
 
 def replace(model: Any, name="rnn") -> Any:
