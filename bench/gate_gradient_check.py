@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn import SparseLSTM
-from triton_sparse_rnn.ops.gate_gradients import reference
-from triton_sparse_rnn.ops.gate_gradients.contract import Arriving, Direction, Gradients
+from triton_sparse_rnn.gate_gradients.backends import reference
+from triton_sparse_rnn.gate_gradients.contract import Arriving, Direction, Gradients
 
 LARGEST_DIFFERING = 1e-3  # share of the gate gradients
 GRADIENTS = ("x", "h0", "c0", "weight_ih", "weight_hh", "bias_ih")

@@ -63,9 +63,9 @@ pytest=("$python" -m pytest -q -W default -p no:cacheprovider --continue-on-coll
 
 if [ $full = yes ]; then
     rm -f "$dir/summary.txt" "$dir/grid.log"
-    "$python" -m bench.gpu_grid "$dir" --seconds $((limit - 20)) </dev/null >"$dir/grid.log" 2>&1
+    "$python" -m bench.gpu.grid "$dir" --seconds $((limit - 20)) </dev/null >"$dir/grid.log" 2>&1
     status=$?
-    grep -E '^(H[0-9]+_|bench\.gpu_grid)' "$dir/grid.log" | while read -r line; do say "$line"; done
+    grep -E '^(H[0-9]+_|bench\.gpu\.grid)' "$dir/grid.log" | while read -r line; do say "$line"; done
     if [ -e "$dir/grid.json" ]; then
         "$python" -m bench.report "$dir/grid.json" --gpu >"$dir/grid.md" 2>>"$dir/grid.log" || status=1
         say "$("$python" -m bench.report "$dir/grid.json" --gpu-goals 2>&1)"
@@ -82,28 +82,28 @@ if "$python" -c 'import xdist' 2>/dev/null; then several=(-n 8); fi
 # Tests of kernels run natively here, all but those that show in processes of the CPU how programs work side by side.
 # Others are chosen by their marker, and only their files are collected: the rest may import what is not here.
 part "tests of kernels" 150 tests.log "${pytest[@]}" "${several[@]}" -m 'gpu or not slow' \
-    --ignore-glob='*_processes.py' tests/kernels/gpu
-mapfile -t others < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | grep -v '^tests/kernels/gpu/')
+    --ignore-glob='*_processes.py' tests/kernels/triton
+mapfile -t others < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | grep -v '^tests/kernels/triton/')
 if [ ${#others[@]} -gt 0 ]; then
     part "other tests on a GPU" 60 tests.log "${pytest[@]}" "${several[@]}" -m gpu "${others[@]}"
 fi
 
-part "compilation" 75 other.log "$python" -m bench.gpu_warm
+part "compilation" 75 other.log "$python" -m bench.gpu.warm
 benchmark=(--benchmark-max-time=0.1 --benchmark-min-rounds=5 --benchmark-disable-gc --benchmark-columns=median,iqr,rounds)
 time_for_core=$(($(left) - 205)) # training, soak and sweep have the rest
-part "core suite" "$time_for_core" other.log "${pytest[@]}" -rs -m gpu bench/bench_gpu_core.py \
+part "core suite" "$time_for_core" other.log "${pytest[@]}" -rs -m gpu bench/gpu/bench_core.py \
     --stop-after=$((time_for_core - 15)) "${benchmark[@]}" --benchmark-json="$dir/core.json"
-part "LSTM training" 70 other.log "${pytest[@]}" -rs -m gpu bench/bench_gpu_lstm_training.py --stop-after=55 \
+part "LSTM training" 70 other.log "${pytest[@]}" -rs -m gpu bench/gpu/bench_lstm_training.py --stop-after=55 \
     "${benchmark[@]}" --benchmark-json="$dir/training.json"
-part "soak" 60 other.log "$python" -m bench.gpu_soak --out "$dir/soak.jsonl"
-part "sweep" $(($(left) - 15)) other.log "$python" -m bench.gpu_sweep --out "$dir/sweep.jsonl" --seconds $(($(left) - 30))
+part "soak" 60 other.log "$python" -m bench.gpu.soak --out "$dir/soak.jsonl"
+part "sweep" $(($(left) - 15)) other.log "$python" -m bench.gpu.sweep --out "$dir/sweep.jsonl" --seconds $(($(left) - 30))
 
 if [ -s "$dir/core.json" ]; then
     "$python" -m bench.report "$dir/core.json" --gpu >"$dir/core.md" 2>>"$dir/other.log" || failed=1
     say "$("$python" -m bench.report "$dir/core.json" --gpu-goals 2>&1)"
 fi
 if [ -s "$dir/training.json" ]; then
-    say "$("$python" -m bench.bench_gpu_lstm_training "$dir/training.json" 2>&1)"
+    say "$("$python" -m bench.gpu.bench_lstm_training "$dir/training.json" 2>&1)"
 fi
 tail -n 40 "$dir/other.log"
 exit $failed

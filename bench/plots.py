@@ -14,7 +14,7 @@ Lines = dict[str, list[tuple[int, float]]]  # by label: H and value
 def plot_ratios(rows: Sequence[Row], path: Path) -> None:
     """Draw the ratio to nn.GRU for whole sequences at batch 1, a line for each sparsity."""
     lines: Lines = {}
-    for row in _sequences(rows, "bench_cpu_forward"):
+    for row in _sequences(rows, "bench_forward"):
         if row.contender in BASELINES or not row.ratios:
             continue
         sparsity = 0 if row.contender.endswith("0 % zeros") else row.facts["sparsity"]
@@ -25,7 +25,7 @@ def plot_ratios(rows: Sequence[Row], path: Path) -> None:
 def plot_peers(rows: Sequence[Row], path: Path) -> None:
     """Draw microseconds a step for whole sequences at batch 1, a line for each contender."""
     lines: Lines = {}
-    for row in _sequences(rows, "bench_cpu_peers"):
+    for row in _sequences(rows, "bench_peers"):
         lines.setdefault(row.contender, []).append((row.facts["H"], row.median_us / row.facts["T"]))
     _draw(lines, path, "GRU, batch 1, 90 % zeros, one CPU thread", "µs a step", log_y=True)
 

@@ -18,8 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.break_even import break_even_table
-from bench.gpu_report import gpu_goals, gpu_table
+from bench.cpu.break_even import break_even_table
+from bench.gpu.report import gpu_goals, gpu_table
 from bench.plots import plot_peers, plot_ratios
 from bench.rows import Row, read_rows
 

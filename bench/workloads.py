@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.gpu_machine import gpu_facts
+from bench.gpu.machine import gpu_facts
 from triton_sparse_rnn.doctor import processor_name
 from triton_sparse_rnn.sparse.block_matrix import GATES
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask

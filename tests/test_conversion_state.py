@@ -18,7 +18,7 @@ from triton_sparse_rnn import (
     to_dense,
     to_sparse,
 )
-from triton_sparse_rnn.nn.gate_gradient import GateGradientSparsity
+from triton_sparse_rnn.gate_gradients.options import GateGradientSparsity
 
 X = torch.linspace(-1, 1, 5 * 2 * 4).view(5, 2, 4)
 

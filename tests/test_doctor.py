@@ -7,7 +7,7 @@ import torch
 import triton
 
 from triton_sparse_rnn import doctor
-from triton_sparse_rnn.kernels import exchange
+from triton_sparse_rnn.kernels.triton import exchange
 from triton_sparse_rnn.ops import dispatch
 
 

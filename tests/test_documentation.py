@@ -23,10 +23,11 @@ PAGES = [
     *GUIDES,
     *(PROJECT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")),
     *PROJECT.glob("bench/results/*.md"),
+    *PROJECT.glob("studies/results/*.md"),
 ]
 # A page whose code needs what the extra `test` does not install is skipped without it.
 NEEDS = {"docs/trainers.md": ["lightning", "transformers", "accelerate", "darts.models", "pytorch_forecasting"]}
-FOLDERS = ("bench", "docs", "examples", "kernels", "tests", "triton_sparse_rnn")
+FOLDERS = ("bench", "docs", "examples", "kernels", "studies", "tests", "tools", "triton_sparse_rnn")
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 _SPAN = re.compile(r"`([^`]+)`")
@@ -198,8 +199,8 @@ def test_every_page_and_drawing_is_linked_and_drawings_are_valid():
     [
         "python -m bench.no_such_module",
         "python -m bench.report --no-such-option FILE",
-        "python -m bench.gate_gradients fly",
-        "python -m bench.memory --fast",
+        "python -m studies.gate_gradients fly",
+        "python -m bench.cpu.memory --fast",
         "python -m bench.rows",
         "pytest bench/bench_nothing.py",
         "triton-sparse-rnn fly",

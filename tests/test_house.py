@@ -20,6 +20,7 @@ ORDER = [
     {"checkpoint_files", "recurrent_tensors"},
     {"conversion", "pruning", "saving"},
     {"nn"},
+    {"gate_gradients"},
     {"ops"},
     {"kernels"},
     {"sparse"},

@@ -88,7 +88,7 @@ def gpu_kernels() -> str:
     import torch
     import triton
 
-    from triton_sparse_rnn.kernels.exchange import INTERPRETED
+    from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 
     if INTERPRETED:
         return f"interpreted on the CPU by Triton {triton.__version__}, as TRITON_INTERPRET=1 asks"

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_sparse_rnn.kernels.row_blocks import row_blocks
 from triton_sparse_rnn.names import clean_names
 from triton_sparse_rnn.nn.computed_weights import join_parts
 from triton_sparse_rnn.nn.model_tensors import tensors_by_name
 from triton_sparse_rnn.recurrent_tensors import NAMES_BY_COUNT, find_gates, is_nonzero
 from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES, BlockMatrix
 from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS, check_block_size
+from triton_sparse_rnn.sparse.row_blocks import row_blocks
 from triton_sparse_rnn.tables import align
 
 UNEVEN_ABOVE = 1.2  # of WeightReport.fullest_group: from where on a user is told so

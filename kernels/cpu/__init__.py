@@ -16,13 +16,5 @@ team.py            work shared by threads; threads.py has the threads
 addresses.py       from tensors to the addresses that launchers give to kernels
 recurrent_layer.py the launcher: a layer ready to run
 
-and, for the backward of an LSTM whose small gate gradients become zero,
-
-lstm_states.py     kernel: cell states, and whether gates are those that led to an output
-gate_gradients.py  kernel: one step back; and the time loop
-sparse_lists.py    the numbers of a matrix that are not 0
-sparse_products.py kernel: their products
-gate_products.py   products of gate gradients with matrices: all, of some rows, or without zeros
-dense_products.py  products with all numbers, by torch
-lstm_backward.py   the launcher
+and, in gate_gradients/, the backward of an LSTM whose small gate gradients become zero.
 """

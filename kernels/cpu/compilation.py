@@ -18,18 +18,18 @@ from typing import Any
 from numba import cfunc, njit, types
 
 from triton_sparse_rnn.kernels.cpu import target
-from triton_sparse_rnn.kernels.cpu.gate_gradients import GateGradientFormat, emit_gate_gradients, make_go_back
-from triton_sparse_rnn.kernels.cpu.intrinsics import intrinsic
-from triton_sparse_rnn.kernels.cpu.layer import make_run_layer
-from triton_sparse_rnn.kernels.cpu.lstm_states import CellFormat, emit_cells
-from triton_sparse_rnn.kernels.cpu.pack import PackFormat, emit_pack
-from triton_sparse_rnn.kernels.cpu.products import emit_product
-from triton_sparse_rnn.kernels.cpu.sparse_products import (
+from triton_sparse_rnn.kernels.cpu.gate_gradients.sparse_products import (
     PanelFormat,
     SparseProductFormat,
     emit_panels,
     emit_sparse_product,
 )
+from triton_sparse_rnn.kernels.cpu.gate_gradients.states import CellFormat, emit_cells
+from triton_sparse_rnn.kernels.cpu.gate_gradients.step import GateGradientFormat, emit_gate_gradients, make_go_back
+from triton_sparse_rnn.kernels.cpu.intrinsics import intrinsic
+from triton_sparse_rnn.kernels.cpu.layer import make_run_layer
+from triton_sparse_rnn.kernels.cpu.pack import PackFormat, emit_pack
+from triton_sparse_rnn.kernels.cpu.products import emit_product
 from triton_sparse_rnn.kernels.cpu.step import StepFormat, emit_step
 from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 from triton_sparse_rnn.kernels.cpu.team import make_help_out, make_run_calls, make_share_work
@@ -52,8 +52,8 @@ _layouts: dict[str, Format] = {}  # by what stands for them in compiled code
 
 @functools.cache
 def fingerprint() -> str:
-    """Return a hash of every source file of this folder."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    """Return a hash of every source file of this folder and those in it."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 

@@ -1,13 +1,7 @@
-"""The benchmarks are not installed: they are imported from the root of the project."""
-
 import io
-import sys
-from pathlib import Path
 
 import pytest
 from rich.console import Console
-
-sys.path.append(str(Path(__file__).parents[2]))
 
 
 @pytest.fixture

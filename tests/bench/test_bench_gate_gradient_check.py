@@ -5,8 +5,8 @@ import torch
 
 from bench.gate_gradient_check import assert_right, measured_zeros
 from triton_sparse_rnn import GateGradientSparsity, SparseLSTM
-from triton_sparse_rnn.ops.gate_gradients import cpu
-from triton_sparse_rnn.ops.gate_gradients.contract import Arriving, Direction, Needed, Rule, Steps
+from triton_sparse_rnn.gate_gradients.backends import cpu
+from triton_sparse_rnn.gate_gradients.contract import Arriving, Direction, Needed, Rule, Steps
 
 OPTIONS = {"likely_zeros": 0.8, "keep_gates": True}
 

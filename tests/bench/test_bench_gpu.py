@@ -10,14 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_gpu_core, bench_gpu_grid, gpu_contenders, gpu_floor, gpu_grid, gpu_soak, gpu_sweep, gpu_warm
 from bench.budgets import assert_within_budget, budget
-from bench.gpu_contenders import CuDNN, Floor, Ours, TorchBSR, bytes_moved, contenders_of, convert, floor_programs
+from bench.gpu import bench_core as bench_core
+from bench.gpu import bench_grid
+from bench.gpu import contenders as gpu_contenders
+from bench.gpu import floor as gpu_floor
+from bench.gpu import grid as gpu_grid
+from bench.gpu import soak as gpu_soak
+from bench.gpu import sweep as gpu_sweep
+from bench.gpu import warm as gpu_warm
+from bench.gpu.contenders import CuDNN, Floor, Ours, TorchBSR, bytes_moved, contenders_of, convert, floor_programs
 from bench.workloads import MASKS, Workload
-from triton_sparse_rnn.kernels import tiles
-from triton_sparse_rnn.kernels.exchange import INTERPRETED
+from triton_sparse_rnn.kernels.triton import tiles
+from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 
-PROJECT = Path(gpu_grid.__file__).parents[1]
+PROJECT = Path(gpu_grid.__file__).parents[2]
 TINY = Workload(H=40, sparsity=0.5, T=3, B=2, block_size=(8, 1), device="cpu")
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1, which needs a CPU")
@@ -67,7 +74,7 @@ def test_the_budget_of_a_shorter_workload_serves_a_longer_one():
 
 
 def test_core_suite_has_the_goals_and_at_most_forty_layers():
-    works = bench_gpu_core.CORE
+    works = bench_core.CORE
     assert len(works) == len(set(map(str, works))) <= 40
     assert all(work.device == "cuda" for work in works)
     wanted = {(H, sparsity, dtype) for H in (1024, 2560) for sparsity in (0.9,) for dtype in ("float32", "bfloat16")}
@@ -77,14 +84,14 @@ def test_core_suite_has_the_goals_and_at_most_forty_layers():
 
 
 def test_grid_is_whole():
-    works = [work for part in bench_gpu_grid.PARTS.values() for work in part]
+    works = [work for part in bench_grid.PARTS.values() for work in part]
     assert len(works) == len(set(map(str, works))) == 7 * 4 * 3 * 2
     assert {work.H for work in works} == {128, 256, 512, 1024, 2048, 2560, 4096}
     assert {work.B for work in works} == {1, 4, 16, 64}
     assert {work.sparsity for work in works} == {0.8, 0.9, 0.95}
     assert {work.dtype_name for work in works} == {"float32", "bfloat16"}
-    for part, rows in bench_gpu_grid.PARTS.items():
-        assert [name for name in bench_gpu_grid.PARTS if f"{part}-" in f"{name}-"] == [part]
+    for part, rows in bench_grid.PARTS.items():
+        assert [name for name in bench_grid.PARTS if f"{part}-" in f"{name}-"] == [part]
         assert {f"H{work.H}_{work.dtype_name}" for work in rows} == {part}
 
 
@@ -107,7 +114,7 @@ def test_names_and_precisions():
 
 @no_gpu
 def test_gpu_suites_are_skipped_without_one():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", "bench/bench_gpu_core.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", "bench/gpu/bench_core.py"]
     command += ["-m", "gpu", "-k", "floor"]
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=own)
@@ -117,7 +124,7 @@ def test_gpu_suites_are_skipped_without_one():
 
 
 def test_gpu_suites_have_their_marker():
-    assert all(suite.pytestmark.name == "gpu" for suite in (bench_gpu_core, bench_gpu_grid))
+    assert all(suite.pytestmark.name == "gpu" for suite in (bench_core, bench_grid))
 
 
 # Contenders, as far as a CPU takes them

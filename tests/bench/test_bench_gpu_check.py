@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_gpu_grid, gpu_grid
+from bench.gpu import bench_grid
+from bench.gpu import grid as gpu_grid
 
-PROJECT = Path(gpu_grid.__file__).parents[1]
+PROJECT = Path(gpu_grid.__file__).parents[2]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None or shutil.which("timeout") is None, reason="needs bash")
 FAKE_PYTHON = """#!/usr/bin/env bash
@@ -24,7 +25,7 @@ for word in "$@"; do
     if [ "${previous-}" = --out ]; then echo '{}' >"$word"; fi
     previous=$word
 done
-case "$*" in *gpu_grid*) echo '{}' >"$3/grid.json"; echo "H1_float32: done" ;; esac
+case "$*" in *gpu.grid*) echo '{}' >"$3/grid.json"; echo "H1_float32: done" ;; esac
 case "$*" in ${FAIL:-none}) exit "${STATUS:-7}" ;; esac
 exit 0
 """
@@ -55,9 +56,15 @@ def test_check_runs_every_part(check):
     assert status == 0, summary
     assert [part for part in PARTS if f"{part}: passed in" in summary] == list(PARTS)
     assert len(list(folder.iterdir())) <= 8
-    for wanted in ("tests/kernels/gpu", "bench/bench_gpu_core.py", "bench.gpu_soak", "bench.gpu_sweep", "--gpu-goals"):
+    for wanted in (
+        "tests/kernels/triton",
+        "bench/gpu/bench_core.py",
+        "bench.gpu.soak",
+        "bench.gpu.sweep",
+        "--gpu-goals",
+    ):
         assert wanted in calls
-    for wanted in ("bench/bench_gpu_lstm_training.py", "-m bench.bench_gpu_lstm_training"):
+    for wanted in ("bench/gpu/bench_lstm_training.py", "-m bench.gpu.bench_lstm_training"):
         assert wanted in calls
 
 
@@ -65,12 +72,12 @@ def test_check_runs_every_part(check):
 @pytest.mark.parametrize(
     ("fail", "part"),
     [
-        ("*kernels/gpu*", 0),
-        ("*gpu_warm*", 1),
-        ("*gpu_core*", 2),
+        ("*kernels/triton*", 0),
+        ("*gpu.warm*", 1),
+        ("*gpu/bench_core*", 2),
         ("*lstm_training.py*", 3),
-        ("*gpu_soak*", 4),
-        ("*gpu_sweep*", 5),
+        ("*gpu.soak*", 4),
+        ("*gpu.sweep*", 5),
     ],
 )
 def test_check_goes_on_after_a_failure(check, fail, part):
@@ -85,13 +92,13 @@ def test_check_ends_in_time(check):
     status, summary, calls, _ = check(GPU_CHECK_SECONDS="100")
     assert status == 1
     assert "core suite: FAILED, no time left for it" in summary
-    assert "gpu_core.py" not in calls
+    assert "bench_core.py" not in calls
 
 
 @needs_bash
 @pytest.mark.parametrize("grid_status", [0, 1, 3])
 def test_check_of_the_whole_grid(check, grid_status):
-    status, summary, calls, folder = check("--full", FAIL="*gpu_grid*", STATUS=str(grid_status))
+    status, summary, calls, folder = check("--full", FAIL="*gpu.grid*", STATUS=str(grid_status))
     assert status == grid_status
     assert "H1_float32: done" in summary
     assert ("call it again" in summary) == (grid_status == 3)
@@ -118,12 +125,12 @@ def test_check_says_that_there_is_no_gpu(tmp_path):
 
 
 def benchmark_json(rows: int) -> str:
-    row = {"fullname": "bench/bench_gpu_grid.py::bench_grid[x]", "stats": {"median": 1e-3, "data": [1e-3] * 9}}
+    row = {"fullname": "bench/gpu/bench_grid.py::bench_grid[x]", "stats": {"median": 1e-3, "data": [1e-3] * 9}}
     return json.dumps({"benchmarks": [row] * rows})
 
 
 def test_a_grid_is_resumed_where_it_ended(tmp_path):
-    parts, asked = list(bench_gpu_grid.PARTS), []
+    parts, asked = list(bench_grid.PARTS), []
 
     def run_part(part, result, seconds):
         asked.append(part)
@@ -160,7 +167,7 @@ def test_a_part_with_failures_makes_the_grid_fail(tmp_path, status, text):
 
     assert gpu_grid.run_grid(tmp_path, 1e6, run_part) == 1
     grid = gpu_grid.read_grid(tmp_path / "grid.json")
-    assert len(grid["parts"]) == (len(bench_gpu_grid.PARTS) if text == benchmark_json(1) else 0)
+    assert len(grid["parts"]) == (len(bench_grid.PARTS) if text == benchmark_json(1) else 0)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"benchmarks": []}'])

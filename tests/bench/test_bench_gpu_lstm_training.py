@@ -1,4 +1,4 @@
-from bench.bench_gpu_lstm_training import summary
+from bench.gpu.bench_lstm_training import summary
 
 
 def result(group: str, contender: str, device_us: float) -> dict:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.gpu_report import gpu_goals, gpu_layers, gpu_table
+from bench.gpu.report import gpu_goals, gpu_layers, gpu_table
 from bench.report import main as report
 from bench.rows import read_rows
 
@@ -12,7 +12,7 @@ MACHINE = {"gpu": "A GPU", "sms": 132, "copy_bandwidth": 4e12, "driver": "1", "c
 VERSIONS = {"torch": "4", "triton": "5", "python": "6"}
 
 
-def entry(contender, us_per_step, *, suite="bench_gpu_core", H=1024, sparsity=0.9, B=1, dtype="float32", **facts):
+def entry(contender, us_per_step, *, suite="bench_core", H=1024, sparsity=0.9, B=1, dtype="float32", **facts):
     T = 1000
     extra = {"contender": contender, "cell": "GRU", "T": T, "B": B, "H": H, "sparsity": sparsity, "dtype": dtype}
     extra |= {
@@ -53,7 +53,7 @@ def layer_entries(nn, ours, **facts):
 
 
 def test_gpu_table_has_a_line_for_each_layer(rows_of):
-    rows = rows_of([*layer_entries(10, 2), entry("nn.GRU", 3, suite="bench_cpu_forward")])
+    rows = rows_of([*layer_entries(10, 2), entry("nn.GRU", 3, suite="bench_forward")])
     heading, _, line, *_, machine = gpu_table(rows).splitlines()
     cells = dict(
         zip((cell.strip() for cell in heading.split("|")), (cell.strip() for cell in line.split("|")), strict=True)
@@ -110,14 +110,14 @@ def test_losing_layers_are_told_and_those_without_a_right_result_too(rows_of):
 
 
 def test_equal_layers_of_two_suites_are_kept_apart(rows_of):
-    rows = rows_of([*layer_entries(10, 2), entry("nn.GRU", 3, suite="bench_gpu_grid")])
+    rows = rows_of([*layer_entries(10, 2), entry("nn.GRU", 3, suite="bench_grid")])
     assert [len(layer.rows) for layer in gpu_layers(rows)] == [6, 1]
 
 
 def test_report_prints_what_is_asked_for(rows_of, tmp_path, capsys):
     rows_of(layer_entries(10, 2))
     path = str(tmp_path / "core.json")
-    for option, expected in ((["--gpu"], "| ours, graph |"), (["--gpu-goals"], "FAIL  GRU"), ([], "## bench_gpu_core")):
+    for option, expected in ((["--gpu"], "| ours, graph |"), (["--gpu-goals"], "FAIL  GRU"), ([], "## bench_core")):
         assert report([path, *option]) == 0
         assert expected in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from bench import memory
+from bench.cpu import memory
 
 MB = 10**6
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.budgets import assert_within_budget
-from bench.peers import PEERS, TorchCompile
+from bench.cpu.peers import PEERS, TorchCompile
 from bench.workloads import LAYERS, Workload
 
 QUICK_PEERS = [peer for peer in PEERS if not isinstance(peer, TorchCompile)]  # it compiles for seconds

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.break_even import Point, break_even, break_even_table
+from bench.cpu.break_even import Point, break_even, break_even_table
 from bench.report import main, tables
 from bench.rows import read_rows
 
@@ -95,7 +95,7 @@ def test_break_even_lies_on_the_line_between_two_points(ours, expected):
 
 
 def test_break_even_table_takes_the_baseline_and_the_best_float32_peer(write):
-    suite = "bench_cpu_break_even"
+    suite = "bench_break_even"
     entries = []
     for sparsity, ours in ((0.8, 8), (0.0, 40), (0.4, 24)):  # a line: 40 - 40 s
         facts = {"sparsity": sparsity}
@@ -106,7 +106,7 @@ def test_break_even_table_takes_the_baseline_and_the_best_float32_peer(write):
             entry(suite, str(sparsity), "peer in int8", 1, **facts | {"precision": "int8"}),
             entry(suite, str(sparsity), "PersistentGRU", ours, **facts),
         ]
-    other_suite = entry("bench_cpu_forward", "0.0", "PersistentGRU", 1, sparsity=0.0)
+    other_suite = entry("bench_forward", "0.0", "PersistentGRU", 1, sparsity=0.0)
     rows = read_rows([write("run.json", [*entries, other_suite])])
     assert break_even_table(rows).splitlines()[2:] == ["| GRU | 4 | 25 % (nn.GRU) | 70 % (fast peer) |"]
 
@@ -116,7 +116,7 @@ def test_main_prints_and_draws(write, tmp_path, capsys):
         "run.json",
         [
             entry(suite, f"H={H}", contender, median_us, H=H, sparsity=0.9)
-            for suite in ("bench_cpu_forward", "bench_cpu_peers")
+            for suite in ("bench_forward", "bench_peers")
             for H in (256, 512)
             for contender, median_us in (("nn.GRU", 90), ("PersistentGRU", 10))
         ],

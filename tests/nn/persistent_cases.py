@@ -8,7 +8,7 @@ import torch
 from rounding import rounding_of_sums, terms_of
 from torch import nn
 
-from triton_sparse_rnn.kernels.exchange import INTERPRETED
+from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask
 

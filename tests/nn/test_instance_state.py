@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from triton_sparse_rnn.gate_gradients.options import GateGradientSparsity
 from triton_sparse_rnn.nn import PersistentGRU, SparseGRU, SparseLSTM
-from triton_sparse_rnn.nn.gate_gradient import GateGradientSparsity
 from triton_sparse_rnn.nn.instance_state import (
     HOOKS,
     added_state,

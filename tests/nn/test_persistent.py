@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 from triton_sparse_rnn import BackendUnavailableError, BlockMatrix, PersistentGRU, PersistentLSTM, PersistentRNN
-from triton_sparse_rnn.kernels.exchange import INTERPRETED
+from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES
 from triton_sparse_rnn.nn.persistent_tools import PersistentTools
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
-from triton_sparse_rnn.kernels.exchange import INTERPRETED
+from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 
 OPTIONS: list[dict[str, Any]] = [
     {"num_layers": layers, "bidirectional": bidirectional, "batch_first": batch_first, "bias": bias}

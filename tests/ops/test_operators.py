@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from triton_sparse_rnn.errors import BackendUnavailableError
-from triton_sparse_rnn.kernels.exchange import INTERPRETED
+from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 from triton_sparse_rnn.ops import reference
 from triton_sparse_rnn.ops.layer_weights import (
     GATES,

@@ -1,4 +1,4 @@
-"""The "triton" backend as operators and modules see it; what its kernels compute is tested in tests/kernels/gpu."""
+"""The "triton" backend as operators and modules see it; what its kernels compute is tested in tests/kernels/triton."""
 
 import gc
 import sys
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from triton_sparse_rnn.errors import BackendUnavailableError
-from triton_sparse_rnn.kernels import exchange, recurrent_layer
+from triton_sparse_rnn.kernels.triton import exchange, recurrent_layer
 from triton_sparse_rnn.nn.persistent import PersistentGRU, PersistentLSTM
 from triton_sparse_rnn.ops import triton
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
@@ -71,7 +71,7 @@ def test_why_it_cannot_run_on_a_machine(monkeypatch):
         return triton.availability.__wrapped__() or "it can"
 
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "triton_sparse_rnn.kernels.exchange", None)
+        patch.setitem(sys.modules, "triton_sparse_rnn.kernels.triton.exchange", None)
         assert available().startswith("Triton cannot be imported: ")
     with monkeypatch.context() as patch:
         patch.setattr(torch.version, "hip", "7.0")

@@ -1,7 +1,7 @@
 """The recurrent modules: for training (training.py) and for inference (persistent.py)."""
 
-from triton_sparse_rnn.nn.gate_gradient import GateGradientSparsity
-from triton_sparse_rnn.nn.gate_gradient_stats import GateGradientStats
+from triton_sparse_rnn.gate_gradients.options import GateGradientSparsity
+from triton_sparse_rnn.gate_gradients.stats import GateGradientStats
 from triton_sparse_rnn.nn.persistent import PersistentGRU, PersistentLSTM, PersistentRNN
 from triton_sparse_rnn.nn.training import SparseGRU, SparseLSTM, SparseRNN
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_sparse_rnn.nn.calls import Call, CallLayout, cast, layout_of, read_call, read_step, result_dtype, run_layers
 from triton_sparse_rnn.nn.independent_copy import copy_with_replacements
 from triton_sparse_rnn.nn.instance_state import check_nothing_is_lost, own_tensors
 from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES, shown_name
@@ -31,6 +30,16 @@ from triton_sparse_rnn.nn.weight_storage import (
     weight_names,
 )
 from triton_sparse_rnn.notices import warn
+from triton_sparse_rnn.ops.calls import (
+    Call,
+    CallLayout,
+    cast,
+    layout_of,
+    read_call,
+    read_step,
+    result_dtype,
+    run_layers,
+)
 from triton_sparse_rnn.ops.dispatch import check_backend, choose_backend, unsupported_reason
 from triton_sparse_rnn.ops.flop_counting import count_in_active_modes
 from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer

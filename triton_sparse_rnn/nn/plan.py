@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
-from triton_sparse_rnn.nn.calls import CallLayout
 from triton_sparse_rnn.nn.instance_state import own_tensors
+from triton_sparse_rnn.ops.calls import CallLayout
 from triton_sparse_rnn.ops.dispatch import PREPARE_LAYER, choose_backend
 from triton_sparse_rnn.ops.layer_weights import RunLayer
 from triton_sparse_rnn.ops.operators import is_watched

@@ -8,10 +8,10 @@ from typing import TypeVar
 from torch import nn
 from torch.nn import RNNBase
 
+from triton_sparse_rnn.gate_gradients.layer import GateGradientLayer, check_gate_gradient
+from triton_sparse_rnn.gate_gradients.options import GateGradientSparsity
 from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.nn.cells import describe_cells
-from triton_sparse_rnn.nn.gate_gradient import GateGradientSparsity
-from triton_sparse_rnn.nn.gated_training import GateGradientLayer, check_gate_gradient
 from triton_sparse_rnn.nn.instance_state import overriding_attributes
 from triton_sparse_rnn.nn.replace import added_members, named_recurrent_layers
 from triton_sparse_rnn.nn.training import classes_of

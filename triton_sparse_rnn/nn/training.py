@@ -2,7 +2,7 @@
 
 While weights are pruned they are ordinary zeros in ordinary parameters, so a training module has nothing to compute
 differently. It is a true subclass that inherits every behaviour, and adds the way in (`from_dense`) and the way out
-(`to_sparse`). An LSTM or GRU with a `gate_gradient` goes its own way in training: see gated_training.py.
+(`to_sparse`). An LSTM or GRU with a `gate_gradient` goes its own way in training: see gate_gradients/layer.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.nn import GRU, LSTM, RNN, RNNBase  # bound here, so that a patched torch.nn.GRU may be a SparseGRU
 
-from triton_sparse_rnn.nn.gated_training import GateGradientLayer
+from triton_sparse_rnn.gate_gradients.layer import GateGradientLayer
 from triton_sparse_rnn.nn.instance_state import HOOKS, take_over, what_is_lost
 from triton_sparse_rnn.nn.persistent import PersistentGRU, PersistentLSTM, PersistentRNN
 from triton_sparse_rnn.nn.replace import added_members
@@ -60,7 +60,11 @@ class SparseRNN(TrainingTools, RNN):
         )
 
 
-class SparseGRU(GateGradientLayer, GRU):
+class _GatedLayer(GateGradientLayer, TrainingTools):
+    """What SparseGRU and SparseLSTM share."""
+
+
+class SparseGRU(_GatedLayer, GRU):
     """nn.GRU, to be trained while a `Pruner` masks its weights; arguments, call and state_dict are those of nn.GRU.
 
     One argument is added, by name only: `gate_gradient`, a `GateGradientSparsity` by which small gate gradients become
@@ -109,7 +113,7 @@ class SparseGRU(GateGradientLayer, GRU):
         )
 
 
-class SparseLSTM(GateGradientLayer, LSTM):
+class SparseLSTM(_GatedLayer, LSTM):
     """nn.LSTM, to be trained while a `Pruner` masks its weights; arguments, call and state_dict are those of nn.LSTM.
 
     One argument is added, by name only: `gate_gradient`, a `GateGradientSparsity` by which small gate gradients become

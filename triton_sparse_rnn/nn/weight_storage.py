@@ -20,7 +20,7 @@ NOT_PRUNED_ABOVE = 0.95  # the fraction of stored blocks above which an input we
 FEW_COLUMNS = 1 / 16  # of H: a weight_ih so narrow may well be left dense, and nothing is said of it
 LITTLE_TO_SKIP_ABOVE = 0.5  # the fraction of stored blocks above which a user is told so
 # The fraction of zeros from which a GRU layer on the CPU is faster than another engine: {engine: {H: fraction}}.
-# Measured by bench/bench_cpu_break_even.py; 0 is the lowest that was.
+# Measured by bench/cpu/bench_break_even.py; 0 is the lowest that was.
 BREAK_EVEN_ZEROS = {
     "nn.GRU": {256: 0.0, 512: 0.0, 1024: 0.0, 2048: 0.0},
     "onnxruntime, the best of the others in float32,": {256: 0.0, 512: 0.03, 1024: 0.26, 2048: 0.04},

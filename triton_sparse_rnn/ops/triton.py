@@ -25,7 +25,7 @@ from triton_sparse_rnn.ops.validation import check_not_capturing
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 
 if TYPE_CHECKING:
-    from triton_sparse_rnn.kernels.recurrent_layer import RecurrentLayer, RecurrentStack
+    from triton_sparse_rnn.kernels.triton.recurrent_layer import RecurrentLayer, RecurrentStack
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEAST_CAPABILITY = (8, 0)  # the oldest GPU for which the machine code is looked through
@@ -40,7 +40,7 @@ def availability() -> str | None:
             "programs write"
         )
     try:
-        from triton_sparse_rnn.kernels.exchange import INTERPRETED
+        from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
     except Exception as error:  # a broken installation may raise anything, and this is only to be reported
         return f"Triton cannot be imported: {error}"
     if INTERPRETED:
@@ -59,7 +59,7 @@ def unsupported_reason(
     activation_dtype: torch.dtype | None,
 ) -> str | None:
     """Why the kernels cannot run this layer, where `availability` is None; None if they can."""
-    from triton_sparse_rnn.kernels.exchange import INTERPRETED
+    from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 
     if INTERPRETED and device.type != "cpu":
         return f"TRITON_INTERPRET=1 is set, and then it needs tensors on the CPU; these are on {device}"
@@ -141,7 +141,7 @@ class PreparedLayer:
         )
 
     def _make(self) -> None:
-        from triton_sparse_rnn.kernels.recurrent_layer import Direction, RecurrentLayer
+        from triton_sparse_rnn.kernels.triton.recurrent_layer import Direction, RecurrentLayer
 
         device = self._directions[0].weight_hh.values.device
         check_not_capturing(device)
@@ -177,7 +177,7 @@ class PreparedStack:
         return self._stack.describe(batch_size)
 
     def _make(self, kernels: list[RecurrentLayer]) -> None:
-        from triton_sparse_rnn.kernels.recurrent_layer import RecurrentStack
+        from triton_sparse_rnn.kernels.triton.recurrent_layer import RecurrentStack
 
         check_not_capturing(kernels[0].device)
         with torch.inference_mode(False), torch.no_grad():
@@ -190,7 +190,7 @@ def stack_layers(layers: list[RunLayer]) -> list[RunLayer]:
     prepared = [layer for layer in layers if isinstance(layer, PreparedLayer)]
     if len(prepared) < max(2, len(layers)):
         return layers
-    from triton_sparse_rnn.kernels.recurrent_layer import can_be_stacked
+    from triton_sparse_rnn.kernels.triton.recurrent_layer import can_be_stacked
 
     return [PreparedStack(prepared)] if can_be_stacked([layer.kernels() for layer in prepared]) else layers
 

@@ -10,8 +10,8 @@ import torch
 
 from triton_sparse_rnn.kernels.cpu import addresses
 from triton_sparse_rnn.kernels.cpu.addresses import address_of, address_of_rows
-from triton_sparse_rnn.kernels.cpu.gate_gradients import GateGradientFormat
-from triton_sparse_rnn.kernels.cpu.lstm_backward import GateGradients, lstm_cells, place_steps
+from triton_sparse_rnn.kernels.cpu.gate_gradients.launcher import GateGradients, lstm_cells, place_steps
+from triton_sparse_rnn.kernels.cpu.gate_gradients.step import GateGradientFormat
 from triton_sparse_rnn.kernels.cpu.recurrent_layer import Direction, RecurrentLayer
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
@@ -112,13 +112,13 @@ def test_addresses_are_taken_nowhere_else():
             isinstance(node, ast.Attribute) and node.attr == "data_ptr"
             for node in ast.walk(ast.parse(path.read_text()))
         )
-        for path in FOLDER.glob("*.py")
+        for path in FOLDER.rglob("*.py")
     }
     assert {name: count for name, count in found.items() if count} == {"addresses.py": 2, "recurrent_layer.py": 8}
 
 
 def test_memory_of_numpy_states_its_dtype():
-    for path in FOLDER.glob("*.py"):
+    for path in FOLDER.rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and ast.unparse(call.func) in ("np.empty", "np.zeros", "np.array", "np.ones"):
                 assert len(call.args) > 1 or any(k.arg == "dtype" for k in call.keywords), (path.name, call.lineno)

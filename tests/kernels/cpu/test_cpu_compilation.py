@@ -80,14 +80,16 @@ def test_changed_source_is_compiled_anew(monkeypatch):
 
 def test_every_line_of_every_file_is_in_the_fingerprint(monkeypatch, tmp_path):
     folder = Path(compilation.__file__).parent
-    sources = sorted(folder.glob("*.py"))
-    for source in sources:
-        (tmp_path / source.name).write_bytes(source.read_bytes())
+    sources = sorted(folder.rglob("*.py"))
+    copies = [tmp_path / source.relative_to(folder) for source in sources]
+    for source, copy in zip(sources, copies, strict=True):
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(source.read_bytes())
     monkeypatch.setattr(compilation, "__file__", str(tmp_path / "compilation.py"))
     fingerprints = {compilation.fingerprint.__wrapped__()}
     assert fingerprints == {compilation.fingerprint()}
-    for source in sources:
-        (tmp_path / source.name).write_bytes(source.read_bytes() + b"\n")
+    for source, copy in zip(sources, copies, strict=True):
+        copy.write_bytes(source.read_bytes() + b"\n")
         fingerprints.add(compilation.fingerprint.__wrapped__())
     assert len(fingerprints) == 1 + len(sources)
 

@@ -8,16 +8,18 @@ import torch
 from rounding import assert_exact_product
 from torch import Tensor
 
-from triton_sparse_rnn.kernels.cpu import dense_products, gate_products, threads
+from triton_sparse_rnn.gate_gradients.backends.reference import apply_rule, group_sizes
+from triton_sparse_rnn.gate_gradients.contract import Rule, Steps
+from triton_sparse_rnn.kernels.cpu import threads
 from triton_sparse_rnn.kernels.cpu.compilation import kernel_address, kernel_function
-from triton_sparse_rnn.kernels.cpu.dense_products import multiply, prepare_product
-from triton_sparse_rnn.kernels.cpu.gate_gradients import GateGradientFormat
-from triton_sparse_rnn.kernels.cpu.gate_products import DenseProducts, RowProducts, SkippingProducts
-from triton_sparse_rnn.kernels.cpu.lstm_backward import GateGradients, lstm_cells, place_steps
-from triton_sparse_rnn.kernels.cpu.lstm_states import CellFormat
-from triton_sparse_rnn.kernels.cpu.sparse_products import PanelFormat
-from triton_sparse_rnn.ops.gate_gradients.contract import Rule, Steps
-from triton_sparse_rnn.ops.gate_gradients.reference import apply_rule, group_sizes
+from triton_sparse_rnn.kernels.cpu.gate_gradients import dense_products
+from triton_sparse_rnn.kernels.cpu.gate_gradients import products as gate_products
+from triton_sparse_rnn.kernels.cpu.gate_gradients.dense_products import multiply, prepare_product
+from triton_sparse_rnn.kernels.cpu.gate_gradients.launcher import GateGradients, lstm_cells, place_steps
+from triton_sparse_rnn.kernels.cpu.gate_gradients.products import DenseProducts, RowProducts, SkippingProducts
+from triton_sparse_rnn.kernels.cpu.gate_gradients.sparse_products import PanelFormat
+from triton_sparse_rnn.kernels.cpu.gate_gradients.states import CellFormat
+from triton_sparse_rnn.kernels.cpu.gate_gradients.step import GateGradientFormat
 
 H = 37  # two vectors, and five units one by one
 RAGGED = (5, 5, 3, 1)

@@ -16,7 +16,7 @@ from llvmlite import ir
 from rounding import assert_exact_product
 
 from triton_sparse_rnn.kernels.cpu import target
-from triton_sparse_rnn.kernels.cpu.sparse_products import (
+from triton_sparse_rnn.kernels.cpu.gate_gradients.sparse_products import (
     PANEL_COLUMNS,
     FactorFields,
     PanelFields,

@@ -11,8 +11,8 @@ import pytest
 from llvmlite import ir
 
 from triton_sparse_rnn.kernels.cpu import intrinsics, target
-from triton_sparse_rnn.kernels.cpu.gate_gradients import GateGradientFormat, emit_gate_gradients
-from triton_sparse_rnn.kernels.cpu.lstm_states import CellFormat, emit_cells
+from triton_sparse_rnn.kernels.cpu.gate_gradients.states import CellFormat, emit_cells
+from triton_sparse_rnn.kernels.cpu.gate_gradients.step import GateGradientFormat, emit_gate_gradients
 from triton_sparse_rnn.kernels.cpu.pack import PackFormat, emit_pack
 from triton_sparse_rnn.kernels.cpu.products import emit_product
 from triton_sparse_rnn.kernels.cpu.step import StepFormat, emit_step

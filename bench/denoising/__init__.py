@@ -1,1 +1,0 @@
-"""A trained denoiser that others made, pruned, fine-tuned and streamed: `python -m bench.denoising --help`."""

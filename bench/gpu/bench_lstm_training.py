@@ -1,0 +1,139 @@
+"""A training pass of an LSTM on a GPU: cuDNN's, and ours with a share of its gate gradients made zero.
+
+Forward is cuDNN's either way. Each layer has settled before it is timed, and its gradients are held against the
+reference's. `bash bench/gpu_check.sh DIR` runs it; `python -m bench.gpu.bench_lstm_training FILE` shows what a file of
+pytest-benchmark holds of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.gate_gradient_check import assert_right, measured_zeros
+from bench.gpu.timing import median_device_us, synchronized
+from triton_sparse_rnn import GateGradientSparsity, SparseLSTM
+from triton_sparse_rnn.gate_gradients.backends import triton
+from triton_sparse_rnn.gate_gradients.contract import Gradients
+from triton_sparse_rnn.gate_gradients.dispatch import DIRECTION_GRADIENTS
+
+pytestmark = pytest.mark.gpu
+
+MOST_WARM_UPS, CLOSE_ENOUGH = 60, 0.02
+EVENT_SECONDS = 0.1  # of timing by events, besides what pytest-benchmark does
+ROUNDING = {torch.float32: 0.01, torch.bfloat16: 0.05}  # of TF32, for float32
+BLOCKS = {"rule": "stochastic", "structure": "blocks"}
+OURS: dict[str, dict[str, Any] | None] = {
+    "nn.LSTM": None,
+    "no zeros": {"threshold": 0.0},
+    "80% zeros": {"target": 0.8},
+    "90% zeros": {"target": 0.9},
+    "50% of blocks": {"target": 0.5, **BLOCKS},
+    "no zeros in blocks": {"threshold": 0.0, **BLOCKS},
+}
+
+
+class Work(NamedTuple):
+    """Sizes of a layer with as many inputs as units."""
+
+    H: int
+    B: int
+    T: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"H{self.H}_B{self.B}_T{self.T}_{str(self.dtype).removeprefix('torch.')}"
+
+
+# The most wanted first: what begins too late is left out.
+WORKS = [Work(*sizes) for sizes in itertools.product((1024, 2048), (64,), (64,), (torch.float32, torch.bfloat16))]
+WORKS += [Work(*sizes) for sizes in itertools.product((512, 256), (64,), (64,), (torch.float32, torch.bfloat16))]
+WORKS += [Work(H, 16, 256, dtype) for H in (1024, 2048, 512, 256) for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("contender", OURS)
+@pytest.mark.parametrize("work", WORKS, ids=str)
+def bench_forward_and_backward(benchmark, work: Work, contender: str):
+    layer, x, grad_y = prepare(work, contender)
+
+    def run() -> None:
+        layer(x)[0].backward(grad_y)
+
+    time_on_gpu(benchmark, work, contender, "forward and backward", run)
+    benchmark.extra_info["zeros"] = measured_zeros(layer)
+
+
+@pytest.mark.parametrize("contender", OURS)
+@pytest.mark.parametrize("work", WORKS, ids=str)
+def bench_backward(benchmark, work: Work, contender: str):
+    layer, x, grad_y = prepare(work, contender)
+    y = layer(x)[0]
+    time_on_gpu(benchmark, work, contender, "backward", lambda: y.backward(grad_y, retain_graph=True))
+    benchmark.extra_info["zeros"] = measured_zeros(layer)
+
+
+def time_on_gpu(benchmark, work: Work, contender: str, what: str, run) -> None:
+    """Time by the device's clock, which gives the fact `device_us`, and by the host's."""
+    benchmark.group = f"{what}, {work}"
+    facts = {"H": work.H, "I": work.H, "B": work.B, "T": work.T, "dtype": str(work.dtype), "contender": contender}
+    facts |= {"device": torch.cuda.get_device_name(), "tf32": torch.backends.cudnn.allow_tf32}
+    benchmark.extra_info.update(facts | {"device_us": median_device_us(run, EVENT_SECONDS)})
+    benchmark(synchronized(run))
+
+
+def prepare(work: Work, contender: str) -> tuple[nn.LSTM, Tensor, Tensor]:
+    """Return a layer whose zeros have settled and whose gradients are right, its input, and what arrives at y."""
+    torch.manual_seed(0)
+    options = OURS[contender]
+    shape, where = (work.T, work.B, work.H), {"device": "cuda", "dtype": work.dtype}
+    x, grad_y = torch.randn(shape, **where, requires_grad=True), torch.randn(shape, **where) / work.H**0.5
+    if options is None:
+        return nn.LSTM(work.H, work.H, **where), x, grad_y
+    layer = SparseLSTM(work.H, work.H, gate_gradient=GateGradientSparsity(backend="triton", **options), **where)
+    for _ in range(MOST_WARM_UPS):
+        layer(x)[0].backward(grad_y)
+        if abs(measured_zeros(layer) - options.get("target", 0.0)) < CLOSE_ENOUGH:
+            break
+    else:
+        raise AssertionError(f"{measured_zeros(layer):.0%} zeros after {MOST_WARM_UPS} passes")
+    check(layer, x, grad_y, ROUNDING[work.dtype])
+    return layer, x, grad_y
+
+
+def check(layer: nn.LSTM, x: Tensor, grad_y: Tensor, rounding: float) -> None:
+    """Fail unless the gradients of a pass are right."""
+
+    def checked(*arguments: Any, **options: Any) -> Gradients:
+        ours = triton.direction_gradients(*arguments, **{**options, "keep_gates": True})
+        assert_right(ours, arguments, options, rounding)
+        return ours
+
+    with mock.patch.dict(DIRECTION_GRADIENTS, triton=checked):
+        layer(x)[0].backward(grad_y)
+
+
+def summary(benchmarks: list[dict[str, Any]]) -> list[str]:
+    """Describe each result by the device's time, and by that of nn.LSTM in the same group."""
+    lines = []
+    for group, results in itertools.groupby(benchmarks, key=lambda result: result["group"]):
+        facts = [result["extra_info"] for result in results]
+        dense_us = next((fact["device_us"] for fact in facts if fact["contender"] == "nn.LSTM"), float("nan"))
+        lines.append(group)
+        for fact in facts:
+            share, us = f"{fact['zeros']:.0%} zeros", fact["device_us"]
+            lines.append(
+                f"    {fact['contender']:20} {share:>10} {us:>12,.0f} us, {dense_us / us:.2f}x nn.LSTM's speed"
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(summary(json.loads(Path(sys.argv[1]).read_text()).get("benchmarks", []))))

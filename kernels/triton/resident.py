@@ -1,0 +1,393 @@
+"""Kernel: the time loop of a recurrent layer whose weights stay in registers from the first step to the last.
+
+    h[s + 1] = cell(sums[t] + W_hh h[s], h[s])                      t = first + s, or T - 1 - first - s in chain 1
+
+A *chain* is a direction of the layer. Chains, and slices of the batch, do not wait for each other. Program (p, d, i)
+owns GROUPS unit groups of 16 units, with all their gates, in chain d, for ROWS rows of the batch. Before the loop it
+loads its weights and their columns; in a step it reads the h it needs (exchange.py), multiplies, reduces, applies the
+cell and publishes its own h.
+
+| tensor   | shape                           | dtype          |                                                     |
+|----------|---------------------------------|----------------|-----------------------------------------------------|
+| weights  | [D, P, TILES, KO, R, LANES, 16] | f32, f16, bf16 | read once; tiles.py says what lies where            |
+| columns  | [D, P, TILES, KO, R, LANES]     | int32          | read once; H stands for padding                     |
+| sums     | [N, D, H, SLOTS]                | float32        | read; what each gate gets besides W_hh h            |
+| bias     | [D, H, SLOTS]                   | float32        | read if WAVEFRONT: instead of sums, for d > 0       |
+| h_in     | [D, B, H]                       | float32        | read                                                |
+| c        | [D, B, H]                       | float32        | read and written, for an LSTM                       |
+| exchange | [D, S + 1, H + 1, B]            | int32          | written and read; see exchange.py                   |
+| y        | [N, D * H]                      | any floating   | written                                             |
+| h_n      | [D, B, H]                       | float32        | written; not h_in, which others may still read      |
+| starts   | [T]                             | int64          | read if RAGGED: the first row of step t             |
+| lengths  | [B]                             | int32          | read if RAGGED: steps of each row, never increasing |
+| status   | [1]                             | int32          | set to 1 when a wait has failed                     |
+
+Grid (P, D, slices), beginning at slice first_slice. How programs hand over h is EXCHANGE: NONE for a launch of one
+step, WITHIN where P = 1, BETWEEN otherwise, which needs all programs resident at once and the exchange filled. SLOTS is
+4 for GRU and LSTM and 1 for an RNN; a GRU's recurrent products of r, z, n are slots 0, 1, 2, and slot 3 of sums holds
+W_in x + b_in.
+
+WAVEFRONT: the chains are layers instead, one above the other, and layer d takes its input from the exchange too: what
+layer d - 1 publishes after the same step. So all layers run at once, each as soon as it can:
+
+    layer 0     step 0   step 1   step 2   step 3                 columns 0 ... H - 1: h of this layer in slot s
+    layer 1              step 0   step 1   step 2                 columns H + 1 ...: h of the layer below in slot s + 1
+    layer 2                       step 0   step 1
+
+Layer 0 has sums [N, 1, H, SLOTS], the others bias [D, H, SLOTS]; y [N, H] is the last layer's. In the exchange the last
+layer comes first, so that the one below lies behind.
+
+A thread holds SUB = 4 weights of a column (8 narrow ones), so a word of h that it reads serves as many products. The
+32 threads of a warp hold LANES = 2 SUB columns of 16 weights, other warps other gate slots, of which there are R =
+GROUPS * SLOTS. Products are summed over a thread's columns, over LANES threads by shuffles, and then the gates of a
+unit meet in shared memory.
+"""
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# Device code is Triton's language, which only looks like Python to a type checker.
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_sparse_rnn.kernels.triton.cells import CELLS, GRU, LSTM
+from triton_sparse_rnn.kernels.triton.exchange import BETWEEN, INTERPRETED, NONE, WITHIN, look, publish, wait
+from triton_sparse_rnn.kernels.triton.steps import NOT_STORED, UNITS, advance, side_by_side, start_of
+from triton_sparse_rnn.kernels.triton.tiles import Choice
+
+
+@triton.jit(do_not_specialize=["spin_limit", "first_slice", "first", "S", "T", "B", "H"])
+def resident_steps(
+    weights_ptr,
+    columns_ptr,
+    sums_ptr,
+    bias_ptr,
+    h_in_ptr,
+    c_ptr,
+    exchange_ptr,
+    y_ptr,
+    h_n_ptr,
+    starts_ptr,
+    lengths_ptr,
+    status_ptr,
+    spin_limit,
+    first_slice,
+    first,
+    S,
+    T,
+    B,
+    H,
+    CELL: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILES: tl.constexpr,
+    KO: tl.constexpr,
+    ROWS: tl.constexpr,
+    EXCHANGE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    WAVEFRONT: tl.constexpr,
+    SKIPS: tl.constexpr,
+    TIED: tl.constexpr,
+    PACK: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):
+    """Run S steps; see the top of the file.
+
+    SKIPS: some weights are NOT_STORED. TIED: all gates of a unit group have the same columns. PACK: of exchange.look.
+    """
+    p = tl.program_id(0)
+    d = tl.program_id(1)
+    first_row = (first_slice + tl.program_id(2)) * ROWS
+    SLOTS: tl.constexpr = 4 if CELL == GRU or CELL == LSTM else 1
+    D = tl.num_programs(1)
+    U: tl.constexpr = GROUPS * UNITS
+
+    weights, columns = load_tiles(
+        weights_ptr, columns_ptr, (d * tl.num_programs(0) + p).to(tl.int64), GROUPS, SLOTS, TILES, KO, TIED
+    )
+    place_in_exchange = d
+    sums_row = (D * H).to(tl.int64) * SLOTS  # words from one row of sums to the next
+    y_row = D * H
+    y_column = d * H
+    backwards = d == 1
+    if WAVEFRONT:
+        columns = name_rows_below(columns, H, (S + 1) * (H + 1), TILES)
+        place_in_exchange = D - 1 - d
+        y_row = H
+        y_column = 0
+        backwards = False
+        sums_row = H.to(tl.int64) * SLOTS
+        if d > 0:
+            sums_ptr = bias_ptr + d * H * SLOTS
+            sums_row = sums_row * 0
+    else:
+        sums_ptr += d * H * SLOTS
+    units = p * U + tl.arange(0, U)[:, None]  # [U, 1]
+    rows = first_row + tl.arange(0, ROWS)[None, :]  # [1, ROWS]
+    mask = (units < H) & (rows < B)
+    state = (d * B + rows).to(tl.int64) * H + units  # in h_in, c and h_n
+    h = tl.load(h_in_ptr + state, mask=mask, other=0.0)
+    c = h
+    if CELL == LSTM:
+        c = tl.load(c_ptr + state, mask=mask, other=0.0)
+
+    begin = 0
+    end = S
+    if RAGGED:
+        lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
+        longest = tl.load(lengths_ptr + first_row)  # of this slice: it has nothing to do while its rows are not active
+        if not backwards:
+            end = tl.minimum(S, tl.maximum(longest - first, 0))
+        else:
+            begin = tl.minimum(S, tl.maximum(T - longest - first, 0))
+
+    slot_words = (H + 1).to(tl.int64) * B
+    place = units * B + rows  # in a slot
+    if EXCHANGE != NONE:
+        exchange_ptr += (place_in_exchange.to(tl.int64) * (S + 1) + begin) * slot_words
+        publish(exchange_ptr + place, h, mask)
+
+    t = first + begin
+    t_step = 1
+    if backwards:
+        t = T - 1 - t
+        t_step = -1
+    N_row = start_of(t, T, starts_ptr, B, RAGGED) + rows  # [1, ROWS]
+    slots = tl.arange(0, SLOTS)[None, None, :]
+    sums_ptr += units[:, :, None] * SLOTS + slots  # [U, 1, SLOTS]
+    wanted = mask & (begin < end)
+    if RAGGED:
+        wanted = wanted & (t < lengths)
+    now = tl.load(sums_ptr + N_row[:, :, None] * sums_row, mask=wanted[:, :, None], other=0.0)
+    for s in range(begin, end):
+        active = mask
+        if RAGGED:
+            active = mask & (t < lengths)
+        # The next step's sums are asked for before this step waits for h.
+        next_row = start_of(t + t_step, T, starts_ptr, B, RAGGED) + rows
+        wanted = mask & (s + 1 < end)
+        if RAGGED:
+            wanted = wanted & (t + t_step < lengths)
+        later = tl.load(sums_ptr + next_row[:, :, None] * sums_row, mask=wanted[:, :, None], other=0.0)
+        if EXCHANGE == WITHIN:
+            tl.debug_barrier()  # what the other threads have published is there behind it
+        products = ()
+        for r in tl.static_range(ROWS):
+            row = tl.minimum(first_row + r, B - 1)  # rows that pad the slice do the last row's work again
+            if EXCHANGE == NONE:
+                read_ptr = h_in_ptr + (d * B + row).to(tl.int64) * H
+            else:
+                read_ptr = exchange_ptr + row
+            product = multiply(
+                weights, columns, read_ptr, B, H, status_ptr, spin_limit,
+                GROUPS, SLOTS, TILES, EXCHANGE, SKIPS, TIED, PACK, PORTABLE,
+            )  # fmt: skip
+            products = products + (product,)
+        gates = side_by_side(products, ROWS) + now  # [U, ROWS, SLOTS]
+        h_new, c_new = advance(gates, h, c, CELL)
+        h = tl.where(active, h_new, h)
+        c = tl.where(active, c_new, c)
+        if EXCHANGE != NONE:
+            exchange_ptr += slot_words
+            publish(exchange_ptr + place, h, mask)
+        if WAVEFRONT:
+            active = active & (d == D - 1)
+        tl.store(y_ptr + N_row * y_row + y_column + units, h.to(y_ptr.dtype.element_ty), mask=active)
+        now = later
+        N_row = next_row
+        t += t_step
+
+    tl.store(h_n_ptr + state, h, mask=mask)
+    if CELL == LSTM:
+        tl.store(c_ptr + state, c, mask=mask)
+
+
+@triton.jit
+def load_tiles(
+    weights_ptr, columns_ptr, program, GROUPS: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr,
+    KO: tl.constexpr, TIED: tl.constexpr,
+):  # fmt: skip
+    """Load a program's weights and columns: TILES tensors of each, of the shapes that `multiply` gives.
+
+    They are loaded as matrices, of which a warp takes a row: its threads 16 bytes of weights each, and one column. So
+    both come in layouts that fit each other, and are only named anew by the reshape.
+    """
+    R: tl.constexpr = GROUPS * SLOTS
+    CR: tl.constexpr = GROUPS if TIED else R
+    SUB: tl.constexpr = 4 if weights_ptr.dtype.element_ty == tl.float32 else 8
+    LANES: tl.constexpr = 2 * SUB
+    weights = ()
+    columns = ()
+    w_place = tl.arange(0, R * KO)[:, None] * (32 * SUB) + tl.arange(0, 32 * SUB)[None, :]
+    c_place = tl.arange(0, CR * KO)[:, None] * LANES + tl.arange(0, 32)[None, :] // (UNITS // SUB)
+    for i in tl.static_range(TILES):
+        tile = program * TILES + i
+        w = tl.load(weights_ptr + tile * (R * KO * 32 * SUB) + w_place)
+        c = tl.load(columns_ptr + tile * (CR * KO * LANES) + c_place)
+        if TIED:
+            weights = weights + (tl.reshape(w, (R, KO, LANES, UNITS // SUB, SUB)),)
+            columns = columns + (tl.reshape(c, (KO, LANES, UNITS // SUB)),)
+        else:
+            weights = weights + (tl.reshape(w, (KO, R, LANES, UNITS // SUB, SUB)),)
+            columns = columns + (tl.reshape(c, (KO, R, LANES, UNITS // SUB)),)
+    return weights, columns
+
+
+@triton.jit
+def name_rows_below(columns, H, below, TILES: tl.constexpr):
+    """Let columns from H + 1 on be rows of the slot from which the layer below is read, `below` rows further on."""
+    renamed = ()
+    for i in tl.static_range(TILES):
+        renamed = renamed + (tl.where(columns[i] > H, columns[i] + below, columns[i]),)
+    return renamed
+
+
+@triton.jit
+def multiply(
+    weights, columns, read_ptr, B, H, status_ptr, spin_limit,
+    GROUPS: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr, EXCHANGE: tl.constexpr,
+    SKIPS: tl.constexpr, TIED: tl.constexpr, PACK: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """W_hh h for one row of the batch: [U, SLOTS].
+
+    weights[i] [KO, GROUPS * SLOTS, LANES, 16 / SUB, SUB] and columns[i] [KO, GROUPS * SLOTS, LANES, 16 / SUB]; the last
+    two axes of weights are the 16 units, SUB of them in a thread, and columns are repeated along the first of the two.
+    TIED: [SLOTS, KO, ...] and [KO, ...].
+    """
+    words = ()  # all are asked for before the first is waited for
+    for i in tl.static_range(TILES):
+        if EXCHANGE == NONE:
+            words = words + (tl.load(read_ptr + columns[i], mask=columns[i] < H, other=0.0),)
+        elif EXCHANGE == WITHIN:
+            words = words + (tl.load(read_ptr + columns[i] * B),)
+        else:
+            words = words + (look(read_ptr, columns[i], B * 4, PACK, PORTABLE),)
+    acc = tl.zeros(weights[0].shape, tl.float32)
+    for i in tl.static_range(TILES):
+        if EXCHANGE == BETWEEN:
+            v = wait(words[i], read_ptr, columns[i], B * 4, status_ptr, spin_limit, PACK, PORTABLE)
+        else:
+            v = words[i].to(tl.float32, bitcast=True)
+        w = widen(weights[i], PORTABLE)
+        product = w * tl.expand_dims(v, -1)  # TIED: v is broadcast to all slots
+        if SKIPS:
+            product = tl.where(w.to(tl.int32, bitcast=True) == NOT_STORED, 0.0, product)
+        acc += product
+    KO_AXIS: tl.constexpr = 1 if TIED else 0
+    acc = tl.sum(tl.sum(acc, axis=KO_AXIS), axis=1)  # [GROUPS * SLOTS, 16 / SUB, SUB]
+    if SLOTS == 1:
+        acc = tl.reshape(acc, (GROUPS * UNITS, 1))
+    else:
+        acc = tl.permute(tl.reshape(acc, (GROUPS, SLOTS, UNITS)), (0, 2, 1))
+        acc = tl.reshape(acc, (GROUPS * UNITS, SLOTS))
+    return acc
+
+
+@triton.jit
+def widen(weights, PORTABLE: tl.constexpr):
+    """As float32, in each step anew: a plain conversion, done once before the loop, takes twice the registers in it."""
+    if PORTABLE or weights.dtype == tl.float32:
+        out = weights.to(tl.float32)
+    elif weights.dtype == tl.bfloat16:
+        out = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=&r,=&r,r",
+            [weights],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=2,
+        ).to(tl.float32, bitcast=True)
+    else:
+        out = tl.inline_asm_elementwise(
+            "{ .reg .f16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
+            "=&f,=&f,r",
+            [weights],
+            dtype=tl.float32,
+            is_pure=False,
+            pack=2,
+        )
+    return out
+
+
+def launch_resident(
+    mode: str,
+    choice: Choice,
+    exchange_mode: int,
+    *,
+    weights: Tensor,
+    columns: Tensor,
+    skips: bool,
+    sums: Tensor,
+    bias: Tensor | None,
+    h_in: Tensor,
+    c: Tensor,
+    exchange: Tensor | None,
+    y: Tensor,
+    h_n: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    status: Tensor,
+    spin_limit: int,
+    first: int,
+    steps: int,
+    T: int,
+    only_compile: bool = False,
+) -> Any:
+    """Run steps first, ..., first + steps - 1 of T; returns the compiled kernel, on a GPU.
+
+    The tensors are those at the top of the file, contiguous; bias is for a wavefront. Slices that are not resident
+    together are launched one after another. starts and lengths are None for a rectangular batch.
+
+    Args:
+        mode: of CELLS.
+        choice: of tiles.choose_tile.
+        exchange_mode: exchange.NONE, for one step, WITHIN for a single program, or BETWEEN.
+        skips: some weights are NOT_STORED.
+        only_compile: launch nothing.
+    """
+    tile, (D, B, H) = choice.tile, h_in.shape
+    compiled = None
+    for first_slice in range(0, choice.slices, choice.resident_slices):
+        compiled = resident_steps.run(
+            weights,
+            columns,
+            sums,
+            bias,
+            h_in,
+            c,
+            exchange,
+            y,
+            h_n,
+            starts,
+            lengths,
+            status,
+            spin_limit,
+            first_slice,
+            first,
+            steps,
+            T,
+            B,
+            H,
+            CELL=CELLS[mode],
+            GROUPS=tile.groups,
+            TILES=choice.tiles,
+            KO=tile.ko,
+            ROWS=tile.rows,
+            EXCHANGE=exchange_mode,
+            RAGGED=starts is not None,
+            WAVEFRONT=bias is not None,
+            SKIPS=skips,
+            TIED=tile.tied,
+            PACK=tile.pack,
+            PORTABLE=INTERPRETED,
+            grid=(choice.programs, D, min(choice.resident_slices, choice.slices - first_slice)),
+            warmup=only_compile,
+            num_warps=tile.num_warps,
+            maxnreg=tile.registers,  # or else the compiler may spill some for the sake of more programs than there are
+            num_stages=1,  # with more, what is waited for may be loaded steps ahead
+            enable_fp_fusion=True,
+            launch_cooperative_grid=exchange_mode == BETWEEN.value,
+        )
+    return compiled

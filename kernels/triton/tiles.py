@@ -1,0 +1,341 @@
+"""Which tile a layer's time loop gets, and the weights in the order in which its programs load them.
+
+A program of `resident.py` holds a tile of weights in registers: for each gate slot of its unit groups, up to `columns`
+columns of 16 weights. The list of a slot's stored columns is cut into tiles of KO rows of LANES columns:
+
+    weights [D, P, TILES, KO, GROUPS * SLOTS, LANES, 16]     columns [D, P, TILES, KO, GROUPS * SLOTS, LANES]
+
+with LANES = 8 for float32 and 16 for narrower weights. The shortest lists are filled up with weights 0 of column H,
+whose h is 0. So a layer fits where its *longest* list fits: masks with as many blocks in every unit group and gate
+(`Pruner(balanced=True)`) need fewer columns, and no program is slower than the others. Where all gates of a unit group
+have the same columns (`Pruner(tie_gates=True)`), they can share them:
+
+    TIED (P = unit groups): weights [D, P, TILES, SLOTS, KO, LANES, 16]       columns [D, P, TILES, KO, LANES]
+
+`choose_tile` is a plain function of the layer, the batch and the device; nothing is tried out. Registers were read from
+machine code (`residency.py`); no GPU has measured these rows yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from triton_sparse_rnn.sparse.row_blocks import UNITS, RowBlocks, without_minus_zero
+
+MOST_ROUNDS = 4  # launches one after another of slices that are not resident together, before streaming is chosen
+TARGETS = (80, 90, 100)  # A100, H100 and H200, B200: those whose machine code was read
+MOST_SLICES = 65535  # of a launch: they are the third axis of its grid
+RESERVED_BYTES = 1024  # of shared memory, that each program takes besides its own
+MOST_REGISTERS = 255  # that a thread may have
+SLOTS = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 4, "LSTM": 4}  # gate slots by nn.RNNBase.mode
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a choice depends on.
+
+    Attributes:
+        sms: streaming multiprocessors.
+        target: the one of TARGETS that its compute capability comes after.
+        registers: of one of them, 32 bits each.
+        threads: of one of them.
+    """
+
+    sms: int
+    target: int = 90
+    registers: int = 65536
+    threads: int = 2048
+
+    def programs_per_sm(self, registers: int, num_warps: int) -> int:
+        """How many programs are on a multiprocessor, by threads and registers: these are given out by 256 to a warp."""
+        warp_registers = -(-registers * 32 // 256) * 256
+        return min(self.registers // warp_registers // num_warps, self.threads // 32 // num_warps)
+
+
+H200 = Device(sms=132)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A way to lay out programs; one row of the table.
+
+    Attributes:
+        slots: of the cell.
+        itemsize: bytes of a weight.
+        tied: gates share columns.
+        groups: unit groups of a program.
+        rows: of the batch, of a program.
+        num_warps: of a program.
+        ko: rows of columns of a tile.
+        tiles: the most that fit.
+        registers: of a thread, at most, for any cell and target.
+        elsewhere: tiles on sm_80 and sm_100, where fewer fit than on sm_90.
+    """
+
+    slots: int
+    itemsize: int
+    groups: int
+    rows: int
+    num_warps: int
+    ko: int
+    tiles: int
+    registers: int
+    tied: bool = False
+    elsewhere: tuple[int, int] | None = None
+
+    @property
+    def lanes(self) -> int:
+        """Columns side by side in a warp: 32 threads of 16 bytes, 16 weights a column."""
+        return 32 * 16 // self.itemsize // UNITS
+
+    @property
+    def tile_columns(self) -> int:
+        """Columns of one tile."""
+        return self.ko * self.lanes
+
+    @property
+    def columns(self) -> int:
+        """Columns of a slot that fit, on sm_90."""
+        return self.tiles * self.tile_columns
+
+    def most_tiles(self, target: int = 90, *, skips: bool = False) -> int:
+        """Tiles that fit on one of TARGETS; to look for weights that are not stored takes registers too."""
+        tiles = (
+            {80: self.elsewhere[0], 90: self.tiles, 100: self.elsewhere[1]}[target] if self.elsewhere else self.tiles
+        )
+        return tiles - 1 if skips and self.registers == MOST_REGISTERS else tiles
+
+    @property
+    def pack(self) -> int:
+        """Words of h that a thread reads in one tile."""
+        slots = 1 if self.tied else self.slots
+        return max(1, slots * self.groups * self.ko // self.num_warps)
+
+    def programs_per_sm(self, device: Device) -> int:
+        """How many are resident on a multiprocessor."""
+        return device.programs_per_sm(self.registers, self.num_warps)
+
+    def __str__(self) -> str:
+        return self.named(self.tiles)
+
+    def named(self, tiles: int) -> str:
+        """Describe a program with so many tiles."""
+        tied = ", tied" if self.tied else ""
+        columns = tiles * self.tile_columns
+        rows = f" x {self.rows} rows" if self.rows > 1 else ""
+        return f"{self.groups * UNITS} units x {columns} columns{rows}, {self.num_warps} warps{tied}"
+
+
+# The best first. Many unit groups are for a program that holds a layer alone.
+TABLE: tuple[Tile, ...] = (
+    Tile(slots=4, itemsize=4, groups=2, rows=1, num_warps=4, ko=1, tiles=8, registers=168),
+    Tile(slots=4, itemsize=4, groups=4, rows=1, num_warps=4, ko=1, tiles=7, registers=255),
+    Tile(slots=4, itemsize=4, groups=8, rows=1, num_warps=8, ko=1, tiles=7, registers=255),
+    Tile(slots=4, itemsize=4, groups=16, rows=1, num_warps=8, ko=1, tiles=3, registers=255),
+    Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=4, tiles=2, registers=96),
+    Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=4, tiles=4, registers=168),
+    Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=4, tiles=8, registers=255),
+    Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=8, ko=8, tiles=8, registers=255),
+    Tile(slots=4, itemsize=4, groups=1, rows=2, num_warps=4, ko=4, tiles=7, registers=255),
+    Tile(slots=4, itemsize=4, groups=1, rows=2, num_warps=8, ko=8, tiles=6, registers=255, elsewhere=(6, 5)),
+    Tile(slots=4, itemsize=4, groups=1, rows=4, num_warps=4, ko=4, tiles=6, registers=255, elsewhere=(6, 5)),
+    Tile(slots=4, itemsize=4, groups=1, rows=4, num_warps=8, ko=8, tiles=6, registers=255, elsewhere=(6, 5)),
+    Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=8, tiles=5, registers=255, tied=True),
+    Tile(slots=4, itemsize=2, groups=2, rows=1, num_warps=4, ko=1, tiles=8, registers=168),
+    Tile(slots=4, itemsize=2, groups=4, rows=1, num_warps=4, ko=1, tiles=6, registers=255),
+    Tile(slots=4, itemsize=2, groups=8, rows=1, num_warps=8, ko=1, tiles=6, registers=255),
+    Tile(slots=4, itemsize=2, groups=16, rows=1, num_warps=8, ko=1, tiles=2, registers=255),
+    Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=1, registers=96),
+    Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=2, registers=168),
+    Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=5, registers=255, elsewhere=(4, 3)),
+    Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=8, ko=8, tiles=5, registers=255, elsewhere=(4, 3)),
+    Tile(slots=4, itemsize=2, groups=1, rows=2, num_warps=4, ko=4, tiles=4, registers=255, elsewhere=(4, 3)),
+    Tile(slots=4, itemsize=2, groups=1, rows=4, num_warps=4, ko=4, tiles=3, registers=255, elsewhere=(3, 2)),
+    Tile(slots=4, itemsize=2, groups=1, rows=4, num_warps=8, ko=8, tiles=3, registers=255, elsewhere=(3, 2)),
+    Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=6, registers=255, tied=True),
+    Tile(slots=1, itemsize=4, groups=4, rows=1, num_warps=4, ko=1, tiles=8, registers=88),
+    Tile(slots=1, itemsize=4, groups=8, rows=1, num_warps=4, ko=1, tiles=14, registers=255),
+    Tile(slots=1, itemsize=4, groups=16, rows=1, num_warps=8, ko=1, tiles=14, registers=255),
+    Tile(slots=1, itemsize=4, groups=1, rows=1, num_warps=4, ko=16, tiles=2, registers=112),
+    Tile(slots=1, itemsize=4, groups=1, rows=1, num_warps=4, ko=16, tiles=6, registers=255),
+    Tile(slots=1, itemsize=4, groups=1, rows=2, num_warps=4, ko=16, tiles=6, registers=255, elsewhere=(6, 5)),
+    Tile(slots=1, itemsize=4, groups=1, rows=4, num_warps=4, ko=16, tiles=4, registers=255),
+    Tile(slots=1, itemsize=2, groups=4, rows=1, num_warps=4, ko=1, tiles=4, registers=88),
+    Tile(slots=1, itemsize=2, groups=8, rows=1, num_warps=4, ko=1, tiles=8, registers=200),
+    Tile(slots=1, itemsize=2, groups=16, rows=1, num_warps=8, ko=1, tiles=8, registers=255),
+    Tile(slots=1, itemsize=2, groups=1, rows=1, num_warps=4, ko=16, tiles=1, registers=88),
+    Tile(slots=1, itemsize=2, groups=1, rows=1, num_warps=4, ko=16, tiles=3, registers=255),
+    Tile(slots=1, itemsize=2, groups=1, rows=2, num_warps=4, ko=8, tiles=4, registers=255),
+    Tile(slots=1, itemsize=2, groups=1, rows=4, num_warps=4, ko=8, tiles=3, registers=255, elsewhere=(3, 2)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How one layer runs at one batch size with its weights on chip.
+
+    Attributes:
+        tile: the row of the table.
+        tiles: of it that are used, no more than the longest list of columns needs.
+        programs: P, of one direction and one slice of the batch.
+        directions: D.
+        slices: of the batch, `tile.rows` rows each.
+        resident_slices: how many of them are on the device at a time; the others follow in launches of their own.
+    """
+
+    tile: Tile
+    tiles: int
+    programs: int
+    directions: int
+    slices: int
+    resident_slices: int
+
+    @property
+    def on_chip_bytes(self) -> int:
+        """Registers that hold weights, at a time."""
+        weights = self.tile.slots * self.tile.groups * self.tiles * self.tile.tile_columns * UNITS
+        return weights * self.tile.itemsize * self.programs * self.directions * self.resident_slices
+
+
+def choose_tile(
+    mode: str,
+    hidden_size: int,
+    columns: int,
+    itemsize: int,
+    *,
+    directions: int = 1,
+    batch_size: int = 1,
+    tied: bool = False,
+    skips: bool = False,
+    chains_wait: bool = False,
+    device: Device = H200,
+) -> Choice | None:
+    """Return how to keep a layer's weights on chip, or None where they do not fit: they are then read at every step.
+
+    Args:
+        mode: nn.RNNBase.mode.
+        hidden_size: H.
+        columns: of the longest list: stored columns of one gate of one unit group.
+        itemsize: bytes of a stored weight.
+        directions: D, side by side.
+        batch_size: B.
+        tied: all gates of each unit group have the same columns.
+        skips: there are weights in the blocks that are not stored.
+        chains_wait: directions are layers that wait for each other.
+        device: where it runs.
+    """
+    groups = -(-hidden_size // UNITS)
+    choices = []
+    for tile in TABLE:
+        alone = not chains_wait and (tile.groups > 1 or groups == 1)
+        tiles = max(1, -(-columns // tile.tile_columns))
+        if tile.slots != SLOTS[mode] or tile.itemsize != itemsize or tile.tied > (tied and not skips):
+            continue
+        if tiles > tile.most_tiles(device.target, skips=skips):
+            continue
+        if tile.groups > 1 and (chains_wait or tile.groups < groups):
+            continue
+        programs = 1 if alone else groups
+        slices = -(-batch_size // tile.rows)
+        resident = device.sms * tile.programs_per_sm(device) // (programs * directions)
+        resident = min(slices, MOST_SLICES if alone else resident)  # who waits for nobody may come later
+        if slices > MOST_ROUNDS * resident:
+            continue
+        choice = Choice(tile, tiles, programs, directions, slices, resident)
+        if resident == slices:
+            return choice
+        choices.append(choice)
+    return min(choices, key=lambda choice: -(-choice.slices // choice.resident_slices), default=None)
+
+
+def longest_list(blocks: RowBlocks) -> int:
+    """The most stored columns that one gate of one unit group has."""
+    return int(blocks.starts.diff().max()) if blocks.starts.numel() > 1 else 0
+
+
+def gates_are_tied(blocks: RowBlocks) -> bool:
+    """Whether the gates of each unit group have the same columns."""
+    counts = blocks.starts.diff().view(-1, blocks.gates)
+    if blocks.gates == 1 or not bool((counts == counts[:, :1]).all()):
+        return False
+    place, row = _places(blocks)
+    first_gate = row.div(blocks.gates, rounding_mode="floor") * blocks.gates
+    return bool((blocks.columns == blocks.columns[blocks.starts[first_gate] + place]).all())
+
+
+def stack_layers(recurrent: Sequence[RowBlocks], inputs: Sequence[RowBlocks]) -> RowBlocks:
+    """Return the weights of layers of one direction as chains of a wavefront (resident.py): a gate for each slot.
+
+    Args:
+        recurrent: W_hh of each layer.
+        inputs: W_ih of each layer but the first; its column j becomes H + 1 + j.
+    """
+    parts = [(layer, blocks, 0) for layer, blocks in enumerate(recurrent)]
+    parts += [(layer, blocks, 1) for layer, blocks in enumerate(inputs, start=1)]
+    G, H, groups = recurrent[0].gates, recurrent[0].hidden_size, recurrent[0].groups
+    slots = 4 if G == 3 else G
+    rows, columns = [], []
+    for layer, blocks, is_input in parts:
+        _, row = _places(blocks)
+        gate, group = row % G, row.div(G, rounding_mode="floor")
+        slot = torch.where(gate == 2, 2 + is_input, gate) if G == 3 else gate  # a GRU keeps W_in x apart
+        rows.append((layer * groups + group) * slots + slot)
+        columns.append(blocks.columns + is_input * (H + 1))
+    row = torch.cat(rows)
+    order = torch.argsort(row, stable=True)
+    counts = torch.bincount(row, minlength=len(recurrent) * groups * slots)
+    skips = any(blocks.skips for _, blocks, _ in parts)
+    return RowBlocks(
+        values=torch.cat([without_minus_zero(blocks) if skips else blocks.values for _, blocks, _ in parts])[order],
+        columns=torch.cat(columns)[order],
+        starts=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32),
+        shape=(slots * H, 2 * H + 1),
+        gates=slots,
+        skips=skips,
+        directions=len(recurrent),
+    )
+
+
+def pack_tiles(blocks: RowBlocks, tile: Tile, tiles: int) -> tuple[Tensor, Tensor]:
+    """Return weights and columns as at the top of the file.
+
+    Args:
+        blocks: the recurrent weight, all directions.
+        tile: a row of the table.
+        tiles: how many of them, enough for the longest list.
+    """
+    G, D = blocks.gates, blocks.directions
+    programs = -(-blocks.groups // tile.groups)
+    place, row = _places(blocks)  # in its list, and which list
+    t, ko, lane = (
+        place.div(tile.tile_columns, rounding_mode="floor"),
+        place.div(tile.lanes, rounding_mode="floor") % tile.ko,
+        place % tile.lanes,
+    )
+    gate, group = row % G, row.div(G, rounding_mode="floor")
+    d, group = group.div(blocks.groups, rounding_mode="floor"), group % blocks.groups
+    p, slot = group.div(tile.groups, rounding_mode="floor"), group % tile.groups * tile.slots + gate
+    slots = tile.groups * tile.slots
+    if tile.tied:
+        weights = blocks.values.new_zeros(D, programs, tiles, slots, tile.ko, tile.lanes, UNITS)
+        weights[d, p, t, slot, ko, lane] = blocks.values
+        columns = blocks.columns.new_full((D, programs, tiles, tile.ko, tile.lanes), blocks.hidden_size)
+        columns[d, p, t, ko, lane] = blocks.columns
+    else:
+        weights = blocks.values.new_zeros(D, programs, tiles, tile.ko, slots, tile.lanes, UNITS)
+        weights[d, p, t, ko, slot, lane] = blocks.values
+        columns = blocks.columns.new_full((D, programs, tiles, tile.ko, slots, tile.lanes), blocks.hidden_size)
+        columns[d, p, t, ko, slot, lane] = blocks.columns
+    return weights, columns
+
+
+def _places(blocks: RowBlocks) -> tuple[Tensor, Tensor]:
+    """Of each stored column: its place in its list, and the list (direction, unit group, gate)."""
+    counts = blocks.starts.diff()
+    like = {"dtype": torch.int64, "device": counts.device}
+    rows = torch.repeat_interleave(torch.arange(len(counts), **like), counts)
+    return torch.arange(len(rows), **like) - blocks.starts[rows], rows

@@ -1,0 +1,184 @@
+"""Two pictures: what models cost against what they save, and how much the steps of a schedule matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from studies.accuracy.rows import (
+    BLOCKS,
+    DENSE,
+    GRADUAL,
+    HEADLINE,
+    LEVELS,
+    MASKS,
+    ONE_SHOT,
+    PENALTIES,
+    RAMP,
+    SCHEDULES,
+    SEEDS,
+    SENSITIVITY,
+    SMALL,
+    WIDE,
+    Row,
+)
+from studies.accuracy.summary import FLOAT32, ModelSummary, Section, Times, sections
+from studies.runs.labels import Label, place_labels
+from studies.runs.records import Key
+from triton_sparse_rnn.demo.plots import INK, PALE, new_figure, strip
+
+STYLES = {  # by family: colour, marker
+    HEADLINE: ("#d9480f", "o"),
+    LEVELS: ("#f76707", "."),
+    BLOCKS: ("#1c7ed6", "s"),
+    MASKS: ("#2f9e44", "^"),
+    SCHEDULES: ("#862e9c", "D"),
+    PENALTIES: ("#74838f", "v"),
+}
+SHORT = {  # labels of the rows that are named
+    DENSE.name: "dense",
+    SMALL.name: "small dense",
+    GRADUAL.name: "gradual 90 %",
+    WIDE.name: "wider, pruned",
+    ONE_SHOT.name: "hard 90 %",
+    "r and z 95 %, n 80 %": "r, z 95 %, n 80 %",
+    "weight_hh only, 90 %": "weight_hh only",
+}
+
+
+class Panel(NamedTuple):
+    """An argument of a schedule that is varied: its axis, the row that has the default, and where that lies."""
+
+    axis: str
+    default: Row
+    at: float
+
+
+PANELS = {
+    "begin_step": Panel("begin, % of the steps (end 50 %)", GRADUAL, 5.0),
+    "end_step": Panel("end, % of the steps (begin 5 %)", GRADUAL, 50.0),
+    "frequency": Panel("steps between updates, % of the steps", GRADUAL, 2.25),
+    "power": Panel("power of PolynomialDecay", GRADUAL, 3.0),
+    "ramp_step": Panel("ramp of a ThresholdRamp, % of the steps", RAMP, 25.0),
+    "q": Panel("q of a ThresholdRamp, % of dense blocks", RAMP, 95.0),
+    "final_sparsity": Panel("final sparsity of PolynomialDecay, %", GRADUAL, 90.0),
+}
+PANELS_IN_A_LINE = 4  # that share the metric's axis
+Value = Callable[[ModelSummary], float | None]
+
+
+def plot_all(runs: Mapping[Key, dict[str, Any]], times: Times, folder: Path) -> list[Path]:
+    """Write accuracy-parameters.png, accuracy-time.png if layers were timed, and accuracy-schedule-TASK.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = sections(runs, times)
+    paths = [folder / "accuracy-parameters.png"]
+    plot_trade_off(found, lambda model: model.parameters, "parameters that are not zero", paths[0])
+    if times:
+        paths.append(folder / "accuracy-time.png")
+        plot_trade_off(found, shipped_us, "µs per step of the layer, batch 1, one thread", paths[-1])
+    for section in found:
+        varied = {model.row.family for model in section.models if model.row.family.startswith(SENSITIVITY)}
+        if len(varied) > 1:
+            paths.append(folder / f"accuracy-schedule-{section.task}.png")
+            plot_sensitivity(section, paths[-1])
+    return paths
+
+
+def shipped_us(model: ModelSummary) -> float | None:
+    """Time of the program that a user would take: nn.GRU or ours for a dense model, whichever is faster."""
+    times = [time for time in (model.us_per_step, model.torch_us_per_step) if time is not None]
+    return min(times, default=None)
+
+
+def plot_trade_off(found: Sequence[Section], value: Value, axis: str, path: Path) -> None:
+    """Draw for each task the first metric over what `value` tells of a model, on a logarithmic axis."""
+    figure = new_figure(5.2 * len(found), 5.2)
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    labels = [_draw_models(axes, section, value) for axes, section in zip(panels, found, strict=True)]
+    for axes in panels:
+        axes.set_xlabel(axis, color=INK)
+    entries = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=9, loc="outside lower center", ncols=6)
+    figure.draw_without_rendering()  # now the panels have their places
+    for axes, own in zip(panels, labels, strict=True):
+        place_labels(axes, own)
+    figure.savefig(path)
+
+
+def _draw_models(axes: Axes, section: Section, value: Value) -> list[Label]:
+    """Draw points; return what is to be written beside them."""
+    metric = section.metrics[0]
+    labels = []
+    for family, (colour, marker) in STYLES.items():
+        points = [
+            (at, model.quality[metric.key], model.row.name)
+            for model in section.models
+            if model.row.family == family and model.weight_dtype == FLOAT32 and (at := value(model)) is not None
+        ]
+        if not points:
+            continue
+        x, y = [at for at, _, _ in points], [spread.mean for _, spread, _ in points]
+        errors = np.array([(spread.mean - spread.low, spread.high - spread.mean) for _, spread, _ in points]).T
+        axes.errorbar(x, y, errors, color=colour, linestyle="none", capsize=3)
+        axes.plot(x, y, color=colour, marker=marker, markersize=6, linestyle="none", label=family)
+        labels += [Label(SHORT[name], at, s.mean, colour) for at, s, name in points if name in SHORT]
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:,.0f}" if at >= 10 else f"{at:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.15, y=0.12)
+    axes.set_ylabel(metric.heading, color=INK)
+    axes.set_title(f"{section.task}, {section.steps:,} steps", loc="left", color=INK, fontsize=11)
+    strip(axes, labelsize=8)
+    return labels
+
+
+def plot_sensitivity(section: Section, path: Path) -> None:
+    """Draw the first metric over each argument of the schedule, with the spread of the default's seeds behind it."""
+    lines = -(-len(PANELS) // PANELS_IN_A_LINE)
+    figure = new_figure(3.3 * PANELS_IN_A_LINE, 3.2 * lines)
+    grid = figure.subplots(lines, PANELS_IN_A_LINE, sharey="row", squeeze=False)
+    for axes, (argument, panel) in zip(grid.flat, PANELS.items(), strict=False):
+        _draw_panel(axes, section, argument, panel)
+    for axes in grid.flat[len(PANELS) :]:
+        axes.set_visible(False)
+    for line in grid:
+        line[0].set_ylabel(section.metrics[0].heading, color=INK)
+    handles, texts = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    title = f"{section.task}, {section.steps:,} steps, 16x1 blocks: how much the arguments of a schedule matter"
+    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=11)
+    figure.savefig(path)
+
+
+def _draw_panel(axes: Axes, section: Section, argument: str, panel: Panel) -> None:
+    metric = section.metrics[0]
+    points = [(x, m.quality[metric.key].mean) for m in section.models if (x := _place(argument, m.row)) is not None]
+    default = section.model(panel.default)
+    if default is not None:
+        spread = default.quality[metric.key]
+        axes.axhspan(spread.low, spread.high, color=PALE, alpha=0.3, linewidth=0, label="seeds of the default")
+        run = next((r for r in section.runs if (r["row"], r["seed"]) == (panel.default.name, SEEDS[0])), None)
+        if run is not None:
+            here = (panel.at, run["models"][0]["quality"][metric.key])
+            points.append(here)
+            axes.plot(*here, color=STYLES[HEADLINE][0], marker="o", linestyle="none", zorder=3, label="default")
+    x, y = zip(*sorted(points), strict=True) if points else ((), ())
+    axes.plot(x, y, color=INK, marker=".", linewidth=1, label="varied: the default's first seed, or a mean")
+    axes.set_xlabel(panel.axis, color=INK, fontsize=9)
+    strip(axes, labelsize=8)
+
+
+def _place(argument: str, row: Row) -> float | None:
+    """Return where a row is drawn in the panel of an argument; None: it is not."""
+    if row.family == SENSITIVITY + argument:
+        return row.x if argument == "power" else 100 * row.x
+    if argument == "final_sparsity" and row.family == LEVELS and row.sparsity is not None:
+        return 100 * row.sparsity
+    if argument == "q" and row.family == SCHEDULES and row is not RAMP:
+        return 100 * row.arguments["quantile"]
+    return None

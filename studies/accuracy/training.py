@@ -1,0 +1,221 @@
+"""One run: a model trained on a task while it is pruned, converted, and what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor, nn
+
+from studies.accuracy.rows import DENSE, Row
+from studies.accuracy.sizes import Size, recurrent_weights, resized, size_of
+from studies.runs.records import Key
+from studies.runs.spread import thinned
+from studies.tasks import Task
+from triton_sparse_rnn import (
+    ConstantMask,
+    OneShot,
+    PolynomialDecay,
+    Pruner,
+    SparseGRU,
+    ThresholdRamp,
+    forecast,
+    group_lasso,
+    l1,
+    save_sparse,
+    to_sparse,
+)
+from triton_sparse_rnn.atomic_files import write_atomically
+from triton_sparse_rnn.doctor import processor_name, versions
+from triton_sparse_rnn.pruning import Schedule
+from triton_sparse_rnn.pruning.forecast import Forecast
+from triton_sparse_rnn.pruning.targets import Target
+
+PENALTIES = {"l1": lambda model, block_size: l1(model), "group_lasso": group_lasso}
+DEFAULT_BLOCK = (16, 1)
+LOSSES = 20  # means of the training loss that are kept
+
+Result = dict[str, Any]
+
+
+def train(
+    task: Task, row: Row, seed: int, steps: int, folder: Path, on_step: Callable[[float], None] = lambda loss: None
+) -> Result:
+    """Train a model, save its weights to the folder, convert it, and evaluate what was converted.
+
+    Args:
+        folder: with the models of the runs before, of which some rows need the dense one.
+        on_step: called with the loss after every step.
+    Returns:
+        What a line of the file holds; see `studies.runs.records`.
+    """
+    began = time.perf_counter()
+    size, deciding = size_of(task, row), settings(task, row)
+    task = resized(task, size.hidden_size)
+    model = task.build_model(SparseGRU, seed).train()
+    dense_path = model_path(folder, Key(task.name, DENSE.name, seed, steps))
+    pruner = None if row.is_dense else make_pruner(model, row, size, steps, dense_path)
+    same_width = row.width == 1 and dense_path.exists()
+    predicted = forecast(model, pruner, load_file(dense_path) if same_width else None) if pruner else None
+    losses = _optimize(model, task, row, seed, steps, pruner, _teacher(task, row, seed, dense_path), on_step)
+    trained = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(model_path(folder, Key(task.name, row.name, seed, steps)), [save(trained)])
+    weights = recurrent_weights(model)
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    models = [_evaluate(task, model.eval(), row, dtype) for dtype in row.weight_dtypes]
+    return {
+        "task": task.name,
+        "row": row.name,
+        "seed": seed,
+        "steps": steps,
+        "settings": deciding,
+        "hidden_size": size.hidden_size,
+        "pruner": _describe(pruner),
+        "sparsity": zeros / sum(weight.numel() for weight in weights) if pruner else 0.0,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()) - (zeros if pruner else 0),
+        "forecast": _describe_forecast(predicted) if predicted else None,
+        "became": _describe_forecast(_outcome(model, row, pruner)) if pruner else None,
+        "models": models,
+        "training_loss": thinned(losses, LOSSES),
+        "seconds": time.perf_counter() - began,
+        "processor": processor_name(),
+        "versions": versions(),
+    }
+
+
+def settings(task: Task, row: Row) -> dict[str, Any]:
+    """Return what decides the outcome of a run beside row name, seed and steps."""
+    return {"task": task.settings() | {"hidden_size": size_of(task, row).hidden_size}, "row": row.settings()}
+
+
+def model_path(folder: Path, key: Key) -> Path:
+    """Where the weights of a run are kept."""
+    return folder / f"{re.sub(r'[^a-z0-9.]+', '-', '-'.join(map(str, key)).lower())}.safetensors"
+
+
+def make_pruner(model: nn.Module, row: Row, size: Size, steps: int, dense: Path) -> Pruner:
+    """Return the row's pruner, for a training of so many steps.
+
+    Args:
+        dense: weights of the trained dense model, for a threshold.
+    """
+    arguments = dict(row.pruner)
+    arguments["block_size"] = tuple(arguments.get("block_size", DEFAULT_BLOCK))
+    chosen: dict[str, Any] = dict(row.arguments) | {
+        name: max(int(name == "frequency"), round(share * steps)) for name, share in row.fractions.items()
+    }
+    targets: dict[str, Target] | None = arguments.pop("targets", None)
+    assert size.sparsity is not None
+    schedule: Schedule
+    if row.schedule == "PolynomialDecay":
+        schedule = PolynomialDecay.for_training(steps, size.sparsity, **chosen)
+        if row.gates:
+            targets = {"*": {gate: dataclasses.replace(schedule, final_sparsity=s) for gate, s in row.gates.items()}}
+    elif row.schedule == "OneShot":
+        schedule = OneShot(sparsity=size.sparsity, **chosen)
+    else:
+        reference = copy.deepcopy(model)
+        reference.load_state_dict(load_file(dense))
+        quantile = chosen.pop("quantile")
+        block_size = arguments["block_size"]
+        schedule = ThresholdRamp.from_weights(reference, quantile, block_size=block_size, total_steps=steps, **chosen)
+    return Pruner(model, schedule, targets=targets, **arguments)
+
+
+def _teacher(task: Task, row: Row, seed: int, dense: Path) -> nn.Module | None:
+    """Return the trained dense model, of its own width."""
+    if not row.taught:
+        return None
+    weights = load_file(dense)
+    width = weights["rnn.weight_hh_l0"].shape[1]
+    teacher = resized(task, width).build_model(SparseGRU, seed)
+    teacher.load_state_dict(weights)
+    return teacher.eval()
+
+
+def _optimize(
+    model: nn.Module, task: Task, row: Row, seed: int, steps: int, pruner: Pruner | None, teacher: nn.Module | None,
+    on_step: Callable[[float], None],
+) -> list[float]:  # fmt: skip
+    """Train with Adam; return the loss of every step, without the penalty."""
+    optimizer = torch.optim.Adam(model.parameters())
+    losses, batches = [], task.losses(model, seed, teacher)
+    with pruner.attach(optimizer) if pruner else contextlib.nullcontext():
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = task.learning_rate(step, steps)
+            loss = next(batches)
+            optimizer.zero_grad()
+            (loss + _penalty(model, row, pruner)).backward()
+            optimizer.step()
+            losses.append(loss.item())
+            on_step(losses[-1])
+    return losses
+
+
+def _penalty(model: nn.Module, row: Row, pruner: Pruner | None) -> Tensor | float:
+    if row.penalty is None or pruner is None or pruner.finished:
+        return 0.0
+    return row.strength * PENALTIES[row.penalty](model, pruner.block_size)
+
+
+def _evaluate(task: Task, model: nn.Module, row: Row, weight_dtype: torch.dtype) -> dict[str, Any]:
+    """Return quality and size of the model with weights of a dtype, as it is shipped.
+
+    A pruned one is converted. A dense one is run by torch.nn in float32, with rounded weights.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        if row.is_dense:
+            narrow = {name: tensor.to(weight_dtype).contiguous() for name, tensor in model.state_dict().items()}
+            save_file(narrow, path)
+            shipped = task.build_model(SparseGRU, 0).eval()
+            shipped.load_state_dict(narrow)
+        else:
+            shipped = convert(model, weight_dtype=weight_dtype)
+            save_sparse(shipped, path)
+        nbytes = path.stat().st_size
+    return {
+        "weight_dtype": str(weight_dtype).removeprefix("torch."),
+        "bytes": nbytes,
+        "quality": task.evaluate(shipped),
+    }
+
+
+def convert(model: nn.Module, **options: Any) -> nn.Module:
+    """Return the converted model, without a word where there is little to skip: the table says it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return to_sparse(model, **options)
+
+
+def _outcome(model: nn.Module, row: Row, pruner: Pruner) -> Forecast:
+    """Return what the model holds now, in the terms of a forecast: ConstantMask is read off the weights."""
+    options = {"block_size": pruner.block_size, "tie_gates": pruner.tie_gates, "targets": row.pruner.get("targets")}
+    return forecast(model, Pruner(model, ConstantMask(), **options))
+
+
+def _describe_forecast(told: Forecast) -> dict[str, Any]:
+    return {"sparsity": told.sparsity, "nbytes": told.nbytes, "macs_per_step": told.macs_per_step}
+
+
+def _describe(pruner: Pruner | None) -> dict[str, Any] | None:
+    if pruner is None:
+        return None
+    schedules: Iterator[Schedule | None] = (schedule for weight in pruner.weights for schedule in weight.schedules)
+    return {
+        "schedules": sorted({repr(schedule) for schedule in schedules}),
+        "block_size": pruner.block_size,
+        "score": pruner.score,
+        "tie_gates": pruner.tie_gates,
+        "balanced": pruner.balanced,
+    }

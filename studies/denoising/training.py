@@ -1,0 +1,105 @@
+"""Fine-tuning: the trained model goes on learning, on speech with noise, and is pruned or not while it does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from studies.denoising.model import Denoiser
+from studies.denoising.noise import Pair, training_batch
+from studies.denoising.rows import Row
+from studies.denoising.signals import RATE_HZ, features, spectrum
+from studies.denoising.speech import Speech
+from triton_sparse_rnn import Pruner, sparsify
+
+COMPRESSION = COMPLEX_SHARE = 0.3
+SMALLEST_MAGNITUDE = 1e-6  # below it the root is cut off, whose slope at 0 is infinite
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all rows have in common.
+
+    Attributes:
+        seconds: of each of the `batch_size` mixtures of a step.
+        largest_gradient: its norm is cut to this.
+        bfloat16: for the products of the forward and backward pass; weights and their updates are float32.
+    """
+
+    steps: int = 800
+    batch_size: int = 16
+    seconds: float = 1.5
+    warmup: float = 0.05
+    largest_gradient: float = 1.0
+    bfloat16: bool = True
+
+    def rate_factor(self, step: int) -> float:
+        """By which Adam's peak rate is multiplied at a step from 0 to steps - 1: a straight warm-up, then down to 0."""
+        warmup = self.warmup * self.steps
+        return min((step + 1) / (warmup + 1), (self.steps - step) / (self.steps - warmup))
+
+
+def fine_tune(
+    model: Denoiser,
+    row: Row,
+    speech: Speech,
+    seed: int,
+    settings: Settings,
+    on_step: Callable[[float], None] = lambda loss: None,
+) -> list[float]:
+    """Train `model` in place; it ends in eval mode.
+
+    Args:
+        seed: of speech and noise.
+        on_step: called with the loss after every step.
+    Returns:
+        The loss of every step.
+    """
+    sparsify(model).train()
+    optimizer = torch.optim.Adam(model.parameters())
+    if (schedule := row.schedule(settings.steps)) is not None:
+        Pruner(model, schedule, include=row.include).attach(optimizer)
+    losses: list[float] = []
+    for step, pair in zip(range(settings.steps), _batches(speech, seed, settings), strict=False):
+        optimizer.param_groups[0]["lr"] = row.peak_rate * settings.rate_factor(step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
+            gains = model(features(spectrum(pair.noisy)))[0]
+        loss = spectral_loss(gains.float(), pair)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.largest_gradient)
+        optimizer.step()
+        losses.append(loss.item())
+        on_step(losses[-1])
+    model.eval()
+    return losses
+
+
+def spectral_loss(gains: Tensor, pair: Pair) -> Tensor:
+    """Return how far compressed spectra are from those of the clean speech (Braun & Tashev 2020).
+
+        (1 - b) mean(| |S|^c - |G X|^c |^2) + b mean(| |S|^c exp(i arg S) - |G X|^c exp(i arg X) |^2),  b = c = 0.3
+
+    Both signals are first scaled so that the clean one has a mean power of 1.
+
+    Args:
+        gains: G [B, T, BINS].
+        pair: samples [B, N], whose spectra are X and S.
+    """
+    scale = pair.clean.square().mean(-1, keepdim=True).rsqrt()
+    noisy, clean = spectrum(pair.noisy * scale), spectrum(pair.clean * scale)
+    wanted = clean.abs().clamp_min(SMALLEST_MAGNITUDE) ** COMPRESSION
+    found = (gains * noisy.abs()).clamp_min(SMALLEST_MAGNITUDE) ** COMPRESSION
+    difference = (wanted - found).square()
+    crossed = 2 * wanted * found * (1 - torch.cos(noisy.angle() - clean.angle()))  # what phases add to the difference
+    return (difference + COMPLEX_SHARE * crossed).mean()
+
+
+def _batches(speech: Speech, seed: int, settings: Settings) -> Iterator[Pair]:
+    chance = np.random.default_rng(seed)
+    while True:
+        yield training_batch(speech, chance, settings.batch_size, round(settings.seconds * RATE_HZ))

@@ -1,0 +1,229 @@
+"""A layer with a gate_gradient against torch.nn's: the same results and, with nothing zeroed, gradients."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from gated_cases import (
+    FORMS,
+    NOTHING,
+    PACKED_FORMS,
+    B,
+    H,
+    I,
+    T,
+    assert_same,
+    cells,
+    error,
+    has_other_operands,
+    layers,
+    make_pair,
+    random_state,
+    rounding_of,
+    run,
+    tensors_of,
+)
+from processor import skip_where_torch_cannot_autocast
+from torch.func import functional_call
+
+from triton_sparse_rnn import GateGradientSparsity
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # says torch's own
+
+
+class TestAgainstTorch:
+    @layers
+    @pytest.mark.parametrize("form", [*FORMS, *PACKED_FORMS])
+    def test_results_and_gradients(self, dense_class, sparse_class, options, form):
+        dense, sparse = make_pair(dense_class, sparse_class, options)
+        sparse.gate_gradient = GateGradientSparsity(threshold=0.0)  # on the backend that a user gets
+        dtype = dense.weight_ih_l0.dtype
+        exact = copy.deepcopy(dense).double()
+        exact_mask_differs = options.get("dropout") and dtype != torch.float64
+        theirs, their_gradients = run(dense, form, dtype)
+        ours, our_gradients = run(sparse, form, dtype)
+        rounding = rounding_of(dense, dtype)
+        assert_same(ours, theirs, rounding if has_other_operands(dense, form) else 0)
+        assert sparse.gate_gradient_stats.steps == 1
+        if exact_mask_differs:  # random numbers in float64 are others
+            for one, other in zip(our_gradients, their_gradients, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+            return
+        _, exact_gradients = run(exact, form, torch.float64)
+        pairs = zip(error(our_gradients, exact_gradients), error(their_gradients, exact_gradients), strict=True)
+        assert all(our_error <= 2 * their_error + rounding for our_error, their_error in pairs)
+        for one, other in zip(our_gradients, their_gradients, strict=True):
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+    @cells
+    def test_autocast(self, dense_class, sparse_class, dtype, state_dtype):
+        skip_where_torch_cannot_autocast(dense_class)
+        pair = make_pair(dense_class, sparse_class, {"num_layers": 2, "bidirectional": True, "dropout": 0.3})
+        x, state = torch.randn(T, B, I, dtype=dtype), None
+        if state_dtype is not None:
+            states = [one.to(state_dtype) for one in tensors_of(random_state(pair[0], (B,)))]
+            state = tuple(states) if len(states) == 2 else states[0]
+        results = []
+        for layer in pair:
+            torch.manual_seed(4)
+            with torch.autocast("cpu", torch.bfloat16):
+                results.append(layer(x, state))
+            results[-1][0].float().square().sum().backward()
+        assert_same(results[1], results[0])
+        gradients = [[parameter.grad for parameter in layer.parameters()] for layer in pair]
+        assert all(gradient.dtype == torch.float32 for gradient in gradients[1])
+        assert max(error(gradients[1], gradients[0])) < 0.03  # a few roundings to bfloat16
+
+    @cells
+    def test_strided_weights_by_functional_call(self, dense_class, sparse_class):
+        dense, sparse = make_pair(dense_class, sparse_class)
+        weights = {name: torch.randn(*reversed(value.shape)).t() for name, value in dense.state_dict().items()}
+        weights = {
+            name: torch.randn(2 * len(value))[::2] if value.dim() == 1 else weights[name]
+            for name, value in dense.state_dict().items()
+        }
+        x, gradients = torch.randn(T, B, I), []
+        for layer in (dense, sparse):
+            given = {name: value.detach().requires_grad_() for name, value in weights.items()}
+            y = functional_call(layer, given, (x,))[0]
+            gradients.append([y, *torch.autograd.grad(y.sin().sum(), list(given.values()))])
+        assert sparse.gate_gradient_stats.steps == 1
+        assert torch.equal(gradients[1][0], gradients[0][0])
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    @cells
+    def test_gradcheck(self, dense_class, sparse_class):
+        layer = sparse_class(2, 3, 2, bidirectional=True, dtype=torch.float64, gate_gradient=NOTHING)
+        x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+        h = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+        c = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+        leaves = (x, h, c, *layer.parameters())
+        hx = (h, c) if layer.mode == "LSTM" else h
+        assert torch.autograd.gradcheck(lambda *_: (c, *tensors_of(layer(x, hx))), leaves, fast_mode=True)
+
+    @cells
+    def test_what_is_frozen_gets_no_gradient(self, dense_class, sparse_class):
+        pair = make_pair(dense_class, sparse_class, {"num_layers": 2})
+        x, gradients = torch.randn(T, B, I), []
+        for layer in pair:
+            for name in ("weight_ih_l0", "bias_hh_l0", "weight_hh_l1"):
+                getattr(layer, name).requires_grad_(False)
+            layer(x)[0].sin().sum().backward()
+            gradients.append([parameter.grad for parameter in layer.parameters()])
+        for ours, theirs in zip(*gradients, strict=True):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    @cells
+    def test_only_a_state_is_used(self, dense_class, sparse_class):
+        pair, gradients = make_pair(dense_class, sparse_class, {"num_layers": 2, "bidirectional": True}), []
+        for layer in pair:
+            torch.manual_seed(1)
+            tensors_of(layer(torch.randn(T, B, I))[1])[-1].sin().sum().backward()
+            gradients.append([parameter.grad for parameter in layer.parameters()])
+        assert max(error(*gradients)) <= rounding_of(pair[0], torch.float32)
+
+
+class TestWhenItIsTorchs:
+    def calls_without_a_gradient(self):
+        def without_grad(layer, x):
+            with torch.no_grad():
+                return layer(x)
+
+        def in_inference_mode(layer, x):
+            with torch.inference_mode():
+                return layer(x)
+
+        def nothing_to_learn(layer, x):
+            return layer.requires_grad_(False)(x)
+
+        return [lambda layer, x: layer.eval()(x), without_grad, in_inference_mode, nothing_to_learn]
+
+    @cells
+    def test_same_results(self, dense_class, sparse_class, monkeypatch):
+        monkeypatch.setattr("triton_sparse_rnn.gate_gradients.layer.run_layer", lambda *_: pytest.fail("ours ran"))
+        for call in self.calls_without_a_gradient():
+            pair = make_pair(dense_class, sparse_class, {"num_layers": 2, "dropout": 0.5})
+            x, results = torch.randn(T, B, I), []
+            for layer in pair:
+                torch.manual_seed(4)
+                results.append(call(layer, x))
+            assert_same(results[1], results[0])
+            assert pair[1].gate_gradient_stats is None
+
+    @cells
+    def test_what_alone_needs_a_gradient_counts(self, dense_class, sparse_class):
+        layer = make_pair(dense_class, sparse_class)[1].requires_grad_(False)
+        for form in ("x", "state", "weight"):
+            layer.gate_gradient = NOTHING
+            x, h = torch.randn(T, B, I, requires_grad=form == "x"), random_state(layer, (B,))
+            tensors_of(h)[-1].requires_grad_(form == "state")
+            if form == "weight":
+                del layer.weight_hh_l0
+                layer.weight_hh_l0 = torch.randn(layer.bias_hh_l0.numel(), H, requires_grad=True)
+            layer(x, h)[0].sum().backward()
+            assert layer.gate_gradient_stats.steps == 1
+
+    @cells
+    def test_eval_with_gradients_is_torchs(self, dense_class, sparse_class):
+        dense, sparse = (layer.eval() for layer in make_pair(dense_class, sparse_class, {"dtype": torch.float64}))
+        x = torch.randn(2, 2, I, dtype=torch.float64, requires_grad=True)
+        assert_same(sparse(x), dense(x))
+        assert torch.autograd.gradgradcheck(lambda x: sparse(x)[0], x)
+
+    @cells
+    def test_no_rows_and_meta(self, dense_class, sparse_class):
+        dense, sparse = make_pair(dense_class, sparse_class)
+        assert_same(sparse(torch.zeros(T, 0, I)), dense(torch.zeros(T, 0, I)))
+        with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
+            sparse(torch.zeros(0, B, I))
+        meta = sparse_class(I, H, gate_gradient=NOTHING, device="meta")
+        assert meta(torch.zeros(T, B, I, device="meta"))[0].shape == (T, B, H)
+
+    @cells
+    @pytest.mark.parametrize("shape", [(T, B, I, 1), (I,), (T, B, I + 1), (T, I - 1), (0, I)], ids=str)
+    @pytest.mark.parametrize("batch_first", [False, True])
+    def test_errors_on_input(self, dense_class, sparse_class, shape, batch_first):
+        complaints = []
+        for layer in make_pair(dense_class, sparse_class, {"batch_first": batch_first}):
+            with pytest.raises((RuntimeError, ValueError)) as caught:
+                layer(torch.zeros(shape))
+            complaints.append((caught.type, str(caught.value)[:40]))
+        assert complaints[1] == complaints[0]
+
+    @cells
+    @pytest.mark.parametrize(
+        ("x", "state"),
+        [
+            ((T, B, I), (2, B, H)),
+            ((T, B, I), (1, B + 1, H)),
+            ((T, B, I), (1, B, H + 1)),
+            ((T, B, I), (1, H)),
+            ((T, I), (1, B, H)),
+            ((T, I), (2, H)),
+        ],
+        ids=str,
+    )
+    def test_errors_on_states(self, dense_class, sparse_class, x, state):
+        complaints = []
+        for layer in make_pair(dense_class, sparse_class):
+            h = torch.zeros(state)
+            with pytest.raises(RuntimeError) as caught:
+                layer(torch.zeros(x), (h, h) if layer.mode == "LSTM" else h)
+            complaints.append(str(caught.value))
+        assert complaints[1] == complaints[0]
+
+    @cells
+    def test_errors_on_arguments(self, dense_class, sparse_class):
+        dense, sparse = make_pair(dense_class, sparse_class)
+        x = torch.zeros(T, B, I)
+        for wrong in ((), (x, None, None), (None,), (x, "state"), (x.double(),), (x.long(),), (x.to("meta"), x)):
+            with pytest.raises((TypeError, ValueError, AttributeError, RuntimeError)):
+                dense(*wrong)
+            with pytest.raises((TypeError, ValueError, AttributeError, RuntimeError)):
+                sparse(*wrong)
+        assert inspect.signature(sparse.forward) == inspect.signature(dense.forward)

@@ -1,0 +1,106 @@
+"""What programs that train many models share."""
+
+import doctest
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from studies.runs import spread
+from studies.runs.labels import Label, place_labels
+from studies.runs.progress import one_thread, run_bars
+from studies.runs.records import Key, Records
+from triton_sparse_rnn.demo.plots import new_figure
+
+RECORDS = Records("bench.some", frozenset({"quality"}))
+
+
+def run(seed=0, quality=2.0):
+    return {"task": "characters", "row": "dense", "seed": seed, "steps": 500, "quality": quality}
+
+
+def test_runs_are_written_and_read(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    assert RECORDS.read(path) == []
+    runs = [run(seed) for seed in range(3)]
+    for each in runs:
+        RECORDS.append(path, each)
+    assert RECORDS.read(path) == runs
+    assert len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"task": "char', b"\x00\x00\x00\n", b'{"task": "characters"}', b"[1, 2", b"x" * 9999]
+)
+def test_a_damaged_last_line_is_left_out_and_cut_off(tmp_path, damage):
+    path = tmp_path / "runs.jsonl"
+    RECORDS.append(path, run(0))
+    with path.open("ab") as file:
+        file.write(damage)
+    assert [each["seed"] for each in RECORDS.read(path)] == [0]
+    RECORDS.append(path, run(1))
+    assert [each["seed"] for each in RECORDS.read(path)] == [0, 1]
+    assert len(path.read_bytes().splitlines()) == 2
+
+
+@pytest.mark.parametrize("foreign", ['{"quality": 1}\n', '{"task": 1, "row": 2, "seed": 3, "steps": 4}\n', "[]\n"])
+def test_a_foreign_file_is_refused_and_kept(tmp_path, foreign):
+    path = tmp_path / "notes"
+    path.write_text(foreign, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 1: not of bench\.some; name another file"):
+        RECORDS.append(path, run())
+    assert path.read_text(encoding="utf-8") == foreign
+
+
+def test_files_are_joined(tmp_path):
+    for name, quality in (("a", 1.0), ("b", 2.0)):
+        RECORDS.append(tmp_path / name, run(quality=quality))
+    RECORDS.append(tmp_path / "b", run(seed=1))
+    found = RECORDS.read_files([tmp_path / "a", tmp_path / "b"])
+    assert [key.seed for key in found] == [0, 1]
+    assert found[Key("characters", "dense", 0, 500)]["quality"] == 2.0
+    with pytest.raises(FileNotFoundError):
+        RECORDS.read_files([tmp_path / "c"])
+    (tmp_path / "d").touch()
+    with pytest.raises(ValueError, match="no finished run"):
+        RECORDS.read_files([tmp_path / "d"])
+
+
+def test_progress_says_what_is_finished():
+    shown = io.StringIO()
+    with run_bars(Console(file=shown, width=120), "characters", runs=2, done=1) as begin:
+        under_way = begin("dense, seed 0", 3)
+        for _ in range(3):
+            under_way.on_step(1.5)
+        under_way.finish("all is well")
+    assert "characters, dense, seed 0: all is well" in shown.getvalue()
+    assert "2/2" in shown.getvalue()
+
+
+def test_threads_are_given_back():
+    torch.set_num_threads(2)
+
+    @one_thread()
+    def interrupted():
+        assert torch.get_num_threads() == 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert torch.get_num_threads() == 2
+
+
+def test_labels_keep_apart():
+    axes = new_figure(4, 3).subplots()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    place_labels(axes, [Label(f"label {k}", 0.5, 0.5 + k / 1000, "black") for k in range(4)])
+    boxes = [note.get_window_extent() for note in axes.texts]
+    assert len(boxes) == 4
+    assert all(not a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
+
+
+def test_doctests():
+    found = doctest.testmod(spread)
+    assert found.attempted > 0
+    assert found.failed == 0

