@@ -97,7 +97,7 @@ class Ours:
                 converted.layer,
                 weight_dtype=self.weight_dtype,
                 activation_dtype=self.activation_dtype,
-                block_size=work.block_size,
+                storage=work.block_size,
                 backend="cpu",
             )
         x = work.x

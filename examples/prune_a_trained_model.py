@@ -52,7 +52,7 @@ def bits_per_byte(model: nn.Module, ids: Tensor) -> Tensor:
 def train(model: nn.Module, text: Text, steps: int, rate: float, schedule: Schedule | None = None) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     if schedule is not None:
-        Pruner(model, schedule, block_size=(16, 1)).attach(optimizer)
+        Pruner(model, schedule, pattern=(16, 1)).attach(optimizer)
     for step in range(steps):
         start = step * 64 % (len(text[0]) - 65)
         optimizer.zero_grad()

@@ -47,7 +47,7 @@ CASES = [
 def run(case: Case, settings: Settings, text: Text, reference: torch.nn.Module) -> tuple[str, ...]:
     """Forecast and train one case; returns its row of the table."""
     training = Training("dense", settings, text)  # the plain model: the pruner is ours
-    pruner = Pruner(training.model, _schedule(case, settings, reference), block_size=case.block_size)
+    pruner = Pruner(training.model, _schedule(case, settings, reference), pattern=case.block_size)
     predicted = forecast(training.model, pruner, reference).sparsity
     schedule = pruner.weights[0].schedules[0]
     assert schedule is not None
@@ -67,7 +67,7 @@ def _schedule(case: Case, settings: Settings, reference: torch.nn.Module) -> Sch
     if case.schedule == "PolynomialDecay":
         return PolynomialDecay(final_sparsity=case.sparsity, **steps)
     return ThresholdRamp.from_weights(
-        reference, case.sparsity, block_size=case.block_size, ramp_step=begin + (end - begin) // 3, **steps
+        reference, case.sparsity, pattern=case.block_size, ramp_step=begin + (end - begin) // 3, **steps
     )
 
 

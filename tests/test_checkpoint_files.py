@@ -55,7 +55,7 @@ def test_safetensors_files_whatever_their_name(tmp_path: Path, model: nn.Module)
 
 def test_files_of_save_sparse(tmp_path: Path, model: nn.Module):
     path = tmp_path / "model.safetensors"
-    converted = to_sparse(model, block_size=(8, 1), weight_dtype=torch.int8, backend="reference")
+    converted = to_sparse(model, storage=(8, 1), weight_dtype=torch.int8, backend="reference")
     save_sparse(converted, path)
     theirs, ours = sparsity_report(read_state_dict(path)), sparsity_report(converted)
     assert sorted(theirs.weights, key=str) == sorted(ours.weights, key=str)
@@ -93,7 +93,7 @@ def test_forged_blocks_are_found(tmp_path: Path, model: nn.Module, forge: Callab
 @pytest.mark.parametrize("columns", [2**30, 2**31, 10**12, 10**30])
 def test_forged_columns_take_no_memory(tmp_path: Path, model: nn.Module, columns: int):
     path = tmp_path / "model"
-    save_sparse(to_sparse(model, block_size=(16, 1)), path)
+    save_sparse(to_sparse(model, storage=(16, 1)), path)
     tensors, description = read_file(path)
     description["modules"]["0"]["weights"]["weight_ih_l0"]["shape"] = [96, columns]
     write_file(path, tensors, description)
@@ -103,7 +103,7 @@ def test_forged_columns_take_no_memory(tmp_path: Path, model: nn.Module, columns
 
 def test_no_weights_at_all_of_any_shape(tmp_path: Path, model: nn.Module):
     path = tmp_path / "model"
-    save_sparse(to_sparse(model, block_size=(16, 1)), path)
+    save_sparse(to_sparse(model, storage=(16, 1)), path)
     tensors, description = read_file(path)
     description["modules"]["0"]["weights"]["weight_hh_l0"] |= {"shape": [2**31 - 1, 2**31 - 1], "gates": 1}
     tensors[f"{WEIGHT}_values"] = torch.empty(0, 2**31 - 1, 2**31 - 1)
@@ -116,7 +116,7 @@ def test_no_weights_at_all_of_any_shape(tmp_path: Path, model: nn.Module):
 
 def test_blocks_of_another_number_of_gates(tmp_path: Path, model: nn.Module):
     path = tmp_path / "model"
-    save_sparse(to_sparse(model, block_size=(16, 1)), path)
+    save_sparse(to_sparse(model, storage=(16, 1)), path)
     tensors, description = read_file(path)
     description["modules"]["0"]["weights"]["weight_hh_l0"]["gates"] = 2  # of the same number of rows of blocks
     write_file(path, tensors, description)

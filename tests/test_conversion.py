@@ -140,7 +140,7 @@ def test_a_layer_by_itself(cell, converted):
 
 def test_options_reach_every_layer():
     options = {"backend": "reference", "activation_dtype": torch.int8, "num_threads": 2}
-    fast: Any = to_sparse(make_places(), weight_dtype=torch.int8, block_size=(2, 1), **options)
+    fast: Any = to_sparse(make_places(), weight_dtype=torch.int8, storage=(2, 1), **options)
     for module in (fast.rnn, fast.stack[0], fast.named["lstm"]):
         assert module.weight_hh_l0_values.dtype == torch.int8
         assert module.weight_hh_l0_values.shape[1:] == (1, 2)
@@ -208,8 +208,8 @@ def test_dense_weights_are_converted_with_a_warning():
         (nn.Linear(2, 2), {}, ValueError, "model must hold an nn.RNN, nn.GRU or nn.LSTM, got a Linear with none"),
         (nn.GRUCell(2, 2), {}, ValueError, "got a GRUCell with '' is a GRUCell, a single step without a sparse form"),
         (nn.GRU(2, 2), {"backend": "gpu"}, ValueError, "backend must be None or one of 'triton', 'cpu', 'reference'"),
-        (nn.GRU(2, 2), {"block_size": 4}, TypeError, "block_size must be two integers"),
-        (nn.GRU(2, 2), {"block_size": (0, 4)}, ValueError, "block_size must be at least"),
+        (nn.GRU(2, 2), {"storage": 4}, TypeError, "storage must be two integers"),
+        (nn.GRU(2, 2), {"storage": (0, 4)}, ValueError, "storage must be at least"),
         (nn.GRU(2, 2), {"weight_dtype": "half"}, ValueError, "weight_dtype must be one of"),
         (
             nn.GRU(2, 2),

@@ -318,6 +318,6 @@ def test_weights_that_are_converted_are_never_copied_dense(monkeypatch):
 
 def test_what_refuses_to_be_copied_says_why_itself():
     model = make_model()
-    model.pruner = Pruner(model, OneShot(sparsity=0.5, step=1), block_size=(16, 1))  # refers to the model weakly, too
+    model.pruner = Pruner(model, OneShot(sparsity=0.5, step=1), pattern=(16, 1))  # refers to the model weakly, too
     with pytest.raises(TypeError, match=r"model\.pruner holds a Pruner \(a Pruner cannot be copied or pickled"):
         to_sparse(model)

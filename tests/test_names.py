@@ -49,13 +49,13 @@ WRAPPED = {
 def test_names_are_those_of_the_model_in_its_wrappers(wrap):
     model = wrap()
     for include in (("decoder.*",), ("*",)):
-        pruner = Pruner(model, HALF, block_size=(2, 1), targets={"rnn.weight_ih*": None}, include=include)
+        pruner = Pruner(model, HALF, pattern=(2, 1), targets={"rnn.weight_ih*": None}, include=include)
         assert [weight.name for weight in pruner.weights] == ["rnn.weight_hh_l0", "decoder.weight"]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pruner.attach(optimizer)
     optimizer.step()
     plain = Model()
-    Pruner(plain, HALF, block_size=(2, 1), targets={"rnn.weight_ih*": None}, include=("*",)).load_state_dict(
+    Pruner(plain, HALF, pattern=(2, 1), targets={"rnn.weight_ih*": None}, include=("*",)).load_state_dict(
         pruner.state_dict()
     )
     report = sparsity_report(model)

@@ -34,7 +34,7 @@ def converted():
         (lambda: PersistentGRU.from_dense(nn.GRU(16, 64)), ["weight_ih_l0 is", "weight_hh_l0 is"]),
         (lambda: sparsify(nn.Sequential(nn.GRU(1, 1), Extended(1, 1))), ["sparsify left some layers"]),
         (
-            lambda: Pruner(nn.RNN(2, 2), PolynomialDecay.for_training(9), block_size=(2, 2)),
+            lambda: Pruner(nn.RNN(2, 2), PolynomialDecay.for_training(9), pattern=(2, 2)),
             ["weight_ih_l0 will be", "weight_hh_l0 will be"],
         ),
         (lambda: nn.Sequential(converted()).train(), ["PersistentGRU is for inference: train() changes nothing"]),

@@ -90,7 +90,7 @@ def prune_columns(layer: nn.RNNBase) -> nn.RNNBase:
 
 def converted(cell: type[nn.RNNBase], backend: str, options: dict[str, Any], sizes: dict[str, Any]) -> Any:
     layer: Any = cell(I, H, **sizes, **LIKE)  # type: ignore[misc]
-    return to_sparse(prune_columns(layer).eval(), block_size=(16, 4), backend=backend, **options)
+    return to_sparse(prune_columns(layer).eval(), storage=(16, 4), backend=backend, **options)
 
 
 def call_in_every_form(cell: type[nn.RNNBase], backend: str, options: dict[str, Any], **sizes: Any) -> list[Any]:
@@ -113,7 +113,7 @@ def int8(backend: str, activations: bool) -> list[Any]:
 
 def narrow_layer(backend: str) -> list[Any]:
     layer = prune_columns(nn.GRU(I, H, **LIKE)).half().eval()
-    fast = to_sparse(layer, backend=backend, block_size=(16, 1))
+    fast = to_sparse(layer, backend=backend, storage=(16, 1))
     return [fast(numbers(4, 2, I).half()), *fast.to_dense().state_dict().values()]
 
 

@@ -78,7 +78,7 @@ def test_state_dict_and_module_agree():
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.int8])
 def test_converted_model_is_reported_as_it_is_stored(weight_dtype: torch.dtype):
     model = pruned(nn.Sequential(nn.GRU(20, 32), nn.Linear(32, 3)))
-    converted = to_sparse(model.eval(), weight_dtype=weight_dtype, block_size=(8, 2), backend="reference")
+    converted = to_sparse(model.eval(), weight_dtype=weight_dtype, storage=(8, 2), backend="reference")
     report = sparsity_report(converted)
     stored = converted[0].stored_weights()["weight_hh_l0"]  # type: ignore[index]
     (hh,) = (weight for weight in report.weights if weight.name == "0.weight_hh_l0")
@@ -87,13 +87,13 @@ def test_converted_model_is_reported_as_it_is_stored(weight_dtype: torch.dtype):
     assert hh.nonzero == int(stored.to_dense().count_nonzero())
     assert {tensor.name for tensor in report.others} == {"0.bias_ih_l0", "0.bias_hh_l0", "1.weight", "1.bias"}
     if weight_dtype == torch.float32:
-        assert report == sparsity_report(model, block_size=(8, 2))
+        assert report == sparsity_report(model, pattern=(8, 2))
 
 
 def test_a_converted_layer_that_is_shared():
     layer = pruned(nn.GRU(20, 32))
     shared = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)}).eval()
-    assert sparsity_report(to_sparse(shared, block_size=(16, 1))) == sparsity_report(shared)
+    assert sparsity_report(to_sparse(shared, storage=(16, 1))) == sparsity_report(shared)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.int8])
@@ -105,7 +105,7 @@ def test_blocks_without_a_layer_are_other_tensors(weight_dtype: torch.dtype):
 
 def test_a_converted_layer_by_itself():
     layer = pruned(nn.GRU(20, 32))
-    assert sparsity_report(to_sparse(layer.eval()), block_size=(16, 1)) == sparsity_report(layer)
+    assert sparsity_report(to_sparse(layer.eval()), pattern=(16, 1)) == sparsity_report(layer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
@@ -144,8 +144,8 @@ def test_what_16_rows_would_give(weight_dtype: torch.dtype, block_size: tuple[in
     layer = pruned(nn.GRU(20, H))
     for weight in (layer.get_parameter("weight_ih_l0"), layer.get_parameter("weight_hh_l0")):
         weight.data *= torch.rand(3, H)[:, :, None].gt(0.7).flatten(0, 1)  # whole rows, few of them in a block of 16
-    converted = to_sparse(layer.eval(), block_size=block_size, weight_dtype=weight_dtype, backend="reference")
-    as_it_would_be = to_sparse(layer, block_size=(16, block_size[1]), weight_dtype=weight_dtype, backend="reference")
+    converted = to_sparse(layer.eval(), storage=block_size, weight_dtype=weight_dtype, backend="reference")
+    as_it_would_be = to_sparse(layer, storage=(16, block_size[1]), weight_dtype=weight_dtype, backend="reference")
     for weight in sparsity_report(converted).weights:
         assert weight.low_blocks is not None
         for count, module in zip(weight.low_blocks, (converted, as_it_would_be), strict=True):
@@ -168,7 +168,7 @@ def test_lines_about_low_blocks():
     layer = nn.GRU(4, 32, bias=False)
     nn.init.zeros_(layer.get_parameter("weight_ih_l0"))
     layer.get_parameter("weight_hh_l0").data[1:] = 0  # one row
-    text = str(sparsity_report(layer, block_size=(4, 1)))
+    text = str(sparsity_report(layer, pattern=(4, 1)))
     assert text.endswith(
         """
 A block takes as many vector multiply-adds as one of the next multiple of 16 rows, and on a GPU as many bytes:
@@ -191,7 +191,7 @@ def test_the_fullest_gate_of_a_unit_group(weight_dtype: torch.dtype, block_size:
     for name, weight in layer.named_parameters():
         weight.data[(slice(None), slice(12, None)) if "hh" in name else slice(1, None)] = 0
     layer.get_parameter("weight_hh_l1").data.view(4, 48, 48)[2, :24, :36] = 1
-    converted = to_sparse(layer.eval(), block_size=block_size, weight_dtype=weight_dtype, backend="reference")
+    converted = to_sparse(layer.eval(), storage=block_size, weight_dtype=weight_dtype, backend="reference")
     report = sparsity_report(converted)
     fullest = {weight.name: weight.fullest_group for weight in report.weights}
     assert fullest["weight_hh_l0"] == 1
@@ -244,8 +244,8 @@ def test_wrong_arguments():
         sparsity_report({"epoch": 3})
     with pytest.raises(ValueError, match=r"meta device, such as weight_ih_l0"):
         sparsity_report(nn.GRU(4, 8, device="meta"))
-    with pytest.raises(ValueError, match="block_size"):
-        sparsity_report(nn.GRU(4, 8), block_size=(0, 1))
+    with pytest.raises(ValueError, match="pattern"):
+        sparsity_report(nn.GRU(4, 8), pattern=(0, 1))
 
 
 def test_bare_state_dict_of_a_converted_model():

@@ -45,7 +45,7 @@ def make_model(seed=0, **options) -> Any:
 
 
 def prepare(path: Path, model: Any = None, **options) -> Any:
-    sparse = to_sparse(make_model() if model is None else model, block_size=(2, 1), **options)
+    sparse = to_sparse(make_model() if model is None else model, storage=(2, 1), **options)
     save_sparse(sparse, path)
     return sparse
 
@@ -80,7 +80,7 @@ TOKENS = torch.tensor([[1, 2], [3, 4], [8, 0]])
 def test_saved_and_loaded(tmp_path, build, weight_dtype):
     path = tmp_path / "a model"
     sparse = prepare(path, weight_dtype=weight_dtype)
-    fresh: Any = to_sparse(make_model(1), block_size=(2, 1)) if build == "sparse" else build(seed=1)
+    fresh: Any = to_sparse(make_model(1), storage=(2, 1)) if build == "sparse" else build(seed=1)
     parameters = dict(fresh.named_parameters())
     loaded: Any = load_sparse(fresh, str(path))
     assert loaded is fresh
@@ -103,7 +103,7 @@ def test_a_layer_by_itself(tmp_path, cell, dtype):
     layer = cell(4, 6, **options).requires_grad_(False)
     for weight in layer.parameters():
         weight[:, 1:] = 0
-    sparse = to_sparse(layer, block_size=(2, 1))
+    sparse = to_sparse(layer, storage=(2, 1))
     save_sparse(sparse, tmp_path / "layer")
     fresh = cell(4, 6, **options)
     loaded: Any = load_sparse(fresh, tmp_path / "layer")
@@ -226,8 +226,8 @@ def test_a_named_backend_of_a_converted_model_is_kept_or_refused(tmp_path):
     for weight in (gru.weight_ih_l0, gru.weight_hh_l0):
         weight[:, 1:] = 0
     for name, weight_dtype in (("float", None), ("double", torch.float64)):
-        save_sparse(to_sparse(gru, block_size=(2, 1), weight_dtype=weight_dtype), tmp_path / name)
-    model = to_sparse(gru, block_size=(2, 1), backend="cpu")
+        save_sparse(to_sparse(gru, storage=(2, 1), weight_dtype=weight_dtype), tmp_path / name)
+    model = to_sparse(gru, storage=(2, 1), backend="cpu")
     assert load_sparse(model, tmp_path / "float").backend == "cpu"
     assert_refused(tmp_path / "double", "backend 'cpu' cannot run this layer", model, BackendUnavailableError)
 
@@ -241,16 +241,16 @@ def make_gru(seed=0, zeroed=("weight_ih_l0", "weight_hh_l0")) -> Any:
 
 
 def test_quantized_activations_are_saved_and_what_runs_them_is_not(tmp_path):
-    narrow = {"block_size": (2, 1), "weight_dtype": torch.int8, "activation_dtype": torch.int8}
+    narrow = {"storage": (2, 1), "weight_dtype": torch.int8, "activation_dtype": torch.int8}
     sparse: Any = to_sparse(make_gru(), **narrow, num_threads=3, backend="reference")
     save_sparse(sparse, tmp_path / "file")
     x = torch.randn(5, 2, 4)
     loaded: Any = load_sparse(make_gru(1), tmp_path / "file")
     assert (loaded.activation_dtype, loaded.num_threads, loaded.backend) == (torch.int8, 1, None)
     torch.testing.assert_close(loaded(x)[0], sparse(x)[0], rtol=0, atol=0.01)  # integers may round the other way
-    converted: Any = load_sparse(to_sparse(make_gru(1), block_size=(2, 1), num_threads=2), tmp_path / "file")
+    converted: Any = load_sparse(to_sparse(make_gru(1), storage=(2, 1), num_threads=2), tmp_path / "file")
     assert (converted.activation_dtype, converted.num_threads) == (torch.int8, 2)
-    save_sparse(to_sparse(make_gru(), block_size=(2, 1), weight_dtype=torch.int8), tmp_path / "plain")
+    save_sparse(to_sparse(make_gru(), storage=(2, 1), weight_dtype=torch.int8), tmp_path / "plain")
     plain: Any = load_sparse(to_sparse(make_gru(1), **narrow), tmp_path / "plain")
     assert plain.activation_dtype is None
 
@@ -264,7 +264,7 @@ def test_a_dense_input_weight_is_saved(tmp_path, dense_in_the_model):
     x = torch.randn(5, 2, 4)
     zeroed = ["weight_hh_l0"] if dense_in_the_model else ["weight_ih_l0", "weight_hh_l0"]
     fresh: Any
-    for fresh in (make_gru(1, zeroed), to_sparse(make_gru(1, zeroed), block_size=(2, 1))):
+    for fresh in (make_gru(1, zeroed), to_sparse(make_gru(1, zeroed), storage=(2, 1))):
         loaded: Any = load_sparse(fresh, tmp_path / "file")
         assert torch.equal(loaded.weight_ih_l0, sparse.weight_ih_l0)
         assert torch.equal(loaded(x)[0], sparse(x)[0])
@@ -288,7 +288,7 @@ def test_a_model_that_raises_while_it_takes_tensors_is_restored(tmp_path):
 
 
 def test_a_model_that_raises_while_layers_are_replaced_is_restored(tmp_path):
-    sparse: Any = to_sparse(make_model(), block_size=(2, 1))
+    sparse: Any = to_sparse(make_model(), storage=(2, 1))
     model = make_model(1)
     model.rnn.register_forward_hook(lambda module, args, result: None)
     for compiled in (sparse, model):
@@ -317,7 +317,7 @@ def test_extra_state_is_not_saved(tmp_path):
         def get_extra_state(self):
             return {"steps": 3}
 
-    sparse = to_sparse(make_model(), block_size=(2, 1))
+    sparse = to_sparse(make_model(), storage=(2, 1))
     sparse.norm = Extra(2, 2)
     with pytest.raises(TypeError, match="tensors only, got something else at norm"):
         save_sparse(sparse, tmp_path / "file")
@@ -415,7 +415,7 @@ def test_forged_tensors_are_refused(tmp_path, change, message):
 def test_blocks_larger_than_their_matrix_and_none_stored_are_refused(tmp_path, block_size, backend):
     """A file of 3 KB, of which the first call took gigabytes."""
     BR, BC = block_size
-    save_sparse(to_sparse(make_gru(), block_size=(2, 1)), tmp_path / "file")
+    save_sparse(to_sparse(make_gru(), storage=(2, 1)), tmp_path / "file")
 
     def enlarge(tensors):
         tensors["weight_hh_l0_values"] = torch.empty(0, BC, BR)
@@ -425,7 +425,7 @@ def test_blocks_larger_than_their_matrix_and_none_stored_are_refused(tmp_path, b
     forge(
         tmp_path / "file", enlarge, lambda modules: modules[""]["weights"]["weight_hh_l0"].update(block_size=[BR, BC])
     )
-    model = make_gru(1) if backend is None else to_sparse(make_gru(1), block_size=(2, 1), backend=backend)
+    model = make_gru(1) if backend is None else to_sparse(make_gru(1), storage=(2, 1), backend=backend)
     assert_refused(tmp_path / "file", r"block_size must be at most \(4096, 4096\) for a matrix of 6 x 6, got", model)
 
 

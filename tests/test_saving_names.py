@@ -255,7 +255,7 @@ def test_sizes_that_are_numbers_of_numpy(tmp_path, cell):
         return layer
 
     layer = build().eval()
-    options: dict[str, Any] = {"num_threads": np.int64(1), "block_size": (np.int64(2), np.int32(1))}
+    options: dict[str, Any] = {"num_threads": np.int64(1), "storage": (np.int64(2), np.int32(1))}
     fast: Any = to_sparse(layer, **options)
     torch.testing.assert_close(fast(X)[0], layer(X)[0])
     save_sparse(fast, tmp_path / "file")

@@ -18,6 +18,7 @@ from triton_sparse_rnn.nn.replace import added_members, named_recurrent_layers
 from triton_sparse_rnn.nn.sparsify import sparsify
 from triton_sparse_rnn.nn.training import classes_of
 from triton_sparse_rnn.notices import about_layer, warn
+from triton_sparse_rnn.sparse.patterns import PatternLike
 
 __all__ = ["sparsify", "to_dense", "to_sparse"]
 
@@ -26,7 +27,7 @@ def to_sparse(
     model: nn.Module,
     *,
     weight_dtype: torch.dtype | None = None,
-    block_size: tuple[int, int] | None = None,
+    storage: PatternLike | None = None,
     backend: str | None = None,
     activation_dtype: torch.dtype | None = None,
     num_threads: int = 1,
@@ -51,7 +52,7 @@ def to_sparse(
 
     Args:
         model: any module; a recurrent layer by itself is converted too. Call .eval() first, as for any inference.
-        weight_dtype, block_size, backend, activation_dtype, num_threads: as for `PersistentGRU.from_dense`.
+        weight_dtype, storage, backend, activation_dtype, num_threads: as for `PersistentGRU.from_dense`.
     Returns:
         A new model of the same class; for a recurrent layer by itself the persistent module.
     Raises:
@@ -82,7 +83,7 @@ def to_sparse(
             converted[name] = persistent_class(layer).from_dense(
                 layer,
                 weight_dtype=weight_dtype,
-                block_size=block_size,
+                storage=storage,
                 backend=backend,
                 activation_dtype=activation_dtype,
                 num_threads=num_threads,

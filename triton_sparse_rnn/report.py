@@ -16,7 +16,8 @@ from triton_sparse_rnn.nn.computed_weights import join_parts
 from triton_sparse_rnn.nn.model_tensors import tensors_by_name
 from triton_sparse_rnn.recurrent_tensors import NAMES_BY_COUNT, find_gates, is_nonzero
 from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES, BlockMatrix
-from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS, check_block_size
+from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS
+from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern
 from triton_sparse_rnn.sparse.row_blocks import row_blocks
 from triton_sparse_rnn.tables import align
 
@@ -235,7 +236,7 @@ class SparsityReport:
         return ["", *align(rows, right=range(1, 5))]
 
 
-def sparsity_report(model: nn.Module | Mapping[str, Any], *, block_size: tuple[int, int] = (16, 1)) -> SparsityReport:
+def sparsity_report(model: nn.Module | Mapping[str, Any], *, pattern: PatternLike = (16, 1)) -> SparsityReport:
     """Count what is zero, and what would be stored and multiplied without it.
 
     Args:
@@ -243,7 +244,7 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, block_size: tuple[i
             values of a mapping may be BlockMatrix. Anything but tensors in a mapping is left out. A weight that
             a parametrization or a hook computes is counted by its values; a mapping tells those of weight_norm and
             prune, the functions. Names are reported without what wrappers such as torch.compile put in.
-        block_size: (BR, BC) in which weights that are not stored in blocks are counted.
+        pattern: in which weights that are not stored in blocks are counted.
     Returns:
         A report for every weight_ih, weight_hh and weight_hr (of nn.RNN, nn.GRU, nn.LSTM and their cells) and gate.
     Raises:
@@ -268,7 +269,7 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, block_size: tuple[i
       bytes     1,256 in blocks, 3,456 dense (2.75x)
       MAC/step  288 in blocks, 864 dense (3.00x)
     """
-    block_size = check_block_size(block_size)
+    block_size = as_pattern(pattern).block_size
     computed: tuple[str, ...] = ()
     if isinstance(model, nn.Module):
         tensors = tensors_by_name(model)

@@ -27,7 +27,7 @@ SCHEDULES = {"masks applied": FROZEN, "masks updated": UPDATED}
 def bench_training_step(benchmark, block_size: tuple[int, int], contender: str):
     layer, optimizer, run = prepare_training()
     if contender in SCHEDULES:
-        pruner = Pruner(layer, SCHEDULES[contender], block_size=block_size)
+        pruner = Pruner(layer, SCHEDULES[contender], pattern=block_size)
         pruner.attach(optimizer)
         run()
         assert_masked(layer, optimizer, pruner)
@@ -39,7 +39,7 @@ def bench_training_step(benchmark, block_size: tuple[int, int], contender: str):
 @pytest.mark.parametrize("block_size", BLOCK_SIZES, ids=str)
 def bench_pruner_alone(benchmark, block_size: tuple[int, int], contender: str):
     layer, optimizer, run = prepare_training()
-    pruner = Pruner(layer, SCHEDULES[contender], block_size=block_size)
+    pruner = Pruner(layer, SCHEDULES[contender], pattern=block_size)
     run()
     pruner.step(optimizer)
     assert_masked(layer, optimizer, pruner)

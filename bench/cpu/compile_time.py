@@ -46,7 +46,7 @@ def measure(name: str) -> dict[str, float]:
     layer = getattr(torch.nn, case["cell"])(64, 64)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*little to skip")
-        fast: Any = to_sparse(layer.eval(), block_size=case["block_size"], backend="cpu", **dtypes)
+        fast: Any = to_sparse(layer.eval(), storage=case["block_size"], backend="cpu", **dtypes)
     converted = time.perf_counter()
     fast.warm_up()
     return {"import": imported - start, "warm_up": time.perf_counter() - converted}

@@ -157,7 +157,7 @@ def convert(work: Workload) -> tuple[Any, dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*little to skip")  # some layers are dense on purpose
         dense = copy.deepcopy(work.layer).to(work.device)
-        fast = PERSISTENT[work.layer_name].from_dense(dense, block_size=work.block_size, backend="triton")
+        fast = PERSISTENT[work.layer_name].from_dense(dense, storage=work.block_size, backend="triton")
     with torch.inference_mode():
         fast(work.x.to(work.device))  # what is reported is how the last call of this batch size ran
     assert fast._plan is not None

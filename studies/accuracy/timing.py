@@ -92,7 +92,7 @@ def _contenders(task: Task, runs: Mapping[Key, dict[str, Any]], models: Path) ->
         block_size = None if run["pruner"] else DEFAULT_BLOCK  # or torch would multiply by an unpruned weight_ih
         for told in run["models"]:
             dtype = getattr(torch, told["weight_dtype"])
-            layer = convert(model, weight_dtype=dtype, block_size=block_size).rnn
+            layer = convert(model, weight_dtype=dtype, storage=block_size).rnn
             assert isinstance(layer, PersistentGRU)
             dense = layer.to_dense().eval()
             if x is None:

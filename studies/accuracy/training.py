@@ -40,8 +40,9 @@ from triton_sparse_rnn.doctor import processor_name, versions
 from triton_sparse_rnn.pruning import Schedule
 from triton_sparse_rnn.pruning.forecast import Forecast
 from triton_sparse_rnn.pruning.targets import Target
+from triton_sparse_rnn.sparse.patterns import Blocks
 
-PENALTIES = {"l1": lambda model, block_size: l1(model), "group_lasso": group_lasso}
+PENALTIES = {"l1": lambda model, pattern: l1(model), "group_lasso": group_lasso}
 DEFAULT_BLOCK = (16, 1)
 LOSSES = 20  # means of the training loss that are kept
 
@@ -110,7 +111,7 @@ def make_pruner(model: nn.Module, row: Row, size: Size, steps: int, dense: Path)
         dense: weights of the trained dense model, for a threshold.
     """
     arguments = dict(row.pruner)
-    arguments["block_size"] = tuple(arguments.get("block_size", DEFAULT_BLOCK))
+    arguments["pattern"] = Blocks(*arguments.pop("block_size", DEFAULT_BLOCK))
     chosen: dict[str, Any] = dict(row.arguments) | {
         name: max(int(name == "frequency"), round(share * steps)) for name, share in row.fractions.items()
     }
@@ -127,8 +128,8 @@ def make_pruner(model: nn.Module, row: Row, size: Size, steps: int, dense: Path)
         reference = copy.deepcopy(model)
         reference.load_state_dict(load_file(dense))
         quantile = chosen.pop("quantile")
-        block_size = arguments["block_size"]
-        schedule = ThresholdRamp.from_weights(reference, quantile, block_size=block_size, total_steps=steps, **chosen)
+        pattern = arguments["pattern"]
+        schedule = ThresholdRamp.from_weights(reference, quantile, pattern=pattern, total_steps=steps, **chosen)
     return Pruner(model, schedule, targets=targets, **arguments)
 
 
@@ -165,7 +166,7 @@ def _optimize(
 def _penalty(model: nn.Module, row: Row, pruner: Pruner | None) -> Tensor | float:
     if row.penalty is None or pruner is None or pruner.finished:
         return 0.0
-    return row.strength * PENALTIES[row.penalty](model, pruner.block_size)
+    return row.strength * PENALTIES[row.penalty](model, pruner.pattern)
 
 
 def _evaluate(task: Task, model: nn.Module, row: Row, weight_dtype: torch.dtype) -> dict[str, Any]:
@@ -200,7 +201,7 @@ def convert(model: nn.Module, **options: Any) -> nn.Module:
 
 def _outcome(model: nn.Module, row: Row, pruner: Pruner) -> Forecast:
     """Return what the model holds now, in the terms of a forecast: ConstantMask is read off the weights."""
-    options = {"block_size": pruner.block_size, "tie_gates": pruner.tie_gates, "targets": row.pruner.get("targets")}
+    options = {"pattern": pruner.pattern, "tie_gates": pruner.tie_gates, "targets": row.pruner.get("targets")}
     return forecast(model, Pruner(model, ConstantMask(), **options))
 
 

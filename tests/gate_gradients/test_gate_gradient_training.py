@@ -153,7 +153,7 @@ class TestTogether:
     def test_pruner(self, layer_class):
         model = make_model(GateGradientSparsity(target=0.8), layer_class)
         optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-        pruner = Pruner(model, OneShot(sparsity=0.75, step=2), block_size=(4, 1))
+        pruner = Pruner(model, OneShot(sparsity=0.75, step=2), pattern=(4, 1))
         pruner.attach(optimizer)
         for step in range(8):
             tokens, wanted = batch(step)

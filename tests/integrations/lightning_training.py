@@ -65,7 +65,7 @@ def make_trainer(*callbacks, package="lightning.pytorch", **options):
 
 
 def pruner_callback(**options) -> Any:
-    settings: dict[str, Any] = {"block_size": (4, 1)} | ({} if "schedule" in options else {"final_sparsity": 0.8})
+    settings: dict[str, Any] = {"pattern": (4, 1)} | ({} if "schedule" in options else {"final_sparsity": 0.8})
     return PrunerCallback(**settings | options)
 
 

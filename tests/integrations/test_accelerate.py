@@ -41,7 +41,7 @@ def test_accelerates_optimizer_counts_the_steps_that_it_makes(prepared, accelera
     inner = torch.optim.Adam(model.parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.StepLR(inner, 4)
     model, optimizer, scheduler = accelerator.prepare(model, inner, scheduler)
-    pruner = Pruner(model, SCHEDULE, block_size=(4, 1))
+    pruner = Pruner(model, SCHEDULE, pattern=(4, 1))
     with pruner.attach(optimizer if prepared else inner):
         for number, x in enumerate(batches(16)):
             with accelerator.accumulate(model):
@@ -80,7 +80,7 @@ def test_wrappers_that_write_nothing_cost_no_second_masking(kind, model, request
         optimizer._strategy = pytest.importorskip("lightning.pytorch.strategies").SingleDeviceStrategy()
         optimizer._strategy._lightning_module = None
         optimizer._strategy.optimizer_step = lambda optimizer, closure, **others: optimizer.step(closure)
-    pruner = Pruner(model, SCHEDULE, block_size=(4, 1))
+    pruner = Pruner(model, SCHEDULE, pattern=(4, 1))
     pruner.attach(optimizer)
     for number, x in enumerate(batches(3)):
         optimizer.zero_grad()
@@ -94,7 +94,7 @@ def test_accelerates_scaler_skips_steps(accelerator, model):
     accelerate_optimizer = pytest.importorskip("accelerate.optimizer").AcceleratedOptimizer
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     optimizer = accelerate_optimizer(torch.optim.Adam(model.parameters(), lr=0.01), scaler=scaler)
-    pruner = Pruner(model, SCHEDULE, block_size=(4, 1))
+    pruner = Pruner(model, SCHEDULE, pattern=(4, 1))
     pruner.attach(optimizer)
     for number, x in enumerate(batches(9)):
         scaler.scale(model(x)[0].square().mean()).backward()
@@ -112,7 +112,7 @@ def test_fabrics_optimizer(prepared, model):
     fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1)
     inner = torch.optim.Adam(model.parameters(), lr=0.01)
     wrapped, optimizer = fabric.setup(model, inner)
-    pruner = Pruner(model, SCHEDULE, block_size=(4, 1))
+    pruner = Pruner(model, SCHEDULE, pattern=(4, 1))
     with pruner.attach(optimizer if prepared else inner):
         for number, x in enumerate(batches(8)):
             optimizer.zero_grad()

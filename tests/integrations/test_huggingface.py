@@ -87,7 +87,7 @@ def make_trainer(folder, *callbacks, model: Any = None, trainer_class=Trainer, *
 
 
 def pruner_callback(**options) -> Any:
-    settings: dict[str, Any] = {"block_size": (4, 1)} | ({} if "schedule" in options else {"final_sparsity": 0.8})
+    settings: dict[str, Any] = {"pattern": (4, 1)} | ({} if "schedule" in options else {"final_sparsity": 0.8})
     return PrunerCallback(**settings | options)
 
 
@@ -224,7 +224,7 @@ def test_a_checkpoint_is_a_plain_model_to_load_and_convert(tmp_path):
     model: Any = trainer.model
     x = torch.randn(2, 7, 3)
     assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
-    fast: Any = to_sparse(model.eval(), block_size=(4, 1))
+    fast: Any = to_sparse(model.eval(), storage=(4, 1))
     save_sparse(fast, tmp_path / "one.safetensors")
     again: Any = load_sparse(make_model().eval(), tmp_path / "one.safetensors")
     assert again.rnn.density < 0.4

@@ -35,7 +35,7 @@ def test_fabric(tmp_path):
     trained = make_model()
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
     wrapped, stepping = launched.setup(trained, optimizer)
-    pruner = Pruner(wrapped, OneShot(sparsity=0.5, step=1), block_size=(16, 1), include=("*",))
+    pruner = Pruner(wrapped, OneShot(sparsity=0.5, step=1), pattern=(16, 1), include=("*",))
     assert [weight.name for weight in pruner.weights] == ["rnn.weight_ih_l0", "rnn.weight_hh_l0", "head.weight"]
     launched.backward(wrapped(X).sum())
     stepping.step()

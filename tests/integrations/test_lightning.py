@@ -130,7 +130,7 @@ def test_a_checkpoint_is_a_plain_model_to_load_and_convert(tmp_path):
     loaded = model_class().load_from_checkpoint(tmp_path / "one.ckpt").eval()
     x = torch.randn(2, 7, 3)
     assert torch.equal(loaded(x), model.eval()(x))
-    fast = to_sparse(model, block_size=(4, 1))  # with its trainer
+    fast = to_sparse(model, storage=(4, 1))  # with its trainer
     save_sparse(fast, tmp_path / "one.safetensors")
     again = load_sparse(model_class()().eval(), tmp_path / "one.safetensors")
     assert again.rnn.density < 0.4

@@ -64,7 +64,7 @@ def test_the_averaged_model_is_pruned_and_so_is_what_is_saved(kind, first, tmp_p
     weights = {name.removeprefix("module."): parameter for name, parameter in own.items()}
     assert all(not weights[name][~mask].any() for name, mask in callback.pruner.masks.items())
     assert looks.zeros[-1]
-    fast = to_sparse(model.eval(), block_size=(4, 1))
+    fast = to_sparse(model.eval(), storage=(4, 1))
     assert fast.rnn.density == pytest.approx(0.2, abs=0.03)
     for path in tmp_path.glob("*.ckpt"):
         checkpoint = torch.load(path, weights_only=True)

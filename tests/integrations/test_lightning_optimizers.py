@@ -120,7 +120,7 @@ def test_two_callbacks_of_one_trainer_are_refused():
     class Other(PrunerCallback):
         """Which Lightning takes for something else."""
 
-    other: Any = Other(final_sparsity=0.5, targets={"*ih*": None}, block_size=(4, 1))
+    other: Any = Other(final_sparsity=0.5, targets={"*ih*": None}, pattern=(4, 1))
     model = model_class()()
     with pytest.raises(ValueError, match=r"a trainer takes one Other, .* got two: give one callback .* by targets="):
         fit(pruner_callback(targets={"*hh*": None}), other, model=model)

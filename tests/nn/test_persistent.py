@@ -172,8 +172,8 @@ def test_meta_and_back():
             BackendUnavailableError,
             "backend 'triton' cannot run this layer: .*backend=None",
         ),
-        ({"block_size": 16}, TypeError, "block_size must be two integers"),
-        ({"block_size": (16, 0)}, ValueError, "block_size must be at least"),
+        ({"storage": 16}, TypeError, "storage must be two integers"),
+        ({"storage": (16, 0)}, ValueError, "storage must be at least"),
         ({"weight_dtype": torch.int16}, ValueError, "weight_dtype must be one of .* got torch.int16"),
         ({"weight_dtype": "int8"}, ValueError, "weight_dtype must be one of .* got int8"),
         (
@@ -330,7 +330,7 @@ def test_weights_that_hooks_compute_are_refused(cell):
         with pytest.raises(ValueError, match=r"weight_hh_l0 is computed by a hook .*remove.*\(layer, 'weight_hh_l0'\)"):
             convert(layer)
     prune.remove(pruned, "weight_hh_l0")
-    assert torch.equal(convert(pruned, block_size=(1, 1)).to_dense().weight_hh_l0, pruned.weight_hh_l0)
+    assert torch.equal(convert(pruned, storage=(1, 1)).to_dense().weight_hh_l0, pruned.weight_hh_l0)
 
 
 @pytest.mark.filterwarnings("ignore:weight_hh_l0 is")  # dense

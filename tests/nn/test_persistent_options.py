@@ -39,7 +39,7 @@ def make_half_pruned(cell, **options) -> Any:
 def convert_half_pruned(layer: Any, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*little to skip")
-        return convert(layer, block_size=None, **options)
+        return convert(layer, storage=None, **options)
 
 
 def convert_quantized(layer: Any, **options: Any) -> Any:

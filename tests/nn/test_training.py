@@ -144,7 +144,7 @@ def test_to_sparse_takes_options_by_name(dense_class, sparse_class):
     options = list(inspect.signature(sparse_class.to_sparse).parameters.values())[1:]
     assert {option.name: option.default for option in options} == {
         "weight_dtype": None,
-        "block_size": None,
+        "storage": None,
         "backend": None,
         "activation_dtype": None,
         "num_threads": 1,
@@ -154,7 +154,7 @@ def test_to_sparse_takes_options_by_name(dense_class, sparse_class):
     for weight in (layer.weight_ih_l0, layer.weight_hh_l0):
         weight[:, 1:] = 0
     given = {"backend": "reference", "activation_dtype": torch.int8, "num_threads": 2}
-    ours = layer.to_sparse(weight_dtype=torch.int8, block_size=(2, 1), **given)
+    ours = layer.to_sparse(weight_dtype=torch.int8, storage=(2, 1), **given)
     assert {name: getattr(ours, name) for name in given} == given
     assert ours.weight_hh_l0_values.shape[1:] == (1, 2)
     assert ours.weight_hh_l0_values.dtype == torch.int8

@@ -53,7 +53,7 @@ def test_blocks_do_not_reach_from_gate_to_gate():
     ("kept", "message"),
     [
         (lambda i, j: i >= 0, r"weight_x is 0% zeros and 100% of its 4x2 blocks .* runs as a dense product; prune it"),
-        (lambda i, j: (i + j) % 3 == 0, r"67% zeros and 100% .*do not fill blocks: prune with block_size=\(4, 2\)"),
+        (lambda i, j: (i + j) % 3 == 0, r"67% zeros and 100% .*do not fill blocks: prune with pattern=\(4, 2\)"),
         (lambda i, j: i < 4, None),
         (lambda i, j: i < 0, None),
     ],
@@ -174,7 +174,7 @@ def test_a_layer_without_a_kernel_is_named_with_the_reason():
         (nn.LSTM, {"weight_dtype": torch.float64}, "weight_ih is stored as torch.float64"),
         (nn.GRU, {"weight_dtype": torch.float64}, "weight_ih is stored as torch.float64"),
         (nn.GRU, {}, None),
-        (nn.LSTM, {"block_size": (3, 1)}, None),
+        (nn.LSTM, {"storage": (3, 1)}, None),
         (nn.LSTM, {"weight_dtype": torch.float64, "backend": "reference"}, None),
         (nn.GRU, {"backend": "cpu"}, None),
     ],
@@ -185,7 +185,7 @@ def test_a_fall_back_to_the_reference_is_said_unless_asked_for(cell, options, re
         weight[:, 1:] = 0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        to_sparse(layer, **{"block_size": (4, 1), **options})
+        to_sparse(layer, **{"storage": (4, 1), **options})
     said = [str(warning.message) for warning in caught]
     assert len(said) == (reason is not None), said
     if reason:

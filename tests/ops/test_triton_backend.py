@@ -63,7 +63,7 @@ def make_gru(num_layers: int = 1) -> Any:
 
 
 def convert(dense: Any, **options: Any) -> Any:
-    return PersistentGRU.from_dense(dense, **{"backend": "triton", "block_size": (4, 1), **options})
+    return PersistentGRU.from_dense(dense, **{"backend": "triton", "storage": (4, 1), **options})
 
 
 def test_why_it_cannot_run_on_a_machine(monkeypatch):
@@ -145,7 +145,7 @@ def test_refusals_of_a_module():
     for weight in (pruned.weight_ih_l0, pruned.weight_hh_l0):
         weight[:, 1:] = 0
     with pytest.raises(BackendUnavailableError, match=r"'triton' cannot run this layer: the layer has proj_size"):
-        PersistentLSTM.from_dense(pruned, backend="triton", block_size=(4, 1))
+        PersistentLSTM.from_dense(pruned, backend="triton", storage=(4, 1))
     with pytest.raises(BackendUnavailableError, match=r"cannot run this layer: weight_ih is stored as torch.int8"):
         convert(make_gru(), weight_dtype=torch.int8)
     with pytest.raises(BackendUnavailableError, match=r"cannot run this layer: it computes in float32"):

@@ -35,7 +35,7 @@ def sam_step(layer, sam, seed=0):
 def test_two_calls_of_a_sharpness_aware_optimizer_are_one_step(inside, base):
     layer = gru(5, 7)
     sam = Sam(layer.parameters(), base, lr=0.02)
-    pruner = Pruner(layer, DECAY, block_size=(2, 1))
+    pruner = Pruner(layer, DECAY, pattern=(2, 1))
     pruner.attach(sam.base_optimizer if inside else sam)
     for step in range(8):
         sam_step(layer, sam, seed=step)
@@ -47,7 +47,7 @@ def test_two_calls_of_a_sharpness_aware_optimizer_are_one_step(inside, base):
 def test_a_closure_of_a_sharpness_aware_optimizer_is_one_step():
     layer = gru(5, 7)
     sam = Sam(layer.parameters(), lr=0.02)
-    pruner = Pruner(layer, DECAY, block_size=(2, 1))
+    pruner = Pruner(layer, DECAY, pattern=(2, 1))
     pruner.attach(sam)
     for step in range(8):
         sam.zero_grad()
@@ -61,7 +61,7 @@ def test_a_closure_of_a_sharpness_aware_optimizer_is_one_step():
 def test_no_weight_comes_back_when_slow_weights_do(wrapper):
     layer = gru(5, 7)
     lookahead = wrapper(adam(layer), k=3)
-    pruner = Pruner(layer, DECAY, block_size=(2, 1))
+    pruner = Pruner(layer, DECAY, pattern=(2, 1))
     pruner.attach(lookahead)
     train(layer, lookahead, 10, after=lambda: zeros_hold(pruner) or pytest.fail("a pruned weight is not zero"))
     assert pruner.step_count == 10
@@ -74,7 +74,7 @@ def test_wrappers_in_wrappers_count_each_step_once():
     layer = gru(5, 7)
     inner = adam(layer)
     outer: Any = Plain(HookedLookahead(Lookahead(inner, k=2), k=5))
-    pruner = Pruner(layer, DECAY, block_size=(2, 1))
+    pruner = Pruner(layer, DECAY, pattern=(2, 1))
     with pruner.attach(outer):
         train(layer, outer, 10, after=lambda: zeros_hold(pruner) or pytest.fail("a pruned weight is not zero"))
         assert pruner.step_count == 10
@@ -90,7 +90,7 @@ def test_weights_shared_out_to_several_optimizers_are_counted_outside_and_masked
         torch.optim.SGD([layer.weight_hh_l0, layer.bias_hh_l0], lr=0.02, momentum=0.9),
     ]
     both = Several(parts)
-    pruner = Pruner(layer, DECAY, block_size=(2, 1))
+    pruner = Pruner(layer, DECAY, pattern=(2, 1))
     pruner.attach(both)
     for step in range(8):
         layer.zero_grad()
@@ -105,7 +105,7 @@ def test_weights_shared_out_to_several_optimizers_are_counted_outside_and_masked
 def test_a_step_by_hand_masks_what_the_optimizers_inside_remember():
     layer = gru(5, 7)
     lookahead = Lookahead(adam(layer), k=3)
-    pruner = Pruner(layer, DECAY, block_size=(2, 1))
+    pruner = Pruner(layer, DECAY, pattern=(2, 1))
     train(layer, lookahead, 8, after=lambda: pruner.step(lookahead))
     assert pruner.step_count == 8
     assert masked_everywhere(pruner, lookahead.optimizer)
@@ -170,7 +170,7 @@ def test_a_compiled_step_counts_without_being_compiled_anew(how, kind):
     layer = gru(5, 7)
     torch.optim.Adam(gru(2, 3).parameters())  # from now on Adam.step calls hooks, too
     optimizer = kind(layer.parameters(), lr=0.02)
-    pruner = Pruner(layer, DECAY, block_size=(2, 1))
+    pruner = Pruner(layer, DECAY, pattern=(2, 1))
     pruner.attach(optimizer)
     torch._dynamo.reset()
     graphs = []
@@ -229,7 +229,7 @@ def test_a_step_that_calls_that_of_its_super_class_is_one(attach_to):
     optimizer = SteppingBySuper(layer.parameters(), lr=0.02)
     torch.optim.Adam(gru(2, 3).parameters())  # from now on Adam.step calls hooks, too
     outer = attach_to(optimizer)
-    pruner = Pruner(layer, DECAY, block_size=(2, 1))
+    pruner = Pruner(layer, DECAY, pattern=(2, 1))
     pruner.attach(outer)
     for step in range(8):
         train(layer, outer, 1)
@@ -257,7 +257,7 @@ def test_a_wrapper_of_two_optimizers_with_the_same_weights_counts_its_own_steps(
     layer = gru(5, 7)
     switching = Switching(layer.parameters(), turns)
     optimizer = wrap(switching)
-    pruner = Pruner(layer, DECAY, block_size=(2, 1))
+    pruner = Pruner(layer, DECAY, pattern=(2, 1))
     pruner.attach(optimizer)
     for step in range(20):
         train(layer, optimizer, 1)
@@ -288,7 +288,7 @@ def test_constant_mask_is_read_before_a_step_with_gradients_set_by_hand(set_by_h
             weight.view(3, 2, 4, -1)[:, 0, :, ::2] = 0
     before = {name: weight != 0 for name, weight in layer.named_parameters() if "weight" in name}
     optimizer = wrap(torch.optim.SGD(layer.parameters(), lr=0.1))
-    pruner = Pruner(layer, ConstantMask(), block_size=(4, 1))
+    pruner = Pruner(layer, ConstantMask(), pattern=(4, 1))
     pruner.attach(optimizer)
     for _ in range(2):
         for name in before:
@@ -307,7 +307,7 @@ def test_constant_mask_that_would_be_read_too_late_is_refused_in_a_step_by_hand(
         layer.weight_ih_l0.view(3, 2, 4, 6)[:, 0, :, ::2] = 0
         layer.weight_hh_l0.view(3, 2, 4, 8)[:, 0, :, ::2] = 0
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    pruner = Pruner(layer, ConstantMask(), block_size=(4, 1))
+    pruner = Pruner(layer, ConstantMask(), pattern=(4, 1))
     (layer.weight_hh_l0.grad,) = torch.autograd.grad(layer(torch.ones(3, 2, 6))[0].sum(), [layer.weight_hh_l0])
     optimizer.step()
     with pytest.raises(
@@ -324,7 +324,7 @@ def test_constant_mask_names_each_weight_that_is_dense():
     layer = gru(6, 8)
     with torch.no_grad():
         layer.weight_hh_l0.view(3, 2, 4, 8)[:, 0, :, ::2] = 0
-    pruner = Pruner(layer, ConstantMask(), block_size=(4, 1))
+    pruner = Pruner(layer, ConstantMask(), pattern=(4, 1))
     with pytest.warns(
         UserWarning, match=r"no \(4, 1\) block of zeros in weight_ih_l0: .* targets=\{'weight_ih_l0': None"
     ):
@@ -332,7 +332,7 @@ def test_constant_mask_names_each_weight_that_is_dense():
     backward(layer)  # said once
     assert pruner.sparsities["weight_hh_l0"] == 0.25
     assert pruner.sparsities["weight_ih_l0"] == 0
-    meant = Pruner(layer, ConstantMask(), block_size=(4, 1), targets={"weight_ih_l0": None})
+    meant = Pruner(layer, ConstantMask(), pattern=(4, 1), targets={"weight_ih_l0": None})
     backward(layer)
     assert meant.sparsity == 0.25
 
@@ -340,7 +340,7 @@ def test_constant_mask_names_each_weight_that_is_dense():
 def test_constant_mask_looks_only_at_the_gates_it_was_given():
     layer = gru(6, 8)
     targets = {"*hh*": {"r": ConstantMask(), "z": PolynomialDecay(final_sparsity=0.5, begin_step=0, end_step=4)}}
-    pruner = Pruner(layer, None, block_size=(4, 1), targets=targets)
+    pruner = Pruner(layer, None, pattern=(4, 1), targets=targets)
     with pytest.raises(ValueError, match=r"ConstantMask found no \(4, 1\) block of zeros in weight_hh_l0: load"):
         backward(layer)
     assert pruner.step_count == 0

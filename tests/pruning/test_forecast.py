@@ -41,9 +41,9 @@ def train(model, pruner=None):
 @pytest.mark.parametrize(
     "options",
     [
-        {"block_size": (16, 1)},
-        {"block_size": (7, 2), "tie_gates": True},
-        {"block_size": (1, 1), "balanced": True},
+        {"pattern": (16, 1)},
+        {"pattern": (7, 2), "tie_gates": True},
+        {"pattern": (1, 1), "balanced": True},
         {"targets": {"*ih*": {"n": None, "z": OneShot(sparsity=0.5, step=30)}}},
     ],
     ids=str,
@@ -72,11 +72,11 @@ def test_threshold_ramp_is_foreseen_from_a_dense_twin(sparsity):
     dense = train(Model())
     span: dict[str, Any] = {"begin_step": 10, "ramp_step": 40, "end_step": 100, "frequency": 6}
     targets = {
-        names: ThresholdRamp.from_weights(dense, sparsity, names=names, block_size=(1, 1), **span)
+        names: ThresholdRamp.from_weights(dense, sparsity, names=names, pattern=(1, 1), **span)
         for names in ("*weight_ih*", "*weight_hh*")
     }
     model = Model()
-    pruner = Pruner(model, None, targets=targets, block_size=(1, 1))
+    pruner = Pruner(model, None, targets=targets, pattern=(1, 1))
     predicted = forecast(model, pruner, dense)
     assert forecast(model, pruner, dense.state_dict()) == predicted
     train(model, pruner)
@@ -86,8 +86,8 @@ def test_threshold_ramp_is_foreseen_from_a_dense_twin(sparsity):
 def test_reference_of_another_origin_gives_its_quantile():
     dense, model = train(Model(seed=1)), Model(seed=2)
     span: dict[str, Any] = {"begin_step": 1, "ramp_step": 50, "end_step": 100, "frequency": 5}
-    ramp = ThresholdRamp.from_weights(dense, 0.8, block_size=(1, 1), **span)
-    pruner = Pruner(model, ramp, block_size=(1, 1))
+    ramp = ThresholdRamp.from_weights(dense, 0.8, pattern=(1, 1), **span)
+    pruner = Pruner(model, ramp, pattern=(1, 1))
     assert forecast(model, pruner, dense).sparsity == pytest.approx(0.8, abs=1e-3)
     assert forecast(dense, pruner).sparsity == pytest.approx(0.8, abs=1e-3)
 

@@ -70,5 +70,5 @@ def test_nothing_to_penalise_is_an_error():
     for penalty in (group_lasso, l1):
         with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
             penalty("x")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="block_size"):
+    with pytest.raises(ValueError, match="pattern"):
         group_lasso(gru(2, 2), (0, 1))

@@ -28,7 +28,7 @@ def test_each_gate_prunes_its_lowest_blocks_at_every_remainder(kind, block_size)
     layer = LAYERS[kind]()
     before = {name: weight.detach().clone() for name, weight in layer.named_parameters()}
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
-    pruner, _ = attached(layer, OneShot(sparsity=0.6, step=1), optimizer, block_size=block_size)
+    pruner, _ = attached(layer, OneShot(sparsity=0.6, step=1), optimizer, pattern=block_size)
     train(layer, optimizer, 1)
     for weight in pruner.weights:
         old, mask = before[weight.name], pruner.masks[weight.name]
@@ -51,7 +51,7 @@ def test_each_gate_prunes_its_lowest_blocks_at_every_remainder(kind, block_size)
 def test_decay_reaches_the_count_of_every_update_and_nothing_grows_back():
     layer = gru(6, 10)
     schedule = PolynomialDecay(final_sparsity=0.87, begin_step=2, end_step=11, frequency=4)
-    pruner, optimizer = attached(layer, schedule, block_size=(3, 1))
+    pruner, optimizer = attached(layer, schedule, pattern=(3, 1))
     masks = []
     train(layer, optimizer, 15, after=lambda: masks.append(pruner.masks["weight_hh_l0"]))
     due = {1: 0, 2: 2, 6: 6, 10: 10, 11: 11}
@@ -73,7 +73,7 @@ def test_threshold_ramp_is_algorithm_1():
     twin, layer = gru(5, 6), gru(5, 6)
     twin.load_state_dict(layer.state_dict())
     schedule = ThresholdRamp(q=0.3, begin_step=2, ramp_step=6, end_step=14, frequency=3, slope_ratio=2.0)
-    pruner, optimizer = attached(layer, schedule, torch.optim.SGD(layer.parameters(), lr=0.5), block_size=(1, 1))
+    pruner, optimizer = attached(layer, schedule, torch.optim.SGD(layer.parameters(), lr=0.5), pattern=(1, 1))
     train(layer, optimizer, 18)
 
     theta = 0.3 * 3 / (4 + 2.0 * 8)
@@ -99,7 +99,7 @@ def test_threshold_ramp_is_algorithm_1():
 @pytest.mark.parametrize("block_size", [(1, 1), (4, 2)])
 def test_tied_gates_share_one_mask(block_size):
     layer = nn.LSTM(5, 7)
-    pruner, optimizer = attached(layer, NOW, tie_gates=True, block_size=block_size)
+    pruner, optimizer = attached(layer, NOW, tie_gates=True, pattern=block_size)
     train(layer, optimizer, 1)
     for mask in pruner.masks.values():
         first, *others = mask.split(7)
@@ -112,7 +112,7 @@ def test_balanced_prunes_unit_groups_alike():
     layer = gru(9, 8)
     with torch.no_grad():
         layer.weight_hh_l0[:2] *= 100
-    pruner, optimizer = attached(layer, NOW, balanced=True, block_size=(2, 1))
+    pruner, optimizer = attached(layer, NOW, balanced=True, pattern=(2, 1))
     train(layer, optimizer, 1)
     assert (~pruner.masks["weight_hh_l0"]).sum(-1).tolist() == [4] * 24
     assert (~pruner.masks["weight_ih_l0"]).sum(-1).tolist() == [4] * 24  # round(4.5) is 4
@@ -121,7 +121,7 @@ def test_balanced_prunes_unit_groups_alike():
 def test_gates_with_schedules_of_their_own():
     layer = gru(6, 8)
     targets = {"*hh*": {"r": OneShot(sparsity=0.75, step=2), "n": None}}
-    pruner, optimizer = attached(layer, NOW, targets=targets, block_size=(4, 1))
+    pruner, optimizer = attached(layer, NOW, targets=targets, pattern=(4, 1))
     seen = []
     train(
         layer,
@@ -135,7 +135,7 @@ def test_gates_with_schedules_of_their_own():
 
 def test_included_matrices_are_pruned_flat():
     model = nn.ModuleDict({"rnn": nn.RNN(4, 4), "convolution": nn.Conv1d(4, 6, 3)})
-    pruner = Pruner(model, NOW, block_size=(4, 2), include=("*conv*",))
+    pruner = Pruner(model, NOW, pattern=(4, 2), include=("*conv*",))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -166,7 +166,7 @@ def test_schedule_of_a_user():
             return 1 - 0.5 ** min(step, self.last_step)
 
     layer = gru(8, 8)
-    pruner, optimizer = attached(layer, Halve(), block_size=(1, 1))
+    pruner, optimizer = attached(layer, Halve(), pattern=(1, 1))
     seen = []
     train(layer, optimizer, 4, after=lambda: seen.append(pruner.sparsity))
     assert seen == [0.5, 0.75, 0.875, 0.875]
@@ -247,7 +247,7 @@ def test_nan_weights_are_kept_and_crash_nothing(score):
         layer.weight_hh_l0[3, 4] = math.nan
     schedule = PolynomialDecay(final_sparsity=0.9, begin_step=0, end_step=1)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
-    pruner, _ = attached(layer, schedule, optimizer, block_size=(2, 2), score=score)
+    pruner, _ = attached(layer, schedule, optimizer, pattern=(2, 2), score=score)
     for parameter in layer.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -259,7 +259,7 @@ def test_nan_weights_are_kept_and_crash_nothing(score):
 def test_schedule_that_begins_at_step_zero_prunes_with_the_first_step():
     layer = gru(8, 8)
     schedule = PolynomialDecay(initial_sparsity=0.5, final_sparsity=0.75, begin_step=0, end_step=100)
-    pruner, optimizer = attached(layer, schedule, block_size=(1, 1))
+    pruner, optimizer = attached(layer, schedule, pattern=(1, 1))
     before = layer.weight_hh_l0.detach().clone()
     backward(layer)
     assert torch.equal(layer.weight_hh_l0, before)  # a backward pass never writes weights
@@ -271,12 +271,12 @@ def test_schedule_that_begins_at_step_zero_prunes_with_the_first_step():
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_constant_mask_keeps_the_zeros_of_a_checkpoint(when):
     trained = gru(6, 8)
-    source, optimizer = attached(trained, OneShot(sparsity=0.7, step=1), block_size=(4, 1))
+    source, optimizer = attached(trained, OneShot(sparsity=0.7, step=1), pattern=(4, 1))
     train(trained, optimizer, 2)
     layer = gru(6, 8)
     if when == "before":
         layer.load_state_dict(trained.state_dict())
-    pruner, optimizer = attached(layer, ConstantMask(), block_size=(4, 1))
+    pruner, optimizer = attached(layer, ConstantMask(), pattern=(4, 1))
     if when == "after":
         layer.load_state_dict(trained.state_dict())
     train(layer, optimizer, 3)
@@ -299,5 +299,5 @@ def test_constant_mask_of_a_dense_model_is_an_error():
 def test_blocks_far_beyond_a_weight_are_refused_at_once():
     message = r"block_size must be at most \(4096, 4096\) for each gate of weight_ih_l0 of 7 x 5, got \(1000000000, 1\)"
     with pytest.raises(ValueError, match=message):
-        Pruner(nn.GRU(5, 7), OneShot(sparsity=0.5, step=1), block_size=(10**9, 1))
-    Pruner(nn.GRU(5, 7), OneShot(sparsity=0.5, step=1), block_size=(1, 1000), targets={"*_ih_*": None}, score="max")
+        Pruner(nn.GRU(5, 7), OneShot(sparsity=0.5, step=1), pattern=(10**9, 1))
+    Pruner(nn.GRU(5, 7), OneShot(sparsity=0.5, step=1), pattern=(1, 1000), targets={"*_ih_*": None}, score="max")

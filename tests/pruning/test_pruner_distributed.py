@@ -25,7 +25,7 @@ def train_on_rank(rank: int, folder: Path) -> None:
     layer = gru(5, 7)
     model = nn.parallel.DistributedDataParallel(layer)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    pruner = Pruner(model, SCHEDULE, block_size=(2, 1))
+    pruner = Pruner(model, SCHEDULE, pattern=(2, 1))
     pruner.attach(optimizer)
     for _ in range(7):
         optimizer.zero_grad()
@@ -48,7 +48,7 @@ def masks_of_a_shared_out_optimizer() -> dict[str, torch.Tensor]:
     layer = gru(5, 7)
     model = nn.parallel.DistributedDataParallel(layer)
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.02)
-    pruner = Pruner(model, SCHEDULE, block_size=(2, 1))
+    pruner = Pruner(model, SCHEDULE, pattern=(2, 1))
     pruner.attach(optimizer)
     for step in range(7):
         optimizer.zero_grad()
@@ -91,4 +91,4 @@ def test_ranks_find_the_same_masks(tmp_path):
     assert (~first["shared out"]["weight_hh_l0"]).float().mean() == pytest.approx(0.7, abs=0.05)
     assert "weight_hh_l0 must be a plain nn.Parameter, got a DTensor" in first["sharded"]
     plain = gru(5, 7)
-    Pruner(plain, SCHEDULE, block_size=(2, 1)).load_state_dict(first["pruner"])  # a model without the wrapper
+    Pruner(plain, SCHEDULE, pattern=(2, 1)).load_state_dict(first["pruner"])  # a model without the wrapper

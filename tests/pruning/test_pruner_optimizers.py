@@ -35,9 +35,7 @@ def test_pruned_places_are_zero_in_everything_an_optimizer_remembers(kind):
     torch.manual_seed(0)
     layer = gru(5, 7)
     optimizer = OPTIMIZERS[kind](layer.parameters())
-    pruner = Pruner(
-        layer, PolynomialDecay(final_sparsity=0.8, begin_step=2, end_step=6, frequency=2), block_size=(2, 2)
-    )
+    pruner = Pruner(layer, PolynomialDecay(final_sparsity=0.8, begin_step=2, end_step=6, frequency=2), pattern=(2, 2))
     pruner.attach(optimizer)
     for seed in range(8):
         optimizer.zero_grad()

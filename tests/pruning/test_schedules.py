@@ -107,7 +107,7 @@ def test_lengths_that_make_no_schedule(total, others, error, message):
 @pytest.mark.parametrize("score", ["max", "mean", "l2"])
 def test_from_weights_takes_the_percentile_of_pooled_block_scores(block_size, score):
     model = nn.Sequential(nn.LSTM(5, 7, num_layers=2, bidirectional=True), nn.Linear(3, 3))
-    schedule = ThresholdRamp.from_weights(model, 0.6, names="*weight_hh*", block_size=block_size, score=score, **SPAN)
+    schedule = ThresholdRamp.from_weights(model, 0.6, names="*weight_hh*", pattern=block_size, score=score, **SPAN)
     scores = torch.cat(
         [
             block_scores(weight.detach().unflatten(0, (4, -1)), block_size, score).flatten()
@@ -123,7 +123,7 @@ def test_from_weights_with_tied_gates_pools_unit_groups():
     layer = nn.GRU(4, 8)
     scores = {"max": lambda gates: gates.abs().amax(0), "l2": lambda gates: gates.norm(dim=0)}
     for score, combined in scores.items():
-        options: dict[str, Any] = {"names": "*ih*", "block_size": (1, 1), "score": score, "tie_gates": True}
+        options: dict[str, Any] = {"names": "*ih*", "pattern": (1, 1), "score": score, "tie_gates": True}
         tied = ThresholdRamp.from_weights(layer, 0.5, **options, **SPAN)
         assert (combined(layer.get_parameter("weight_ih_l0").detach().unflatten(0, (3, 8))) <= tied.q).sum() == 16
 
@@ -213,8 +213,8 @@ def test_numbers_of_numpy_become_plain(kind, arguments, plain):
 
 def test_from_weights_takes_numbers_of_numpy_and_names_wrong_types():
     layer, size = nn.GRU(4, 8), (np.int64(2), 1)
-    ramp = ThresholdRamp.from_weights(layer, np.float64(0.5), block_size=size, **SPAN)  # type: ignore[arg-type]
-    assert ramp == ThresholdRamp.from_weights(layer, 0.5, block_size=(2, 1), **SPAN)
+    ramp = ThresholdRamp.from_weights(layer, np.float64(0.5), pattern=size, **SPAN)  # type: ignore[arg-type]
+    assert ramp == ThresholdRamp.from_weights(layer, 0.5, pattern=(2, 1), **SPAN)
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
         ThresholdRamp.from_weights("x", **SPAN)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"names must be a glob .* got 3"):

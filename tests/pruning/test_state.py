@@ -57,7 +57,7 @@ class Run:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
-    "options", [{"block_size": (1, 1)}, {"block_size": (3, 2), "tie_gates": True, "score": "mean"}], ids=str
+    "options", [{"pattern": (1, 1)}, {"pattern": (3, 2), "tie_gates": True, "score": "mean"}], ids=str
 )
 def test_resumed_training_is_the_same_to_the_bit(optimizer, schedule, options):
     whole = Run(SCHEDULES[schedule], optimizer, seed=0, **options)
@@ -104,10 +104,10 @@ def test_what_becomes_zero_later_is_not_pruned_on_resume():
 
 
 def test_loading_applies_masks_at_once_and_replaces_all_of_the_old():
-    run = Run(DECAY, "adam", seed=0, block_size=(1, 1))
+    run = Run(DECAY, "adam", seed=0, pattern=(1, 1))
     fresh = run.pruner.state_dict()
     run.train(range(9))
-    other = Run(DECAY, "adam", seed=1, block_size=(1, 1))
+    other = Run(DECAY, "adam", seed=1, pattern=(1, 1))
     other.pruner.load_state_dict(run.pruner.state_dict())
     assert all(not other.layer.get_parameter(name)[~mask].any() for name, mask in run.pruner.masks.items())
     assert (other.pruner.step_count, other.pruner.sparsity) == (9, run.pruner.sparsity)
@@ -132,7 +132,10 @@ def test_state_is_a_snapshot():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_size": (8, 1)}, r"block_size=\[16, 1\] in state_dict, but this pruner has \[8, 1\]"),
+        (
+            {"pattern": (8, 1)},
+            r"pattern='Blocks\(rows=16, .*' in state_dict, but this pruner has 'Blocks\(rows=8, .*'",
+        ),
         ({"score": "max"}, "score='l2' in state_dict, but this pruner has 'max'"),
         ({"tie_gates": True}, "tie_gates=False in state_dict, but this pruner has True"),
         ({"balanced": True}, "balanced=False"),
@@ -184,11 +187,11 @@ def drop(*path):
         (set_in("version", value=torch.ones(2)), TypeError, "version'] must be 1, as this pruner has it, got a Tensor"),
         (set_in("step_count", value=torch.ones(2)), ValueError, "step_count"),
         (
-            set_in("settings", "block_size", value=torch.tensor([16, 1])),
+            set_in("settings", "pattern", value=torch.tensor([16, 1])),
             TypeError,
-            r"settings\['block_size'\] in state_dict must be \[16, 1\], as this pruner has it, got a Tensor",
+            r"settings\['pattern'\] in state_dict must be 'Blocks\(.*\)', as this pruner has it, got a Tensor",
         ),
-        (set_in("settings", "block_size", value=[[16, 1]]), TypeError, "as this pruner has it, got a list"),
+        (set_in("settings", "pattern", value=[[16, 1]]), TypeError, "as this pruner has it, got a list"),
         (set_in("settings", "score", value=torch.tensor(1)), TypeError, r"settings\['score'\] in .* 'l2', .* Tensor"),
         (set_in("settings", "balanced", value=torch.tensor(False)), TypeError, r"settings\['balanced'\] .* False, "),
         (set_in("settings", "tie_gates", value=np.zeros(3)), TypeError, r"settings\['tie_gates'\] .* a ndarray"),

@@ -219,7 +219,7 @@ def test_names_that_collide_without_prefixes_are_refused():
         (lambda: nn.LSTM(8, 8), {"targets": {"*ih*": {"f": OneShot(sparsity=0.99, step=1)}}}, r"weight_ih_l0 .* f: .*"),
         (
             lambda: nn.ModuleList([nn.RNN(9, 9), nn.Linear(4, 3)]),
-            {"include": ("1.weight",), "block_size": (3, 2)},
+            {"include": ("1.weight",), "pattern": (3, 2)},
             r"1\.weight will be pruned to nothing: the final sparsity rounds to all blocks, 2 of 3x2 in each gate; .*",
         ),
     ],
@@ -245,5 +245,5 @@ def test_options_that_exclude_each_other():
         Pruner(nn.GRU(3, 4), HALF, balanced=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="score must be one of"):
         Pruner(nn.GRU(3, 4), HALF, score="min")
-    with pytest.raises(TypeError, match="block_size must be two integers"):
-        Pruner(nn.GRU(3, 4), HALF, block_size=16)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="pattern must be two integers"):
+        Pruner(nn.GRU(3, 4), HALF, pattern=16)  # type: ignore[arg-type]

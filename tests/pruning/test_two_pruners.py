@@ -54,7 +54,7 @@ def test_a_pruner_whose_optimizer_is_gone_masks_no_gradients_of_the_next(keep, b
 
     def run(sparsity, steps=12):
         layer.load_state_dict(dense)
-        optimizer, pruner = adam(layer), Pruner(layer, OneShot(sparsity=sparsity, step=1), block_size=(2, 1))
+        optimizer, pruner = adam(layer), Pruner(layer, OneShot(sparsity=sparsity, step=1), pattern=(2, 1))
         if not (held and by_hand):
             held.append(pruner.attach(optimizer))
         gradients = []

@@ -107,7 +107,7 @@ def test_steps_by_hand_find_it_out_at_the_next_backward_pass_and_write_nothing_t
 @pytest.mark.parametrize("tie_gates", [False, True])
 def test_samples_are_pruned_places_spread_over_each_weight(block_size, tie_gates):
     layer = gru(11, 13)
-    pruner, optimizer = attached(layer, OneShot(sparsity=0.6, step=1), block_size=block_size, tie_gates=tie_gates)
+    pruner, optimizer = attached(layer, OneShot(sparsity=0.6, step=1), pattern=block_size, tie_gates=tie_gates)
     train(layer, optimizer, 1)
     for weight in pruner.weights:
         places = pruner._masks.samples._places[weight.name]
@@ -142,7 +142,7 @@ def test_what_was_seen_on_another_device_is_read_though_masks_change(end):
     layer = gru(5, 7)
     schedule = PolynomialDecay(initial_sparsity=0.3, final_sparsity=0.8, begin_step=0, end_step=70, frequency=1)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
-    pruner = Pruner(layer, schedule, block_size=(2, 1))
+    pruner = Pruner(layer, schedule, pattern=(2, 1))
     handle = pruner.attach(optimizer)
     train(layer, optimizer, 2)
     with torch.no_grad():

@@ -160,7 +160,7 @@ class TestNothingIsSaid:
         with torch.no_grad():
             for weight in (layer.weight_ih_l0, layer.weight_hh_l0):
                 weight.view(3, 2, 4, -1)[:, 0, :, ::2] = 0
-        pruner, optimizer = attached(layer, ConstantMask(), block_size=(4, 1))
+        pruner, optimizer = attached(layer, ConstantMask(), pattern=(4, 1))
         train(layer, optimizer, 5)
         assert masked_everywhere(pruner, optimizer)
 

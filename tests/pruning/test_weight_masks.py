@@ -26,7 +26,7 @@ def test_an_average_of_the_weights(kind, when):
     model = nn.ModuleDict({"rnn": gru(5, 7)})
     average = AveragedModel(model, **AVERAGES[kind])
     pruner, optimizer = attached(
-        model, PolynomialDecay(final_sparsity=0.8, begin_step=0, end_step=6, frequency=1), block_size=(2, 1)
+        model, PolynomialDecay(final_sparsity=0.8, begin_step=0, end_step=6, frequency=1), pattern=(2, 1)
     )
 
     def update():
@@ -41,7 +41,7 @@ def test_an_average_of_the_weights(kind, when):
     assert masked_everywhere(pruner, optimizer)
     average.update_parameters(model)
     assert pruned_in(pruner, average)  # zeros stay when masks no longer change
-    assert to_sparse(average.module.eval(), block_size=(2, 1))["rnn"].density == pytest.approx(0.2, abs=0.06)
+    assert to_sparse(average.module.eval(), storage=(2, 1))["rnn"].density == pytest.approx(0.2, abs=0.06)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

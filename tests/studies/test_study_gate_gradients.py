@@ -221,7 +221,7 @@ def made_up(row="dense", seed=0, value=2.0, steps=500, task="characters"):
 def test_a_foreign_file_is_refused_and_kept(tmp_path, foreign, capsys):
     path = tmp_path / "notes"
     path.write_text(foreign, encoding="utf-8")
-    with pytest.raises(ValueError, match="line 1: not of bench"):
+    with pytest.raises(ValueError, match="line 1: not of studies"):
         RECORDS.append(path, made_up())
     assert path.read_text(encoding="utf-8") == foreign
     assert main(["table", str(path)]) == 2

@@ -31,16 +31,16 @@ NARROW_CHECKED = 64  # T of that with narrow weights, which takes plain torch fo
 
 
 def convert_and_check(
-    trained: CharacterModel, text: Text, block_size: tuple[int, int] | None = None
+    trained: CharacterModel, text: Text, storage: tuple[int, int] | None = None
 ) -> tuple[CharacterModel, Comparison]:
     """Return the model with its layer converted, and how far its outputs are from the trained one's.
 
-    `block_size` is that of `to_sparse`.
+    `storage` is that of `to_sparse`.
 
     Raises:
         WrongResultError: farther than rounding explains.
     """
-    converted = cast(CharacterModel, to_sparse(trained.eval(), block_size=block_size))
+    converted = cast(CharacterModel, to_sparse(trained.eval(), storage=storage))
     return converted, check_same_outputs(trained, converted, _check_ids(text))
 
 
@@ -74,7 +74,7 @@ def measure(
     write_atomically(folder / DENSE_FILE, [save(dense_tensors)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a dense weight is converted: said in the name of the row
-        unpruned, _ = convert_and_check(dense, text, block_size=(16, 32))  # or torch would multiply by weight_ih
+        unpruned, _ = convert_and_check(dense, text, storage=(16, 32))  # or torch would multiply by weight_ih
     models = {"dense": dense, "sparse": converted, **narrow, "dense_weights_in_our_kernel": unpruned}
     rows = _time_rows(models, text, settings)
     described = {

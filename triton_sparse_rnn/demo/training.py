@@ -190,7 +190,7 @@ def build_pruner(model: nn.Module, settings: Settings) -> Pruner:
         end_step=begin + updates * settings.prune_every,
         frequency=settings.prune_every,
     )
-    return Pruner(model, schedule, block_size=settings.block_size)
+    return Pruner(model, schedule, pattern=settings.block_size)
 
 
 def learning_rate(step: int, settings: Settings) -> float:

@@ -45,7 +45,7 @@ class PrunerCallback(PrunedTraining, Callback):
 
     Arguments are those of `PrunedTraining`: a schedule, or final_sparsity, and the keywords of `Pruner`.
 
-    >>> PrunerCallback(final_sparsity=0.9, block_size=(16, 1)).pruner is None  # until fit()
+    >>> PrunerCallback(final_sparsity=0.9, pattern=(16, 1)).pruner is None  # until fit()
     True
     """
 

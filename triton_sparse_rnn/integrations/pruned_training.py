@@ -18,6 +18,7 @@ from triton_sparse_rnn.pruning.optimizers import parameter_ids
 from triton_sparse_rnn.pruning.pruner import Pruner
 from triton_sparse_rnn.pruning.schedules import PolynomialDecay, Schedule
 from triton_sparse_rnn.pruning.targets import Target
+from triton_sparse_rnn.sparse.patterns import PatternLike
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,7 +30,7 @@ _attached: LiveSet[PrunedTraining] = LiveSet()
 class PrunerOptions(TypedDict, total=False):
     """The keyword arguments of `Pruner`, whose defaults hold."""
 
-    block_size: tuple[int, int]
+    pattern: PatternLike
     score: str
     targets: Mapping[str, Target] | None
     tie_gates: bool
@@ -64,7 +65,7 @@ class PrunedTraining:
                 steps that the trainer plans, as in `lambda steps: ThresholdRamp.for_training(steps, q=0.1)`. None takes
                 `PolynomialDecay.for_training`.
             final_sparsity: fraction of blocks in [0, 1), in place of `schedule`; None is the default of that method.
-            **options: block_size, score, targets, tie_gates, balanced and include, as for `Pruner`.
+            **options: pattern, score, targets, tie_gates, balanced and include, as for `Pruner`.
 
         Raises:
             TypeError, ValueError: an argument is wrong. What the model must know of is found out when training starts.

@@ -46,7 +46,7 @@ from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
 from triton_sparse_rnn.ops.operators import is_observed, traced_layer
 from triton_sparse_rnn.ops.validation import check_activation_dtype, check_num_threads
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix, check_storage_dtype
-from triton_sparse_rnn.sparse.blocks import check_block_size
+from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -121,7 +121,7 @@ class PersistentLayer(PersistentTools):
         dense: nn.RNNBase,
         *,
         weight_dtype: torch.dtype | None = None,
-        block_size: tuple[int, int] | None = None,
+        storage: PatternLike | None = None,
         backend: str | None = None,
         activation_dtype: torch.dtype | None = None,
         num_threads: int = 1,
@@ -135,15 +135,16 @@ class PersistentLayer(PersistentTools):
         Args:
             dense: an instance of the dense class, on any device. What is zero in its weights is not stored, wherever
                 the zeros come from. A weight_ih that was not pruned stays an ordinary matrix, multiplied by torch on
-                its own threads, unless weight_dtype is another than its own or block_size has 16 rows or more.
+                its own threads, unless weight_dtype is another than its own or `storage` has blocks of 16 rows or more.
                 weight_hr of an LSTM, which a Pruner prunes only on request, goes to blocks too.
             weight_dtype: how weights are stored: torch.float32, float64, float16, bfloat16 or int8 (symmetric, one
                 scale per row); None for the dtype of `dense`. Inputs, outputs and biases keep that dtype. On "cpu" the
                 scale of int8 is applied to a sum of integers times inputs: that must stay below 3.4e38, which it does
                 while the absolute inputs of a step add up to less than 2.6e36.
-            block_size: (BR, BC); None takes, weight by weight, the one with the fewest bytes of 16x1, 16x4, 16x16 and
-                16x32. Take the pruner's own size, or None. A size of 16 rows or more holds for dense weights too: on
-                one thread of a CPU the kernel for blocks is faster than torch even where all of them are stored.
+            storage: the `Blocks` in which weights are stored, or a pair (BR, BC) for them; None takes, weight by
+                weight, those with the fewest bytes of 16x1, 16x4, 16x16 and 16x32. Take the pruner's own pattern, or
+                None. Blocks of 16 rows or more hold for dense weights too: on one thread of a CPU the kernel for
+                blocks is faster than torch even where all of them are stored.
             backend: "triton" (NVIDIA GPUs; not int8, float64 or proj_size), "cpu" (not float64) or "reference", or None
                 for the fastest that fits, decided at each call.
             activation_dtype: torch.int8, with weight_dtype=torch.int8, rounds the inputs of every product to 8 bits,
@@ -162,11 +163,11 @@ class PersistentLayer(PersistentTools):
         check_nothing_is_lost(dense, cls)
         check_backend(backend)
         check_num_threads(num_threads)
-        sizes = None if block_size is None else check_block_size(block_size)
+        sizes = None if storage is None else as_pattern(storage, "storage").block_size
         dtype: torch.dtype = dense.weight_ih_l0.dtype  # type: ignore[assignment]
-        storage = check_storage_dtype(dtype if weight_dtype is None else weight_dtype, "weight_dtype")
-        check_activation_dtype(activation_dtype, storage)
-        weights = store_weights(dense, storage, sizes)
+        stored_dtype = check_storage_dtype(dtype if weight_dtype is None else weight_dtype, "weight_dtype")
+        check_activation_dtype(activation_dtype, stored_dtype)
+        weights = store_weights(dense, stored_dtype, sizes)
         options = {"backend": backend, "activation_dtype": activation_dtype, "num_threads": num_threads}
         persistent = cls(dense, weights, dtype=dtype, **options)
         if backend is None and "reference" in (backends := persistent.chosen_backends()):

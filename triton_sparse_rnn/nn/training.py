@@ -22,6 +22,8 @@ from triton_sparse_rnn.nn.training_tools import TrainingTools
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+from triton_sparse_rnn.sparse.patterns import PatternLike
+
 LayerT = TypeVar("LayerT", bound=RNNBase)
 
 
@@ -44,7 +46,7 @@ class SparseRNN(TrainingTools, RNN):
         self,
         *,
         weight_dtype: torch.dtype | None = None,
-        block_size: tuple[int, int] | None = None,
+        storage: PatternLike | None = None,
         backend: str | None = None,
         activation_dtype: torch.dtype | None = None,
         num_threads: int = 1,
@@ -53,7 +55,7 @@ class SparseRNN(TrainingTools, RNN):
         return PersistentRNN.from_dense(
             self,
             weight_dtype=weight_dtype,
-            block_size=block_size,
+            storage=storage,
             backend=backend,
             activation_dtype=activation_dtype,
             num_threads=num_threads,
@@ -97,7 +99,7 @@ class SparseGRU(_GatedLayer, GRU):
         self,
         *,
         weight_dtype: torch.dtype | None = None,
-        block_size: tuple[int, int] | None = None,
+        storage: PatternLike | None = None,
         backend: str | None = None,
         activation_dtype: torch.dtype | None = None,
         num_threads: int = 1,
@@ -106,7 +108,7 @@ class SparseGRU(_GatedLayer, GRU):
         return PersistentGRU.from_dense(
             self,
             weight_dtype=weight_dtype,
-            block_size=block_size,
+            storage=storage,
             backend=backend,
             activation_dtype=activation_dtype,
             num_threads=num_threads,
@@ -135,7 +137,7 @@ class SparseLSTM(_GatedLayer, LSTM):
         self,
         *,
         weight_dtype: torch.dtype | None = None,
-        block_size: tuple[int, int] | None = None,
+        storage: PatternLike | None = None,
         backend: str | None = None,
         activation_dtype: torch.dtype | None = None,
         num_threads: int = 1,
@@ -144,7 +146,7 @@ class SparseLSTM(_GatedLayer, LSTM):
         return PersistentLSTM.from_dense(
             self,
             weight_dtype=weight_dtype,
-            block_size=block_size,
+            storage=storage,
             backend=backend,
             activation_dtype=activation_dtype,
             num_threads=num_threads,

@@ -214,7 +214,7 @@ def warn_if_dense(
     advice = (
         f"prune it first, in blocks of ({rows}, {columns})"
         if zeros <= 1 - LITTLE_TO_SKIP_ABOVE
-        else f"its zeros do not fill blocks: prune with block_size=({rows}, {columns})"
+        else f"its zeros do not fill blocks: prune with pattern=({rows}, {columns})"
     )
     measured = "" if weight.is_cuda else f" ({break_even_text()})"
     warn(

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn.pruning.weights import gate_names, recurrent_weights, split_gates
-from triton_sparse_rnn.sparse.blocks import check_block_size, to_blocks
+from triton_sparse_rnn.sparse.blocks import to_blocks
+from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern
 
 
-def group_lasso(model: nn.Module, block_size: tuple[int, int] = (16, 1)) -> Tensor:
+def group_lasso(model: nn.Module, pattern: PatternLike = (16, 1)) -> Tensor:
     """Sum the l2 norms of all blocks: sum_g ||w_g||_2 (Narang, Undersander, Diamos 2017, used along with pruning).
 
     Args:
         model: with nn.RNN, nn.GRU or nn.LSTM layers; their recurrent and input weights count, biases do not.
-        block_size: (BR, BC), as for the `Pruner`.
+        pattern: as for the `Pruner`.
 
     Returns:
         A scalar to multiply by lambda and add to the loss. Its gradient at a block of zeros is zero.
@@ -24,10 +25,10 @@ def group_lasso(model: nn.Module, block_size: tuple[int, int] = (16, 1)) -> Tens
     >>> layer = nn.RNN(1, 2, bias=False)
     >>> layer.weight_ih_l0.data = torch.tensor([[3.0], [4.0]])
     >>> layer.weight_hh_l0.data = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
-    >>> group_lasso(layer, block_size=(2, 1)).item()
+    >>> group_lasso(layer, pattern=(2, 1)).item()
     6.0
     """
-    block_size = check_block_size(block_size)
+    block_size = as_pattern(pattern).block_size
     blocks = (to_blocks(weight, block_size) for weight in _stacked_weights(model))
     return _total(torch.linalg.vector_norm(each, dim=(-2, -1)).sum() for each in blocks)
 

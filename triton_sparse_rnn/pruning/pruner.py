@@ -18,7 +18,7 @@ from triton_sparse_rnn.pruning.scores import block_scores, check_score, combine_
 from triton_sparse_rnn.pruning.state import pack_state, unpack_state
 from triton_sparse_rnn.pruning.targets import Target, Weight, find_weights, match_weights, warn_of_emptied_gates
 from triton_sparse_rnn.pruning.weight_masks import WeightMasks
-from triton_sparse_rnn.sparse.blocks import check_block_size
+from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern
 
 
 class Pruner:
@@ -37,14 +37,14 @@ class Pruner:
     >>> model = nn.GRU(8, 32)
     >>> optimizer = torch.optim.Adam(model.parameters())
     >>> schedule = pruning.PolynomialDecay(final_sparsity=0.9, begin_step=0, end_step=4, frequency=1)
-    >>> pruner = Pruner(model, schedule, block_size=(4, 1))
+    >>> pruner = Pruner(model, schedule, pattern=(4, 1))
     >>> handle = pruner.attach(optimizer)
     >>> for _ in range(4):
     ...     optimizer.zero_grad()
     ...     model(torch.randn(5, 2, 8))[0].square().mean().backward()
     ...     optimizer.step()
     >>> pruner
-    Pruner(2 weights, block_size=(4, 1), score='l2', step 4, 90.0 % sparse, finished)
+    Pruner(2 weights, pattern=Blocks(rows=4, columns=1), score='l2', step 4, 90.0 % sparse, finished)
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Pruner:
         model: nn.Module,
         schedule: Schedule | None,
         *,
-        block_size: tuple[int, int] = (16, 1),
+        pattern: PatternLike = (16, 1),
         score: str = "l2",
         targets: Mapping[str, Target] | None = None,
         tie_gates: bool = False,
@@ -69,7 +69,8 @@ class Pruner:
             model: every nn.RNN, nn.GRU and nn.LSTM in it has its recurrent and input weights (not biases, not
                 weight_hr) pruned, each gate scored apart from the others.
             schedule: for each weight that `targets` does not match; None leaves those dense.
-            block_size: (BR, BC), BR hidden units of one gate by BC inputs. Blocks at the edge of a gate may be smaller.
+            pattern: which weights are pruned together: `Blocks`, or a pair (BR, BC) for them, BR hidden units of one
+                gate by BC inputs. Blocks at the edge of a gate may be smaller.
                 Both may be up to 4096, or as many as the gate has.
             score: "max", "mean" or "l2" of the weights in a block; see `block_scores`. Narang et al. take "max"; "l2"
                 was 1 to 5 % more accurate on the tasks of docs/results.md.
@@ -88,7 +89,8 @@ class Pruner:
         Warns:
             UserWarning: a gate, or with `balanced` a block row, has so few blocks that all of them will be pruned.
         """
-        self.block_size = check_block_size(block_size)
+        self.pattern = as_pattern(pattern)
+        self.block_size = self.pattern.block_size
         self.score = check_score(score)
         self.tie_gates = _checked_flag("tie_gates", tie_gates)
         self.balanced = _checked_flag("balanced", balanced)
@@ -310,11 +312,11 @@ class Pruner:
             found = f"ConstantMask found no {self.block_size} block of zeros in {', '.join(dense)}: "
             if len(dense) == len(constant):
                 raise ValueError(
-                    f"{found}load the pruned checkpoint before training, and give the block_size it was pruned with"
+                    f"{found}load the pruned checkpoint before training, and give the pattern it was pruned with"
                 )
             warn(
                 f"{found}it stays dense. targets={{{dense[0]!r}: None}} says that this is meant; else load the pruned "
-                "checkpoint before training, and give the block_size it was pruned with"
+                "checkpoint before training, and give the pattern it was pruned with"
             )
         self._started = True
 
@@ -370,7 +372,7 @@ class Pruner:
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "block_size": list(self.block_size),
+            "pattern": repr(self.pattern),
             "score": self.score,
             "tie_gates": self.tie_gates,
             "balanced": self.balanced,
@@ -378,7 +380,7 @@ class Pruner:
 
     def __repr__(self) -> str:
         return (
-            f"Pruner({len(self._weights)} weights, block_size={self.block_size}, score={self.score!r}, "
+            f"Pruner({len(self._weights)} weights, pattern={self.pattern}, score={self.score!r}, "
             f"step {self._step_count}, {100 * self.sparsity:.1f} % sparse{', finished' if self.finished else ''})"
         )
 

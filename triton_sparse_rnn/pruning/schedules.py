@@ -19,7 +19,7 @@ from torch import nn
 from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.pruning.scores import block_scores, combine_gates
 from triton_sparse_rnn.pruning.weights import gate_names, name_matches, recurrent_weights, split_gates
-from triton_sparse_rnn.sparse.blocks import check_block_size
+from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern
 
 _FEWEST_UPDATES = 20  # that a schedule made from the length of a training has, about
 
@@ -196,7 +196,7 @@ class ThresholdRamp(Schedule):
         sparsity: float = 0.9,
         *,
         names: str = "*",
-        block_size: tuple[int, int] = (16, 1),
+        pattern: PatternLike = (16, 1),
         score: str = "l2",
         tie_gates: bool = False,
         **steps: Any,
@@ -210,7 +210,7 @@ class ThresholdRamp(Schedule):
             model: holds nn.RNN, nn.GRU or nn.LSTM layers, trained, not pruned.
             sparsity: in (0, 1).
             names: a glob over names of recurrent and input weights, whose scores are pooled.
-            block_size: (BR, BC); this, `score` and `tie_gates` as for the `Pruner` that will use the schedule.
+            pattern: this, `score` and `tie_gates` as for the `Pruner` that will use the schedule.
             score: "max", "mean" or "l2".
             tie_gates: whether all gates of a unit group are one block.
             **steps: begin_step, ramp_step, end_step, and the other arguments of the class; or total_steps, and what of
@@ -219,12 +219,12 @@ class ThresholdRamp(Schedule):
         >>> layer = nn.RNN(1, 4, bias=False)
         >>> layer.weight_hh_l0.data = torch.arange(1.0, 17.0).view(4, 4)
         >>> ThresholdRamp.from_weights(
-        ...     layer, 0.75, names="weight_hh*", block_size=(1, 1), begin_step=0, ramp_step=5, end_step=10
+        ...     layer, 0.75, names="weight_hh*", pattern=(1, 1), begin_step=0, ramp_step=5, end_step=10
         ... ).q
         12.0
         """
         sparsity = _checked_fraction("sparsity", sparsity)
-        block_size = check_block_size(block_size)
+        block_size = as_pattern(pattern).block_size
         if not isinstance(names, str):
             raise TypeError(f"names must be a glob such as '*weight_hh*', got {names!r}")
         pooled = []

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +61,17 @@ class BlockMatrix:
     shape: tuple[int, int]
     gates: int = 1
     scales: Tensor | None = None
+
+    PARTS: ClassVar[tuple[str, ...]] = ("values", "columns", "starts", "scales")  # those that are tensors
+
+    def parts(self) -> dict[str, Tensor | None]:
+        """Return the tensors by name, one for each of PARTS; None for what this matrix does without."""
+        return {name: getattr(self, name) for name in self.PARTS}
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, Tensor | None], *, shape: tuple[int, int], gates: int) -> BlockMatrix:
+        """Undo `parts`; the tensors are taken as they are, and looked at by `check` only."""
+        return cls(**{name: parts.get(name) for name in cls.PARTS}, shape=shape, gates=gates)  # type: ignore[arg-type]
 
     @classmethod
     def from_dense(
@@ -267,9 +280,7 @@ class BlockMatrix:
     @property
     def nbytes(self) -> int:
         """Bytes of everything stored: values, columns, starts and scales."""
-        return sum(
-            tensor.nbytes for tensor in (self.values, self.columns, self.starts, self.scales) if tensor is not None
-        )
+        return sum(tensor.nbytes for tensor in self.parts().values() if tensor is not None)
 
 
 def _check_shape(shape: tuple[int, int]) -> None:

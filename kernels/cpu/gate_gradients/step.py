@@ -20,8 +20,8 @@
 | zeros      | [4]         | int64   | added to: how many of each gate are 0                                       |
 | factors    | [N, groups] | float32 | written: of each group, in its first row, what its gates are multiplied by  |
 
-The rule and its random numbers are those of triton_sparse_rnn/gate_gradients (contract.py, random.py). Groups, blocks of units and
-rows with their four gates, take a second pass over the step.
+The rule and its random numbers are those of contract.py and random.py in triton_sparse_rnn/gate_gradients. Groups,
+blocks of units and rows with their four gates, take a second pass over the step.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ in one pass over the step. Carried dh, gates W_hh, is the product that follows: 
 Grid (H / UNITS, B / ROWS): a program takes a tile of ROWS consecutive rows of the batch and UNITS hidden units with all
 their gates. A chunk is CHUNK units of such a tile: of these there are R = B / ROWS and C = H / CHUNK. Nothing is
 synchronised. Everything is float32; gates are rounded to their dtype after they have been judged, and counted after
-that. What is small, and which random numbers decide, is defined in triton_sparse_rnn/gate_gradients (contract.py, random.py).
+that. What is small, and which random numbers decide, is defined by contract.py and random.py in
+triton_sparse_rnn/gate_gradients.
 """
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
 # Device code is Triton's language, which only looks like Python to a type checker.

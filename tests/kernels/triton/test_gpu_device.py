@@ -49,9 +49,9 @@ def make_dense(
     return layer.to(dtype)
 
 
-def convert(dense: nn.RNNBase, *, backend: str | None = "triton", block_size=(16, 1), device=DEVICE) -> Any:
+def convert(dense: nn.RNNBase, *, backend: str | None = "triton", storage=(16, 1), device=DEVICE) -> Any:
     on_device = copy.deepcopy(dense).to(device)
-    return PERSISTENT[dense.mode.partition("_")[0]].from_dense(on_device, block_size=block_size, backend=backend)
+    return PERSISTENT[dense.mode.partition("_")[0]].from_dense(on_device, storage=storage, backend=backend)
 
 
 def make_input(dense: nn.RNNBase, B: int, steps: int = T, seed: int = 1) -> tuple[Tensor, Any]:
@@ -113,7 +113,7 @@ def test_layers_and_directions(mode, dtype):
 def test_sizes(H, B, block_size):
     dense = make_dense(H=H, block_size=block_size)
     x, hx = make_input(dense, B)
-    assert_right(run(convert(dense, block_size=block_size), x, hx), dense, x, hx)
+    assert_right(run(convert(dense, storage=block_size), x, hx), dense, x, hx)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -177,7 +177,7 @@ def test_nan_and_infinity_arrive_and_nothing_waits_for_ever(bits):
     hx[0, 1].view(torch.int32)[H // 2] = bits
     y = run(ours, x, hx)[0]
     assert_same_bits([y[:, 0]], [clean[:, 0]])
-    expected = PersistentGRU.from_dense(dense, block_size=(16, 1), backend="reference")(x, hx)[0]
+    expected = PersistentGRU.from_dense(dense, storage=(16, 1), backend="reference")(x, hx)[0]
     torch.testing.assert_close(y[:, 1].cpu(), expected[:, 1], rtol=0, atol=1e-5, equal_nan=True)
     assert not y.isfinite().all()
     assert_same_bits(run(ours, x, make_input(dense, 2)[1])[:1], [clean])  # nothing of it stays

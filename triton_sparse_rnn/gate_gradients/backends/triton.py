@@ -1,8 +1,8 @@
 """The backward of one direction of an LSTM by Triton kernels: the twin of `reference.direction_gradients` on a GPU.
 
-cuDNN keeps its gates to itself, so they are computed again by two products over all steps and one kernel
-(states.py in kernels/triton/gate_gradients). The time loop is one launch (loop.py); the products behind it are torch's, or skip the
-blocks that became zero (products.py).
+cuDNN keeps its gates to itself, so they are computed again by two products over all steps and one kernel.
+The time loop is one launch; the products behind it are torch's, or skip the blocks that became zero
+(kernels/triton/gate_gradients: states.py, loop.py, products.py).
 
 Gates and their gradients are held in the dtype of the layer, as cuDNN does; c, carried gradients and all sums are
 float32. Products of float32 may use TF32 where cuDNN's layers may.
