@@ -285,7 +285,7 @@ def test_rate_of_sounds_rises_and_falls(task):
     assert 0 < rates[-1] < rates[0] < max(rates) <= task.peak_rate
 
 
-@pytest.mark.slow
+@pytest.mark.slow("studies")
 def test_the_recordings():
     if not sounds.ROOT.exists():
         pytest.skip(sounds.INSTALL)
