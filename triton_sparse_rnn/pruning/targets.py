@@ -59,7 +59,7 @@ class Weight:
     def block_grid(self, block_size: tuple[int, int]) -> tuple[int, int, int]:
         """(G, block rows of a gate, block columns)."""
         check_filling_up(
-            block_size, *self.matrix_shape, name=f"each gate of {self.name}" if self.gates > 1 else self.name
+            block_size, *self.matrix_shape, where=f"each gate of {self.name}" if self.gates > 1 else self.name
         )
         block_rows, block_columns = count_blocks(*self.matrix_shape, block_size)
         return self.gates, block_rows, block_columns
