@@ -111,7 +111,7 @@ def test_samples_are_pruned_places_spread_over_each_weight(block_size, tie_gates
     train(layer, optimizer, 1)
     for weight in pruner.weights:
         places = pruner._masks.samples._places[weight.name]
-        blocks = int((~pruner._masks.blocks[weight.name]).expand(3, -1, -1).sum())
+        blocks = int((~weight.every_gate(pruner._masks.of_units[weight.name])).sum())
         assert len(places.unique()) == len(places) == min(PrunedSamples.PLACES, blocks)
         assert not pruner.masks[weight.name].flatten()[places].any()
         assert {int(place) // (13 * weight.parameter.shape[1]) for place in places} == {0, 1, 2}

@@ -129,6 +129,10 @@ class Pattern(abc.ABC):
         """How many units are ranked together: those of a matrix [rows, columns], or with `balanced` of a unit group."""
         return torch.Size(self.mask_shape(1, rows, columns)[2 if balanced else 1 :]).numel()
 
+    def pruned_weights(self, mask: Tensor, rows: int, columns: int) -> int:
+        """How many weights of matrices [rows, columns] a mask of all gates prunes."""
+        return int((self.weight_counts(rows, columns, mask.device) * ~mask).sum())
+
     def combine_gates(self, scores: Tensor, score: str) -> Tensor:
         """Score the units that lie over each other in all gates as one: [G, ...] -> [1, ...]."""
         if check_score(score) == "max":
