@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from optimizer_stand_ins import HookedLookahead, Lookahead, Plain, Sam, Several, SteppingBySuper, Switching
-from pruner_training import NOW, backward, gru, masked_everywhere, train, zeros_hold
+from pruner_training import NOW, backward, gru, masked_everywhere, train, zero_half, zeros_hold
 
 from triton_sparse_rnn.pruning import ConstantMask, OneShot, PolynomialDecay, Pruner
 from triton_sparse_rnn.pruning.optimizers import find_counting
@@ -282,10 +282,7 @@ def test_an_optimizer_that_is_kept_twice_or_knows_what_is_around_it_counts():
 @pytest.mark.parametrize("set_by_hand", ["weight_ih_l0", "weight_hh_l0", "both"])
 @pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, Lookahead, HookedLookahead])
 def test_constant_mask_is_read_before_a_step_with_gradients_set_by_hand(set_by_hand, wrap):
-    layer = gru(6, 8)
-    with torch.no_grad():
-        for weight in (layer.weight_ih_l0, layer.weight_hh_l0):
-            weight.view(3, 2, 4, -1)[:, 0, :, ::2] = 0
+    layer = zero_half(gru(6, 8))
     before = {name: weight != 0 for name, weight in layer.named_parameters() if "weight" in name}
     optimizer = wrap(torch.optim.SGD(layer.parameters(), lr=0.1))
     pruner = Pruner(layer, ConstantMask(), pattern=(4, 1))
@@ -302,10 +299,7 @@ def test_constant_mask_is_read_before_a_step_with_gradients_set_by_hand(set_by_h
 
 
 def test_constant_mask_that_would_be_read_too_late_is_refused_in_a_step_by_hand():
-    layer = gru(6, 8)
-    with torch.no_grad():
-        layer.weight_ih_l0.view(3, 2, 4, 6)[:, 0, :, ::2] = 0
-        layer.weight_hh_l0.view(3, 2, 4, 8)[:, 0, :, ::2] = 0
+    layer = zero_half(gru(6, 8))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     pruner = Pruner(layer, ConstantMask(), pattern=(4, 1))
     (layer.weight_hh_l0.grad,) = torch.autograd.grad(layer(torch.ones(3, 2, 6))[0].sum(), [layer.weight_hh_l0])

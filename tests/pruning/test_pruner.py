@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from pruner_training import NOW, attached, backward, gru, masked_everywhere, train
+from pruner_training import NOW, attached, backward, gru, masked_everywhere, pruned_gru, train
 from torch import nn
 
 from triton_sparse_rnn.pruning import ConstantMask, OneShot, PolynomialDecay, Pruner, Schedule, ThresholdRamp
@@ -185,9 +185,7 @@ def test_nothing_is_touched_before_the_first_update():
 
 
 def test_clipping_sees_masked_gradients():
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
-    train(layer, optimizer, 1)
+    layer, pruner, optimizer = pruned_gru(1)
     twin = copy.deepcopy(layer)
     optimizer.zero_grad()
     backward(layer)
@@ -202,9 +200,7 @@ def test_clipping_sees_masked_gradients():
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_overflow_in_pruned_gradients_vanishes(value):
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
-    train(layer, optimizer, 1)
+    layer, pruner, optimizer = pruned_gru(1)
     mask = pruner.masks["weight_hh_l0"]
     layer.weight_hh_l0.register_hook(lambda gradient: gradient.masked_fill(~mask, value))
     optimizer.zero_grad()
@@ -215,9 +211,7 @@ def test_overflow_in_pruned_gradients_vanishes(value):
 
 
 def test_gradients_accumulated_over_several_calls_are_masked():
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
-    train(layer, optimizer, 1)
+    layer, pruner, optimizer = pruned_gru(1)
     twin = copy.deepcopy(layer)
     optimizer.zero_grad()
     for seed in range(3):
@@ -230,9 +224,7 @@ def test_gradients_accumulated_over_several_calls_are_masked():
 
 
 def test_gradient_set_by_hand_does_no_harm():
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
-    train(layer, optimizer, 1)
+    layer, pruner, optimizer = pruned_gru(1)
     layer.weight_hh_l0.grad = torch.full_like(layer.weight_hh_l0, math.nan).where(~pruner.masks["weight_hh_l0"], 1.0)
     optimizer.step()
     optimizer.zero_grad()

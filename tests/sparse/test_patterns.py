@@ -1,6 +1,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,24 +48,28 @@ def test_a_vector_that_is_partly_empty_takes_as_long(size, vectors):
     assert Blocks(*size).vectors == vectors
 
 
-def test_a_pair_is_blocks():
-    assert as_pattern((8, 2)) == Blocks(8, 2)
-    assert as_pattern(Blocks(8, 2)) == Blocks(8, 2)
+def test_a_pair_of_integers_of_any_kind_is_blocks():
+    for pair in ((8, 2), [8, 2], torch.Size([8, 2]), (np.int64(8), np.uint8(2)), Blocks(8, 2)):
+        assert repr(as_pattern(pair)) == "Blocks(rows=8, columns=2)"  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bad", [16, None, (16,), (16.0, 1), (True, 1), "16"])
+@pytest.mark.parametrize(
+    "bad", [16, None, "ab", (16,), (16, 1, 1), (16.0, 1), (True, 1), (np.True_, 1), (np.float32(16), 1), ("16", "1")]
+)
 def test_what_is_no_pattern_is_named(bad):
-    with pytest.raises(TypeError, match=r"^storage must be two integers .*, as in Blocks"):
+    with pytest.raises(TypeError, match=r"^storage must be two integers .*, as in Blocks\(16, 1\), got"):
         as_pattern(bad, "storage")
+    if isinstance(bad, tuple) and len(bad) == 2:
+        with pytest.raises(TypeError, match=r"^rows and columns of Blocks must be two integers"):
+            Blocks(*bad)
 
 
-def test_sizes_below_one():
-    with pytest.raises(ValueError, match=r"^pattern must be at least \(1, 1\), got \(0, 1\)"):
-        as_pattern((0, 1))
-    with pytest.raises(ValueError, match=r"^rows and columns of Blocks must be at least \(1, 1\), got \(16, 0\)"):
-        Blocks(16, 0)
-    with pytest.raises(TypeError, match=r"^rows and columns of Blocks must be two integers .*, got \(16, 1\.5\)"):
-        Blocks(16, 1.5)  # type: ignore[arg-type]
+@pytest.mark.parametrize("bad", [(0, 1), (16, 0), (-4, 4)])
+def test_sizes_below_one(bad):
+    with pytest.raises(ValueError, match=r"^pattern must be at least \(1, 1\), got "):
+        as_pattern(bad)
+    with pytest.raises(ValueError, match=r"^rows and columns of Blocks must be at least \(1, 1\), got "):
+        Blocks(*bad)
 
 
 @pytest.mark.parametrize("score", FORMULAS)
@@ -123,23 +128,7 @@ def everything(scores):
     return torch.ones_like(scores, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.049, 0.3, 0.5, 0.77, 0.999])
-def test_the_lowest_units_go_and_exactly_as_many_as_asked(sparsity):
-    scores = torch.rand(5, 7)
-    kept = SINGLE.prune_to_sparsity(scores, everything(scores), sparsity)
-    count = round(sparsity * 35)
-    assert kept.sum() == 35 - count
-    if 0 < count < 35:
-        assert scores[~kept].max() < scores[kept].min()
-
-
-def test_equal_scores_go_in_order():
-    scores = torch.full((3, 40), 0.5)
-    kept = SINGLE.prune_to_sparsity(scores, everything(scores), 0.5)
-    assert kept.flatten().tolist() == [False] * 60 + [True] * 60
-
-
-@pytest.mark.parametrize("sparsity", [0.1, 0.35, 0.5, 0.8, 0.99])
+@pytest.mark.parametrize("sparsity", [0.0, 0.049, 0.35, 0.5, 0.8, 0.999])
 @pytest.mark.parametrize("balanced", [False, True])
 def test_choice_is_that_of_a_stable_sort(sparsity, balanced):
     scores = torch.randint(4, (6, 9)).double()
@@ -157,13 +146,6 @@ def test_pruned_units_stay_pruned_and_count():
     assert scores[~after].tolist() == [0, 1, 9]
     assert torch.equal(SINGLE.prune_to_sparsity(scores, after, 0.1), after)
     assert not SINGLE.prune_to_threshold(torch.full((2, 5), 9.0), kept, 1.0)[1, 4]
-
-
-def test_balanced_prunes_every_unit_group_alike():
-    scores = torch.rand(6, 11)
-    scores[0] += 100
-    kept = SINGLE.prune_to_sparsity(scores, everything(scores), 0.4, balanced=True)
-    assert (~kept).sum(-1).tolist() == [4] * 6
 
 
 def test_threshold_is_inclusive():

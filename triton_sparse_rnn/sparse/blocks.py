@@ -32,7 +32,7 @@ def check_block_size(block_size: tuple[int, int], name: str = "block_size") -> t
 
 
 def check_filling_up(
-    block_size: tuple[int, int], rows: int, columns: int, where: str = "a matrix", name: str = "block_size"
+    block_size: tuple[int, int], rows: int, columns: int, where: str = "a matrix", name: str = "blocks"
 ) -> None:
     """Raise ValueError where the zeros that blocks are filled up with could take any amount of memory.
 
