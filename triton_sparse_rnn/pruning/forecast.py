@@ -42,41 +42,20 @@ class WeightForecast:
 
 
 @dataclasses.dataclass(frozen=True)
-class Forecast:
-    """What `forecast` returns; print it as a table.
+class Forecast(WeightForecast):
+    """What `forecast` returns, all weights together; print it as a table.
 
     Attributes:
-        rows: one for each weight that the pruner prunes. The properties are their sums.
+        rows: one for each weight that the pruner prunes.
     """
 
     rows: tuple[WeightForecast, ...]
 
-    @property
-    def sparsity(self) -> float:
-        """Pruned weights as a fraction of all in the rows."""
-        return sum(row.zeros for row in self.rows) / sum(row.weights for row in self.rows)
-
-    @property
-    def stored_units(self) -> int:
-        return sum(row.stored_units for row in self.rows)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(row.nbytes for row in self.rows)
-
-    @property
-    def dense_nbytes(self) -> int:
-        return sum(row.dense_nbytes for row in self.rows)
-
-    @property
-    def macs_per_step(self) -> int:
-        return sum(row.macs_per_step for row in self.rows)
-
     def __str__(self) -> str:
         table: list[tuple[str, ...]] = [("weight", "sparsity", "stored", "bytes", "dense bytes", "MACs/step")]
-        for name, row in [*((row.name, row) for row in self.rows), ("total", self)]:
+        for row in (*self.rows, self):
             counts = (row.stored_units, row.nbytes, row.dense_nbytes, row.macs_per_step)
-            table.append((name, f"{row.sparsity:.1%}", *(f"{count:,}" for count in counts)))
+            table.append((row.name, f"{row.sparsity:.1%}", *(f"{count:,}" for count in counts)))
         return "\n".join(align(table, right=range(1, 6)))
 
 
@@ -114,7 +93,9 @@ def forecast(model: nn.Module, pruner: Pruner, reference: nn.Module | Mapping[st
         raise TypeError(f"pruner must be a Pruner, got {type(pruner).__name__}")
     starts = _weights_by_name("model", model, pruner)
     ends = starts if reference is None else _weights_by_name("reference", reference, pruner)
-    return Forecast(tuple(_row(pruner, weight, starts[weight.name], ends[weight.name]) for weight in pruner.weights))
+    rows = tuple(_row(pruner, weight, starts[weight.name], ends[weight.name]) for weight in pruner.weights)
+    counts = (field.name for field in dataclasses.fields(WeightForecast) if field.name != "name")
+    return Forecast("total", **{count: sum(getattr(row, count) for row in rows) for count in counts}, rows=rows)
 
 
 def _row(pruner: Pruner, weight: Weight, start: Tensor, end: Tensor) -> WeightForecast:
