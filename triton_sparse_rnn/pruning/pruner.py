@@ -76,7 +76,7 @@ class Pruner:
                 Gates are "r" "z" "n" of a GRU, "i" "f" "g" "o" of an LSTM, "h" of an RNN; one that is not named
                 follows `schedule`.
             tie_gates: one mask for all gates of a unit group; their scores are combined.
-            balanced: prune the same number of units in each unit group of each gate. Needs schedules by rank.
+            balanced: prune the same number in each unit group of each gate. Needs schedules by rank.
             include: globs of further parameters to prune, as `weight.flatten(1)`, such as ("decoder.weight",); not of
                 an nn.Embedding(sparse=True), whose backward raises a TypeError.
 
@@ -85,7 +85,7 @@ class Pruner:
                 cannot be pruned: frozen, tied, parametrized, or sharded (DTensor).
 
         Warns:
-            UserWarning: a gate, or with `balanced` a unit group of it, has so few units that all will be pruned.
+            UserWarning: a gate, or with `balanced` a unit group of it, has so few that all will be pruned.
         """
         self.pattern = as_pattern(pattern)
         self.score = check_score(score)

@@ -1,8 +1,8 @@
 """Sparsity patterns: which weights of a matrix are pruned together, and so stored together.
 
-What is pruned or kept as a whole is a *unit*. A weight comes as [G, H, C], a matrix for each gate. Its mask and its
-scores hold a number for each unit, [G, unit groups of a gate, ...]; the axes behind these two are the pattern's own. In
-a mask or in scores for all gates alike, G is 1.
+What is pruned or kept as a whole, such as a block, is a *unit* (not a hidden unit; a unit group is BR of those). A weight
+comes as [G, H, C], a matrix for each gate. Its mask and its scores hold a number for each unit: [G, unit groups, ...];
+the axes behind these two are the pattern's own. In a mask or in scores for all gates alike, G is 1.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Pattern(abc.ABC):
             scores: of one gate, none negative or NaN.
             kept: the mask so far, bool of the same shape. What it prunes counts as lowest and stays pruned.
             sparsity: in [0, 1).
-            balanced: prune so many in each unit group, by its own number of units.
+            balanced: prune so many in each unit group, out of those that it has.
 
         Returns:
             The new mask, True = kept.
