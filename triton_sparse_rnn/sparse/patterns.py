@@ -1,8 +1,8 @@
 """Sparsity patterns: which weights of a matrix are pruned together, and so stored together.
 
-What is pruned or kept as a whole, such as a block, is a *unit* (not a hidden unit; a unit group is BR of those). A weight
-comes as [G, H, C], a matrix for each gate. Its mask and its scores hold a number for each unit: [G, unit groups, ...];
-the axes behind these two are the pattern's own. In a mask or in scores for all gates alike, G is 1.
+What is pruned or kept as a whole, such as a block, is a *unit* (not a hidden unit; a unit group is BR of those). A
+weight comes as [G, H, C], a matrix for each gate. Its mask and its scores hold a number for each unit: [G, unit groups,
+...]; the axes behind these two are the pattern's own. In a mask or in scores for all gates alike, G is 1.
 """
 
 from __future__ import annotations
