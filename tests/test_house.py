@@ -1,6 +1,7 @@
 """The layout of the project: who may import whom, and what importing the package costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ ORDER = [
     {"__init__", "cli"},
     {"demo"},
     {"doctor", "report", "integrations"},
-    {"checkpoint_files", "recurrent_tensors"},
+    {"checkpoint_files", "recurrent_tensors", "report_values"},
     {"conversion", "pruning", "saving"},
     {"nn"},
     {"gate_gradients"},
@@ -83,6 +84,14 @@ def test_imports_point_one_way(path):
 )
 def test_a_wrong_import_is_found(part, line):
     assert import_faults(part, ast.parse(line))
+
+
+@pytest.mark.parametrize("path", [*(PROJECT / PACKAGE / "pruning").glob("*.py")], ids=lambda path: path.name)
+def test_pruning_asks_its_pattern_and_knows_no_blocks(path):
+    text = path.read_text(encoding="utf-8")
+    assert "sparse.blocks" not in text
+    assert "block_size" not in text
+    assert "Blocks(" not in re.sub(r'""".*?"""', "", text, flags=re.DOTALL)  # examples have some
 
 
 def test_kernels_is_one_folder_under_two_paths():

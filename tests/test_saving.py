@@ -426,7 +426,7 @@ def test_blocks_larger_than_their_matrix_and_none_stored_are_refused(tmp_path, b
         tmp_path / "file", enlarge, lambda modules: modules[""]["weights"]["weight_hh_l0"].update(block_size=[BR, BC])
     )
     model = make_gru(1) if backend is None else to_sparse(make_gru(1), storage=(2, 1), backend=backend)
-    assert_refused(tmp_path / "file", r"block_size must be at most \(4096, 4096\) for a matrix of 6 x 6, got", model)
+    assert_refused(tmp_path / "file", r"blocks must be at most \(4096, 4096\) for a matrix of 6 x 6, got", model)
 
 
 def test_a_recurrent_weight_that_is_not_in_blocks_is_refused(tmp_path):

@@ -299,7 +299,7 @@ def test_blocks_far_beyond_their_matrix_are_refused(block_size):
         shape=(10, 7),
         gates=2,
     )
-    message = rf"block_size must be at most \(4096, 4096\) for a matrix of 5 x 7, got \({BR}, {BC}\)"
+    message = rf"blocks must be at most \(4096, 4096\) for a matrix of 5 x 7, got \({BR}, {BC}\)"
     with pytest.raises(ValueError, match=message):
         matrix.check()
     with pytest.raises(ValueError, match=message):
