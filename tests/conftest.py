@@ -13,6 +13,22 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+SLOW_FOR = {
+    "programs": "examples, the demo and commands, each in a process of its own, from end to end",
+    "studies": "a training that learns something",
+    "processes": "what several processes do to each other, or with another processor's instructions",
+    "compiler": "inductor's C++, torch.export's whole traces, and machine code of Triton's kernels",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse a test that is left out of a plain run without a reason."""
+    for item in items:
+        for marker in item.iter_markers("slow"):
+            if marker.args not in [(reason,) for reason in SLOW_FOR]:
+                raise pytest.UsageError(f"{item.nodeid}: slow(...) must say one of {', '.join(SLOW_FOR)}")
+
+
 @pytest.fixture
 def one_thread():
     """Models this small are slower on several threads, and far slower where others use them too."""

@@ -36,6 +36,7 @@ def test_every_example_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} <= set(LAST_LINES)
 
 
+@pytest.mark.slow("programs")
 @pytest.mark.parametrize("example", sorted(path.stem for path in EXAMPLES.glob("*.py")))
 def test_example(example, tmp_path):
     for package in NEEDS.get(example, ()):

@@ -6,11 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from persistent_cases import CELLS, assert_same_bits, convert, every_cell_and_backend, make_pruned, make_states
+from persistent_cases import CELLS, assert_same_bits, convert, make_pruned, make_states
 from torch import nn
 from torch.export import Dim
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
+from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
+
+# Backends are inside the operator, which compilers do not see: each cell on one of them, Triton by its interpreter.
+each_cell = pytest.mark.parametrize(
+    ("cell", "backend"), [(nn.RNN, "triton" if INTERPRETED else "cpu"), (nn.GRU, "cpu"), (nn.LSTM, "reference")]
+)
 SIZES = [(6, 3), (4, 2), (9, 7), (1, 1)]  # T, B
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
@@ -21,7 +27,7 @@ def _forget_what_was_compiled():
     torch.compiler.reset()
 
 
-@every_cell_and_backend
+@each_cell
 def test_compile_the_whole_call(cell, backend):
     ours = convert(make_pruned(cell, num_layers=2, bidirectional=True), backend)
     compiled: Any = torch.compile(ours, fullgraph=True, dynamic=True, backend="eager")
@@ -40,7 +46,7 @@ def test_a_compiled_call_has_no_backward_either():
         y.sum().backward()
 
 
-@every_cell_and_backend
+@each_cell
 def test_compile_a_step(cell, backend):
     ours = convert(make_pruned(cell), backend)
     compiled = torch.compile(ours.step, fullgraph=True, backend="eager")
@@ -58,7 +64,7 @@ def test_compile_with_a_packed_sequence():
     assert_same_bits(compiled(x), ours(x))
 
 
-@pytest.mark.slow
+@pytest.mark.slow("compiler")
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # inductor uses it
 def test_compile_with_inductor():
@@ -70,8 +76,8 @@ def test_compile_with_inductor():
         torch.testing.assert_close(a, b)
 
 
-@every_cell_and_backend
-@pytest.mark.parametrize("strict", [False, True])
+@each_cell
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow("compiler"))])
 def test_export_with_dynamic_sizes(cell, backend, strict):
     ours = convert(make_pruned(cell, num_layers=2), backend)
     T, B = Dim("T"), Dim("B")
@@ -110,7 +116,7 @@ def test_export_with_a_packed_sequence_inside(cell):
         assert_same_bits(exported.module()(*arguments), model(*arguments))
 
 
-@pytest.mark.slow
+@pytest.mark.slow("compiler")
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # inductor uses it
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated")  # its packages use that

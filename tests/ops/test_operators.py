@@ -68,8 +68,7 @@ def make_arguments(
 
 
 @pytest.mark.parametrize(("mode", "backend"), MODES_AND_BACKENDS)
-@pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("directions", "packed"), [(1, True), (2, False)])
 def test_opcheck(mode, backend, directions, packed):
     torch.library.opcheck(recurrent_layer, make_arguments(mode, backend, directions, packed))
 

@@ -76,6 +76,7 @@ def refusal_of_a_sharded_weight() -> str:
     return "accepted"
 
 
+@pytest.mark.slow("processes")
 @pytest.mark.skipif(not distributed.is_available(), reason="this torch is built without torch.distributed")
 def test_ranks_find_the_same_masks(tmp_path):
     spawn(train_on_rank, args=(tmp_path,), nprocs=2)

@@ -188,9 +188,10 @@ def test_an_optimizer_made_anew_is_noticed():
     assert (pruner.step_count, pruner.sparsity) == (1, 0)
 
 
-@pytest.mark.parametrize("variant", [{}, {"fused": True}, {"foreach": True}])
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("steps_before", [0, 3])
+@pytest.mark.parametrize(
+    ("kind", "variant", "steps_before"),
+    [(torch.optim.SGD, {}, 0), (torch.optim.SGD, {"fused": True}, 3), (torch.optim.AdamW, {"foreach": True}, 3)],
+)
 def test_another_is_counted_whatever_it_does_to_versions(kind, variant, steps_before):
     layer = gru(5, 7)
     train(layer, attached(layer, NOW)[1], steps_before)

@@ -279,7 +279,7 @@ def test_converted_models_are_evaluated(task):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.slow("studies")
 def test_the_recordings():
     if not sounds.ROOT.exists():
         pytest.skip(sounds.INSTALL)

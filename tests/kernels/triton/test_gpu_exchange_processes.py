@@ -169,7 +169,7 @@ def test_delays_change_nothing():
     assert launch.is_right()
 
 
-@pytest.mark.slow
+@pytest.mark.slow("processes")
 @pytest.mark.parametrize("seed", range(3))
 def test_delays_over_many_steps_change_nothing(seed: int):
     launch = Launch(P=6, S=400)

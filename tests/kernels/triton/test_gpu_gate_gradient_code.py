@@ -12,7 +12,7 @@ from tools.machine_code import ARCHITECTURES
 
 # The same for all tiles, dtypes and rules takes minutes for each target, and is for who changes these kernels:
 # python tests/kernels/triton/gate_gradient_code_program.py 90 all
-OTHERS = [pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES if arch != 90]
+OTHERS = [pytest.param(arch, marks=pytest.mark.slow("compiler")) for arch in ARCHITECTURES if arch != 90]
 
 
 @pytest.mark.parametrize("arch", [90, *OTHERS])

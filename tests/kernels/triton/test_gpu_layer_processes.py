@@ -178,7 +178,7 @@ def test_late_programs_and_delays_change_no_bit(kernels: InProcesses):
     assert_same_bits(layer.run(x, states, None), undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("processes")
 @pytest.mark.parametrize("mode", ["RNN_TANH", "GRU", "LSTM"])
 def test_delays_over_many_steps_change_no_bit(kernels: InProcesses, mode: str):
     layer = Layers(mode, 4)

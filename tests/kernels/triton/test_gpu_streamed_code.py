@@ -11,7 +11,7 @@ from gpu_compilation import without_interpreter
 from tools.machine_code import ARCHITECTURES
 
 
-@pytest.mark.slow
+@pytest.mark.slow("compiler")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_nothing_spills_and_the_exchange_is_strong(arch):
     program = Path(__file__).with_name("streamed_code_program.py")
