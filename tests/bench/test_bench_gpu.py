@@ -113,6 +113,7 @@ def test_names_and_precisions():
 
 
 @no_gpu
+@pytest.mark.slow("programs")
 def test_gpu_suites_are_skipped_without_one():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", "bench/gpu/bench_core.py"]
     command += ["-m", "gpu", "-k", "floor"]

@@ -106,6 +106,7 @@ def test_every_row_is_pruned_as_it_says(task, row, tmp_path):
 # Runs
 
 
+@pytest.mark.slow("studies")
 def test_runs_of_a_task(task, tmp_path):
     """The dense model first, then one of each kind that differs in how it is trained."""
     names = ["gradual, 90 %", "ThresholdRamp, q at 90 %", "L1, then hard pruning, 1x1", "weight_hh only, 90 %"]

@@ -219,6 +219,7 @@ def recordings(tmp_path, monkeypatch, talk, tiny):
     return Recordings(talk, held_out_pairs(talk), TINY)
 
 
+@pytest.mark.slow("studies")
 def test_runs_are_evaluated_and_timed(recordings, tmp_path, quiet, monkeypatch):
     place = Place(tmp_path / "runs.jsonl", tmp_path / "models")
     rows = [*UNTRAINED, BY_NAME["90 %"], DENSE]
