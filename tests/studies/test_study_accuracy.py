@@ -8,12 +8,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from studies.accuracy import timing
-from studies.accuracy.plots import plot_all
 from studies.accuracy.rows import DENSE, GRADUAL, HEADLINE, ONE_SHOT, ROWS, SEEDS, SENSITIVITY, SMALL, WIDE
 from studies.accuracy.sizes import Size, parameters, recurrent_weights, size_of
 from studies.accuracy.study import ACCURACY
-from studies.accuracy.summary import models_of
-from studies.accuracy.table import tables
 from studies.accuracy.timing import time_runs
 from studies.accuracy.training import make_pruner
 from studies.runs.records import Key, Lines, key_of
@@ -190,88 +187,3 @@ def test_no_time_of_a_wrong_layer(tiny, task, tmp_path, quiet, monkeypatch):
     monkeypatch.setattr(timing, "convert", wrong)
     with pytest.raises(ValueError, match="from float64, rounding allows"):
         next(time_runs(Lines({key_of(found): found}, {}), tmp_path, rounds=1, console=quiet))
-
-
-# Tables and plots
-
-
-def made_up(row="dense", seed=0, value=2.0, steps=500, task="characters", **others):
-    pruned = not NAMES[row].is_dense
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in NAMES[row].weight_dtypes]
-    told = {"sparsity": 0.9, "nbytes": 1000, "macs_per_step": 100}
-    return {
-        "task": task,
-        "row": row,
-        "seed": seed,
-        "steps": steps,
-        "settings": {},
-        "hidden_size": 256,
-        "pruner": {"block_size": [16, 1]} if pruned else None,
-        "sparsity": 0.9 if pruned else 0.0,
-        "parameters": 57_000 if pruned else 278_000,
-        "forecast": told if pruned else None,
-        "became": told | {"sparsity": 0.85, "nbytes": 1250} if pruned else None,
-        "models": [
-            {
-                "weight_dtype": dtype,
-                "bytes": 230_000 // (k + 1),
-                "quality": {metric.key: value + k / 100 for metric in TASKS[task].metrics},
-            }
-            for k, dtype in enumerate(dtypes)
-        ],
-        "seconds": 60.0,
-        "processor": "a processor",
-        "versions": {"torch": "2.13"},
-        **others,
-    }
-
-
-TIMED = Key("characters", "gradual, 90 %", 0, 500)
-
-
-def many():
-    runs = [made_up(seed=seed, value=2.0 + seed / 10) for seed in range(3)]
-    runs += [made_up("gradual, 90 %", seed=seed, value=2.2 + seed / 10) for seed in range(3)]
-    runs += [
-        made_up("hard pruning, 90 %", value=2.42),
-        made_up("end_step 35 %", value=2.31),
-        made_up("power 1", value=2.09),
-        made_up("ThresholdRamp, q at 95 %", value=2.0),
-        made_up("ramp_step 10 %", value=2.4),
-    ]
-    runs += [made_up(task="pronunciation", value=10.0)]
-    times = {"times": [{"weight_dtype": "float32", "us_per_step": 2.25, "torch_us_per_step": 44.5}]}
-    return Lines({key_of(one): one for one in runs}, {TIMED: times})
-
-
-def test_table():
-    lines = tables(many()).splitlines()
-    assert lines[2] == "| model | characters, 500 steps | pronunciation, 500 steps |"
-    assert "| gradual, 90 % | +9.5 (+9.1 to +10.0) |  |" in lines
-    assert "## characters, 500 steps" in lines
-    assert "| dense | 256 | 0.0 | 2.100 (2.000 to 2.200) |  | 278,000 | 230,000 |  |  | 3 |" in lines
-    percent = "+9.5 (+9.1 to +10.0)"
-    kept = f"| gradual, 90 % | 256 | 90.0 | 2.300 (2.200 to 2.400) | {percent} | 57,000 | 230,000 | 2.25 | 44.5 | 3 |"
-    assert kept in lines
-    assert any(line.startswith("| gradual, 90 %, int8 | 256 | 90.0 | 2.320") for line in lines)
-    assert not any(line.startswith("| end_step 35 % | 256") for line in lines)
-    assert "| hard pruning: 7 to 9 % worse than gradual | +10.0 |  |" in lines
-    assert "| pruned, same width: 14 to 21 % worse than dense | +9.5 (+9.1 to +10.0) |  |" in lines
-    assert "| end_step | end_step 35 % | 90.0 | 2.310 | +5.0 |" in lines
-    assert "| power | power 1 | 90.0 | 2.090 | -5.0 |" in lines
-    assert "| ramp_step | ramp_step 10 % | 90.0 | 2.400 | +20.0 |" in lines
-    assert "| characters | gradual, 90 % | 16x1 | 90.0 | 85.0 | +5.0 (+5.0 to +5.0) | -20.0 | 3 |" in lines
-    assert "11 runs, 11 minutes on a processor, torch 2.13." in lines
-
-
-def test_a_row_without_its_dense_run_has_no_difference():
-    runs = [made_up("gradual, 90 %", seed=1), made_up(seed=0)]
-    found = models_of(Lines({key_of(one): one for one in runs}, {}))[0]
-    assert [model.name for model in found.models][:3] == ["dense", "dense, float16", "gradual, 90 %"]
-    assert found.models[2].loss_percent is None
-
-
-def test_plots(tmp_path):
-    names = ["accuracy-parameters.png", "accuracy-time.png", "accuracy-schedule-characters.png"]
-    assert plot_all(many(), tmp_path) == [tmp_path / name for name in names]
-    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in names)

@@ -15,16 +15,14 @@ from studies.denoising.linear import BlockLinear
 from studies.denoising.model import Denoiser, load_original
 from studies.denoising.noise import Pair, held_out_pairs, mix
 from studies.denoising.onnx_original import OnnxOriginal, OnnxStream, streaming_session
-from studies.denoising.plots import plot_quality
 from studies.denoising.rows import BY_NAME, DENSE, ROWS, TASK, UNTRAINED, Row
 from studies.denoising.signals import BINS, si_sdr_db, spectrum
 from studies.denoising.speech import GROUPS
 from studies.denoising.study import DENOISING, Recordings
-from studies.denoising.summary import models_of
 from studies.denoising.table import tables
-from studies.denoising.timing import ONNXRUNTIME, SPEED_TASK, TORCH, TorchStream, contender_name, time_all
+from studies.denoising.timing import ONNXRUNTIME, TORCH, TorchStream, contender_name, time_all
 from studies.denoising.training import Settings, fine_tune, spectral_loss
-from studies.runs.records import Key, Lines, key_of, line_of
+from studies.runs.records import Key, Lines, key_of
 from studies.runs.study import Place, weights_path
 from studies.tasks.task import MissingDataError
 
@@ -259,57 +257,3 @@ def test_the_data_and_the_fine_tuning_decide_the_outcome(recordings):
     assert told.keys() > DENOISING.settings(recordings, UNTRAINED[0], 0).keys() >= {"speech_sha256", "model_sha256"}
     other = dataclasses.replace(recordings, fine_tuning=dataclasses.replace(TINY, seconds=0.2))
     assert DENOISING.settings(other, BY_NAME["90 %"], 7) != told
-
-
-# Tables and plots
-
-
-def made_up():
-    def quality(value):
-        return {group: [value + i + place for i in range(8)] for place, group in enumerate(GROUPS)}
-
-    def line(task, row, seed, steps, **facts):
-        return line_of(Key(task, row, seed, steps), settings={}, **facts) | origin
-
-    origin = {"processor": "a processor", "versions": {"torch": "2.13"}}
-    runs = [
-        line(TASK, name, 0, 0, quality={UNCONVERTED: quality(value)}) for name, value in (("noisy", 0), ("original", 4))
-    ]
-    for row, value in (("dense", 6), ("80 %", 5), ("90 %", 4.5), ("90 % in one go", 3), ("90 %, linear too", 4.25)):
-        for seed in range(2 if row == "90 %" else 1):
-            forms = {form: quality(value + seed / 4) for form in (UNCONVERTED, *WEIGHT_DTYPES)}
-            runs.append(line(TASK, row, seed, 800, quality=forms, seconds=60.0))
-    times = []
-    for name, us in {ONNXRUNTIME: 180.0, TORCH: 360.0, "80 %, float32": 90.0, "90 %, int8": 45.0}.items():
-        found = {"streamed_us": {"median": 9e9, "least": us}, "whole_us": {"median": 9e9, "least": us / 2}}
-        times.append(line(SPEED_TASK, name, 0, 0, nbytes=round(1e5 * us), streaming_error=0.0, **found))
-    return Lines(*({key_of(line): line for line in lines} for lines in (runs, times)))
-
-
-def test_table():
-    lines = tables(made_up()).splitlines()
-    assert lines[2] == "| noisy speech |  |  | 3.50 | 4.50 | 5.50 |  |  |"
-    assert "| original, onnxruntime |  | 18.00 | 7.50 | 8.50 | 9.50 | 180 (1.0) | 90 (1.0) |" in lines
-    assert "| original, nn.GRU |  | 36.00 | 7.50 | 8.50 | 9.50 | 360 (0.5) | 180 (0.5) |" in lines
-    assert "| fine-tuned, not pruned, unconverted | 0 | 36.00 | 9.50 | 10.50 | 11.50 | 360 (0.5) | 180 (0.5) |" in lines
-    assert "| pruned 80 %, float32 | 80 | 9.00 | 8.50 | 9.50 | 10.50 | 90 (2.0) | 45 (2.0) |" in lines
-    spread = "8.12 (8.00 to 8.25) | 9.12 (9.00 to 9.25) | 10.12 (10.00 to 10.25)"
-    assert f"| pruned 90 %, int8 | 90 | 4.50 | {spread} | 45 (4.0) | 22 (4.0) |" in lines
-    assert "| pruned 90 % in one go, int8 | 90 |  | 6.50 | 7.50 | 8.50 |  |  |" in lines
-    assert "| noisy speech | 3.00 | 4.00 | 5.00 | 6.00 |" in lines
-    assert "| pruned 80 % | 8.00 | 9.00 | 10.00 | 11.00 |" in lines
-    assert lines[-1] == "Runs of 800 steps: 6, 6 minutes on a processor, torch 2.13."
-
-
-def test_runs_of_different_length_are_not_mixed():
-    runs, times = made_up()
-    with pytest.raises(ValueError, match="different numbers of steps"):
-        models_of(Lines(runs | {Key(TASK, "95 %", 0, 20): {}}, times))
-
-
-def test_plot_of_all_and_of_what_is_there_so_far(tmp_path):
-    runs, times = made_up()
-    for lines in (Lines(runs, times), Lines({key: run for key, run in runs.items() if key.row == "noisy"}, {})):
-        assert plot_quality(lines, tmp_path) == [tmp_path / "denoising.png"]
-        assert (tmp_path / "denoising.png").read_bytes()[:4] == b"\x89PNG"
-        (tmp_path / "denoising.png").unlink()

@@ -9,17 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from studies.gate_gradients import distribution, plots
+from studies.gate_gradients import distribution
 from studies.gate_gradients.distribution import GATES, Probe, describe, threshold_for
-from studies.gate_gradients.plots import plot_all
 from studies.gate_gradients.rows import DENSE, ROWS
 from studies.gate_gradients.study import GATE_GRADIENTS, RECORDS
-from studies.gate_gradients.summary import rows_of
-from studies.gate_gradients.table import tables
 from studies.gate_gradients.training import recurrent_share, zeros_over_time
-from studies.runs.records import Key, Lines, key_of
+from studies.runs.records import Key
 from studies.runs.study import Place
-from studies.tasks import TASKS
 from studies.tasks.characters import Characters
 from triton_sparse_rnn import GateGradientSparsity, GateGradientStats, SparseLSTM
 
@@ -191,88 +187,3 @@ def test_zeros_over_time():
     assert found["i"] == pytest.approx(expected)
     assert found["f"] == pytest.approx({part: share / 2 + 0.025 for part, share in expected.items()})
     assert zeros_over_time([]) == {}
-
-
-# Tables and plots
-
-
-def made_up(row="dense", seed=0, value=2.0, steps=500, task="characters"):
-    zeros = {} if row == "dense" else {gate: {"start": 0.5, "middle": 0.81, "end": 0.8, "mean": 0.78} for gate in GATES}
-    gates = {gate: {"counts": [0] * 70 + [100] * 30 + [1] * 20, "zeros": 5, "energy": 0.012} for gate in GATES}
-    moments = {
-        name: {"step": step, "size": 1e-4, "quantiles": {"0.5": 1e-7, "0.8": 1e-6, "0.9": 1e-5}, "gates": gates}
-        for name, step in (("early", 50), ("late", 499))
-    }
-    return {
-        "task": task,
-        "row": row,
-        "seed": seed,
-        "steps": steps,
-        "settings": {},
-        "gate_gradient": {},
-        "quality": {metric.key: value for metric in TASKS[task].metrics},
-        "zeros": zeros,
-        "redundant_macs": {"rnn": 0.52, "model": 0.5} if zeros else {"rnn": 0.0, "model": 0.0},
-        "training_loss": [3.0, 2.0],
-        "distribution": moments if row == "dense" and seed == 0 else {},
-        "seconds": 60.0,
-        "processor": "a processor",
-        "versions": {"torch": "2.13"},
-    }
-
-
-def many():
-    runs = [made_up(seed=seed, value=2.0 + seed / 10) for seed in range(3)]
-    runs += [made_up("stochastic, 80 %", seed=seed, value=2.03 + seed / 10 + seed / 100) for seed in range(3)]
-    runs.append(made_up("fixed threshold, about 50 %", value=1.99))
-    runs[-1] |= {"gate_gradient": {"threshold": 0.00123}, "redundant_macs": {"rnn": 0.4, "model": 0.38}}
-    runs.append(made_up("tried once", value=2.2))
-    runs += [made_up(task="pronunciation", value=10.0), made_up("stochastic, 80 %", task="pronunciation", value=10.5)]
-    return lines_of(runs)
-
-
-def lines_of(runs):
-    return Lines({key_of(one): one for one in runs}, {})
-
-
-def test_table():
-    lines = tables(many()).splitlines()
-    assert lines[0] == "## characters, 500 steps"
-    assert "| dense | 0.0 | 0.0 | 0.0 | 2.100 |  | 3 |" in lines
-    assert "| stochastic, 80 % | 78.0 | 52.0 | 50.0 | 2.140 | +0.040 (+0.030 to +0.050) | 3 |" in lines
-    assert "| fixed threshold, about 50 %, 0.0012 | 78.0 | 40.0 | 38.0 | 1.990 | -0.010 | 1 |" in lines
-    assert "| tried once | 78.0 | 52.0 | 50.0 | 2.200 | +0.200 | 1 |" in lines
-    assert "Dense runs of 3 seeds: 2.000 to 2.200, 0.200 apart. Of several seeds: mean (range)." in lines
-    assert "| gate gradients | i | f | g | o |" in lines
-    assert f"| stochastic, 80 % |{' 50 → 81 → 80 (78) |' * 4}" in lines
-    assert "8 runs, 8 minutes on a processor, torch 2.13." in lines
-    assert "| dense | 0.0 | 0.0 | 0.0 | 10.00 |  | 10.00 | 10.000 | 1 |" in lines
-    assert "| stochastic, 80 % | 78.0 | 52.0 | 50.0 | 10.50 | +0.50 | 10.50 (+0.50) | 10.500 (+0.500) | 1 |" in lines
-
-
-def test_a_row_without_its_dense_run_has_no_difference():
-    runs = [made_up("stochastic, 90 %", seed=1), made_up(seed=0), made_up(steps=20)]
-    found = tables(lines_of(runs))
-    assert "| stochastic, 90 % | 78.0 | 52.0 | 50.0 | 2.000 |  | 1 |" in found
-    assert found.index("20 steps") < found.index("500 steps")
-
-
-def test_rows_of_a_section_are_in_their_order():
-    first = rows_of(many())[0]
-    names = ["dense", "stochastic, 80 %", "fixed threshold, about 50 %", "tried once"]
-    assert [row.name for row in first.models] == names
-    assert [row.family for row in first.models][1:] == ["stochastic", "fixed threshold", "other"]
-
-
-def test_plots(tmp_path):
-    names = ["trade-off.png", "gate-gradients-characters.png"]
-    characters = [one for key, one in many().runs.items() if key.task == "characters"]
-    assert plot_all(lines_of(characters), tmp_path) == [tmp_path / name for name in names]
-    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in names)
-
-
-def test_pictures_of_several_lengths_have_names_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "plot_distribution", lambda section, dense, path: path.touch())
-    only_dense = lines_of([made_up(seed=1), made_up(steps=20), made_up()])
-    names = ["gate-gradients-characters-20.png", "gate-gradients-characters-500.png", "trade-off.png"]
-    assert sorted(path.name for path in plots.plot_all(only_dense, tmp_path)) == names
