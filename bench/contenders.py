@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from bench.budgets import assert_within_budget
 from bench.workloads import Workload
@@ -100,12 +101,17 @@ class Ours:
                 storage=work.block_size,
                 backend="cpu",
             )
-        x = work.x
-        if work.T > 1:
-            return converted, lambda: fast(x)[0]
-        x_t, hx = x[0], torch.zeros(1, work.B, work.H)
-        state = (hx, hx) if work.cell == "LSTM" else hx
-        return converted, lambda: fast.step(x_t, state)[0].unsqueeze(0)
+        return converted, call_of(fast, work)
+
+
+def call_of(fast: Any, work: Workload) -> Callable[[], Tensor]:
+    """Return what runs a converted layer from states of zeros: `step` for one time step, else whole sequences."""
+    x = work.x.to(work.device)
+    if work.T > 1:
+        return lambda: fast(x)[0]
+    x_t, hx = x[0], torch.zeros(1, work.B, work.H, dtype=work.dtype, device=work.device)
+    state = (hx, hx) if work.cell == "LSTM" else hx
+    return lambda: fast.step(x_t, state)[0].unsqueeze(0)
 
 
 def _name(dtype: torch.dtype) -> str:

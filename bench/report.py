@@ -18,10 +18,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.cpu.break_even import break_even_table
-from bench.gpu.report import gpu_goals, gpu_table
+from bench.cpu import break_even
+from bench.gpu import report as gpu
 from bench.plots import plot_peers, plot_ratios
-from bench.rows import Row, read_rows
+from bench.rows import Row, markdown, read_rows
 
 HEADINGS = ("workload", "contender", "µs a call", "µs a step", "ratio", "smallest to largest", "largest error")
 
@@ -30,11 +30,11 @@ def tables(rows: Sequence[Row]) -> str:
     """Return a Markdown table for each suite, under its name; a group is named once."""
     parts = []
     for suite in dict.fromkeys(row.suite for row in rows):
-        lines = [f"## {suite}", "", _line(HEADINGS), _line(["---"] * len(HEADINGS))]
+        cells = []
         for group in dict.fromkeys(row.group for row in rows if row.suite == suite):
             in_group = [row for row in rows if (row.suite, row.group) == (suite, group)]
-            lines += [_line([group if i == 0 else "", *_cells(row)]) for i, row in enumerate(in_group)]
-        parts.append("\n".join(lines))
+            cells += [[group if i == 0 else "", *_cells(row)] for i, row in enumerate(in_group)]
+        parts += [f"## {suite}", markdown(HEADINGS, cells)]
     return "\n\n".join(parts)
 
 
@@ -47,10 +47,6 @@ def _cells(row: Row) -> list[str]:
         f"{min(row.ratios):.2f} to {max(row.ratios):.2f}" if row.ratios else "",
         f"{row.facts['max_error']:.1e}" if "max_error" in row.facts else "",
     ]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 2
-    prints = {"break_even": break_even_table, "gpu": gpu_table, "gpu_goals": gpu_goals}
+    prints = {"break_even": break_even.table, "gpu": gpu.table, "gpu_goals": gpu.goals}
     print(next((make for name, make in prints.items() if getattr(options, name)), tables)(rows))
     if options.plot:
         plot_ratios(rows, options.plot)

@@ -1,10 +1,10 @@
-"""Read what pytest-benchmark wrote, one file for each process that was run."""
+"""Rows of what pytest-benchmark wrote, one file for each process that was run, and tables of such."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,11 @@ def read_rows(paths: Sequence[Path]) -> list[Row]:
             if (baseline := next(filter(None, baselines), None)) is not None:
                 ratios.setdefault(key, []).append(baseline / median_us)
     return [Row(*key, statistics.median(values), ratios.get(key, []), facts[key]) for key, values in times.items()]
+
+
+def markdown(headings: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    """Return a table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *cells))
 
 
 def _entries(path: Path) -> Iterator[tuple[tuple[str, str, str], float, dict[str, Any]]]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from triton_sparse_rnn import cli
-from triton_sparse_rnn.demo import settings
+from triton_sparse_rnn.demo import run, settings
 
 TINY = (
     "input_size=7, hidden_size=20, batch_size=3, window=11, steps=60, prune_every=5, held_out=900, generated=20, "
@@ -85,6 +85,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "weight_hh_l0" in capsys.readouterr().out
 
 
+@pytest.mark.slow("programs")
 def test_doctor_and_report_need_no_extra(tmp_path: Path):
     torch.save(nn.GRU(3, 5).state_dict(), tmp_path / "model.pt")
     program = (
@@ -171,6 +172,23 @@ def test_demo_on_a_full_disk(
     assert list(path.parent.iterdir()) == []
 
 
+def test_an_interrupted_demo_says_how_it_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_demo", interrupted)
+    options = ["--quick", "--text", "my text", "--output", str(tmp_path), "--seed", "3"]
+    assert cli.main(["demo", *options]) == 130
+    assert error_of(capsys) == "interrupted before the first step"
+    (tmp_path / "checkpoint.pt").touch()
+    assert cli.main(["demo", *options, "--threads", "1"]) == 130
+    words = f"--quick --text 'my text' --output {tmp_path} --seed 3 --threads 1"
+    assert error_of(capsys) == f"interrupted; go on with: triton-sparse-rnn demo --resume {words}"
+
+
+@pytest.mark.slow("programs")
 def test_demo_interrupted_by_ctrl_c_and_resumed(
     tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

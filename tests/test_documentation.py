@@ -22,7 +22,8 @@ GUIDES = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md"))]
 PAGES = [
     *GUIDES,
     *(PROJECT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")),
-    *PROJECT.glob("bench/results/*.md"),
+    *sorted(PROJECT.glob("*/README.md")),
+    *sorted(PROJECT.glob("bench/*/*.md")),
     *PROJECT.glob("studies/results/*.md"),
 ]
 # A page whose code needs what the extra `test` does not install is skipped without it.
@@ -101,7 +102,7 @@ def module_faults(name: str, arguments: list[str]) -> list[str]:
     source = program.read_text(encoding="utf-8") if program.is_file() else ""
     if "__main__" not in source:
         return [f"{name} is no program"]
-    if "argparse" not in source:
+    if not re.search("argparse|command_line", source):
         return [f"{name} takes no {word}" for word in arguments if word.startswith("--")]
 
     def run(argv: list[str]) -> object:

@@ -94,6 +94,14 @@ def test_pruning_asks_its_pattern_and_knows_no_blocks(path):
     assert "Blocks(" not in re.sub(r'""".*?"""', "", text, flags=re.DOTALL)  # examples have some
 
 
+@pytest.mark.parametrize("folder", ["bench", "examples", "kernels", "studies", "tools"])
+def test_the_demo_is_no_library(folder):
+    """What is measured stays as it is when the demo changes."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (PROJECT / folder).rglob("*.py")]
+    assert trees
+    assert [name for tree in trees for name in imported_modules(tree) if name.startswith(f"{PACKAGE}.demo")] == []
+
+
 def test_kernels_is_one_folder_under_two_paths():
     link = PROJECT / PACKAGE / "kernels"
     assert link.is_symlink()

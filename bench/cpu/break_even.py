@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from bench.rows import BASELINES, Row
+from bench.rows import BASELINES, Row, markdown
 
 SUITE = "bench_break_even"
 
@@ -19,12 +19,9 @@ class Point(NamedTuple):
     other_name: str
 
 
-def break_even_table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Return a Markdown table, a line for each layer: against its baseline and against the best float32 peer."""
-    lines = [
-        "| layer | H | as fast as the baseline from | as fast as the best float32 peer from |",
-        "|---|---|---|---|",
-    ]
+    cells = []
     layers: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         if row.suite == SUITE and row.facts["precision"] == "float32":
@@ -32,8 +29,8 @@ def break_even_table(rows: Sequence[Row]) -> str:
     for (cell, H), layer_rows in layers.items():
         baseline = break_even(_points(layer_rows, lambda row: row.contender in BASELINES))
         peer = break_even(_points(layer_rows, lambda row: not _is_ours(row)))
-        lines.append(f"| {cell} | {H} | {baseline} | {peer} |")
-    return "\n".join(lines)
+        cells.append([cell, str(H), baseline, peer])
+    return markdown(["layer", "H", "as fast as the baseline from", "as fast as the best float32 peer from"], cells)
 
 
 def break_even(points: Sequence[Point]) -> str:

@@ -16,6 +16,8 @@ import time
 import warnings
 from typing import Any
 
+from bench.rows import markdown
+
 CASES: dict[str, dict[str, Any]] = {
     "GRU, 16x1": {"cell": "GRU", "block_size": (16, 1)},
     "GRU, 16x32": {"cell": "GRU", "block_size": (16, 32)},
@@ -24,12 +26,9 @@ CASES: dict[str, dict[str, Any]] = {
     "RNN, 16x1": {"cell": "RNN", "block_size": (16, 1)},
     "GRU, 16x1, int8 weights": {"cell": "GRU", "block_size": (16, 1), "weight_dtype": "int8"},
     "GRU, 16x1, int8 weights and activations": {
-        "cell": "GRU",
-        "block_size": (16, 1),
-        "weight_dtype": "int8",
-        "activation_dtype": "int8",
+        "cell": "GRU", "block_size": (16, 1), "weight_dtype": "int8", "activation_dtype": "int8",
     },
-}
+}  # fmt: skip
 
 
 def measure(name: str) -> dict[str, float]:
@@ -54,12 +53,13 @@ def measure(name: str) -> dict[str, float]:
 
 def table() -> str:
     """Return a Markdown table, a line for each case."""
-    lines = ["| layer | first process, s | second process, s | imports, s |", "|---|---|---|---|"]
+    cells = []
     for name in CASES:
         with tempfile.TemporaryDirectory() as folder:
             first, second = (_alone(name, folder) for _ in range(2))
-        lines.append(f"| {name} | {first['warm_up']:.2f} | {second['warm_up']:.2f} | {second['import']:.2f} |")
-    return "\n".join(lines)
+        seconds = first["warm_up"], second["warm_up"], second["import"]
+        cells.append([name, *(f"{value:.2f}" for value in seconds)])
+    return markdown(["layer", "first process, s", "second process, s", "imports, s"], cells)
 
 
 def _alone(name: str, cache_folder: str) -> dict[str, float]:

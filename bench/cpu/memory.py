@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from bench.budgets import assert_within_budget
+from bench.rows import markdown
 from bench.workloads import Workload
 from triton_sparse_rnn import PersistentGRU, to_sparse
 
@@ -92,15 +93,15 @@ def measure_call(H: int, weight_dtype: torch.dtype | None, B: int) -> int:
 
 def table() -> str:
     """Return a Markdown table in MB (10^6 bytes)."""
-    lines = [_line(HEADINGS), _line(["---"] * len(HEADINGS))]
+    cells = []
     for H in SIZES:
         rows = {dtype: alone(measure_converting, H, dtype) for dtype in PRECISIONS}
         (dense,) = {row.dense for row in rows.values()}
-        lines.append(_line(["nn.GRU", str(H), _mb(dense), "", *_calls(H, None)]))
+        cells.append(["nn.GRU", str(H), _mb(dense), "", *_calls(H, None)])
         for dtype, row in rows.items():
             sizes = _mb(row.converted), _mb(row.extra)
-            lines.append(_line([f"PersistentGRU, {PRECISIONS[dtype]}", str(H), *sizes, *_calls(H, dtype)]))
-    return "\n".join(lines)
+            cells.append([f"PersistentGRU, {PRECISIONS[dtype]}", str(H), *sizes, *_calls(H, dtype)])
+    return markdown(HEADINGS, cells)
 
 
 def alone(measure: Callable[..., Any], *arguments: Any) -> Any:
@@ -129,10 +130,6 @@ def _status_bytes(name: str) -> int:
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     (line,) = (line for line in status.splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
-
-
-def _line(cells: Any) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _mb(count: int) -> str:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.onnx_model import onnx_model
+from bench.cpu.onnx_model import onnx_model
 from bench.time_loop import run_time_loop
 from bench.workloads import Workload
 

@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from bench.gpu.contenders import GpuContender, contenders_of, measure_on_gpu
+from bench.gpu.contenders import GpuContender, contenders_of, measure
 from bench.workloads import Workload
 
 pytestmark = pytest.mark.gpu
@@ -43,4 +43,4 @@ ROWS = [(work, contender) for work in CORE for contender in contenders_of(work)]
 
 @pytest.mark.parametrize(("work", "contender"), ROWS, ids=str)
 def bench_core(benchmark, work: Workload, contender: GpuContender):
-    measure_on_gpu(benchmark, work, contender)
+    measure(benchmark, work, contender)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.gpu.contenders import GpuContender, contenders_of, measure_on_gpu
+from bench.gpu.contenders import GpuContender, contenders_of, measure
 from bench.workloads import Workload
 
 pytestmark = pytest.mark.gpu
@@ -33,4 +33,4 @@ ROWS = [
 
 @pytest.mark.parametrize(("work", "contender"), ROWS)
 def bench_grid(benchmark, work: Workload, contender: GpuContender):
-    measure_on_gpu(benchmark, work, contender)
+    measure(benchmark, work, contender)

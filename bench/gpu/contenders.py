@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.budgets import assert_within_budget
-from bench.contenders import PERSISTENT
+from bench.contenders import PERSISTENT, call_of
 from bench.gpu import floor
 from bench.gpu.machine import copy_bandwidth
 from bench.gpu.timing import median_device_us, replayed, synchronized
@@ -33,7 +33,7 @@ EVENT_SECONDS = 0.1  # of timing by events, besides what pytest-benchmark does
 BUDGET_STEPS, BUDGET_ROWS = 32, 4  # that show how large errors get; the CPU would take long over all of them
 
 
-def measure_on_gpu(benchmark, work: Workload, contender: GpuContender) -> None:
+def measure(benchmark, work: Workload, contender: GpuContender) -> None:
     """Check the result, then time it: medians of the device's clock go into the fact `device_us`."""
     expected, run, facts = contender.prepare(work)
     with torch.inference_mode():
@@ -144,12 +144,7 @@ class Ours(GpuContender):
         fast, facts = convert(converted)
         if not self.zeros and not facts["on_chip"]:
             pytest.skip(f"without zeros the layer does not stay on the chip: {facts['tile']}")
-        x = work.x.to(work.device)
-        if work.T > 1:
-            return converted, lambda: fast(x)[0], facts
-        x_t, hx = x[0], torch.zeros(1, work.B, work.H, dtype=work.dtype, device=work.device)
-        state = (hx, hx) if work.cell == "LSTM" else hx
-        return converted, lambda: fast.step(x_t, state)[0].unsqueeze(0), facts
+        return converted, call_of(fast, work), facts
 
 
 def convert(work: Workload) -> tuple[Any, dict[str, Any]]:

@@ -9,27 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from bench.rows import Row
+from bench.rows import Row, markdown
 
 SUITES = ("bench_core", "bench_grid")
 GRAPH = ", CUDA graph"
 HEADINGS = (
-    "layer",
-    "ours",
-    "ours, graph",
-    "0 % zeros, graph",
-    "nn",
-    "nn, graph",
-    "nn in float16, graph",
-    "torch BSR",
-    "floor: exchange",
-    "floor: bytes",
-    "W_ih x",
-    "ratio",
-    "ratio, graph",
-    "largest error",
-    "kernels",
-)
+    "layer", "ours", "ours, graph", "0 % zeros, graph", "nn", "nn, graph", "nn in float16, graph", "torch BSR",
+    "floor: exchange", "floor: bytes", "W_ih x", "ratio", "ratio, graph", "largest error", "kernels",
+)  # fmt: skip
 
 
 class Layer(NamedTuple):
@@ -61,7 +48,7 @@ class Layer(NamedTuple):
         return all(self.rows[0].facts[name] == value for name, value in facts.items())
 
 
-def gpu_layers(rows: Sequence[Row]) -> list[Layer]:
+def layers_of(rows: Sequence[Row]) -> list[Layer]:
     """Return the layers of the GPU suites, in order."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -70,12 +57,12 @@ def gpu_layers(rows: Sequence[Row]) -> list[Layer]:
     return [Layer(group, members) for (_, group), members in groups.items()]
 
 
-def gpu_table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Return a Markdown table, a line for each layer, in microseconds a step; then the machine."""
-    layers = gpu_layers(rows)
-    lines = [_line(HEADINGS), _line(["---"] * len(HEADINGS)), *(_line(_cells(layer)) for layer in layers)]
+    layers = layers_of(rows)
     machines = dict.fromkeys(_machine(row) for layer in layers for row in layer.rows)
-    return "\n".join([*lines, "", "Microseconds a step, medians of the device's clock.", *machines])
+    lines = markdown(HEADINGS, map(_cells, layers))
+    return "\n".join([lines, "", "Microseconds a step, medians of the device's clock.", *machines])
 
 
 def _cells(layer: Layer) -> list[str]:
@@ -139,9 +126,9 @@ GOALS = (
 )
 
 
-def gpu_goals(rows: Sequence[Row]) -> str:
+def goals(rows: Sequence[Row]) -> str:
     """Return what was wanted and what was measured, line by line, and every layer where ours is the slower one."""
-    layers = gpu_layers(rows)
+    layers = layers_of(rows)
     return "\n".join([*(line for goal in GOALS for line in goal.verdicts(layers)), *_never_slower(layers)])
 
 
@@ -167,7 +154,3 @@ def _quotient(a: float | None, b: float | None) -> float | None:
 
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

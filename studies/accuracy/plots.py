@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -27,16 +26,27 @@ from studies.accuracy.rows import (
     WIDE,
     Row,
 )
-from studies.accuracy.summary import FLOAT32, ModelSummary, Section, Times, sections
-from studies.runs.labels import Label, place_labels
-from studies.runs.records import Key
-from triton_sparse_rnn.demo.plots import INK, PALE, new_figure, strip
+from studies.accuracy.summary import FLOAT32, AccuracySection, ModelSummary, model_of, models_of
+from studies.runs.figures import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    PALE,
+    Label,
+    draw_points,
+    legend_below,
+    new_figure,
+    plot_side_by_side,
+    strip,
+)
+from studies.runs.records import Lines
 
 STYLES = {  # by family: colour, marker
-    HEADLINE: ("#d9480f", "o"),
+    HEADLINE: (ORANGE, "o"),
     LEVELS: ("#f76707", "."),
-    BLOCKS: ("#1c7ed6", "s"),
-    MASKS: ("#2f9e44", "^"),
+    BLOCKS: (BLUE, "s"),
+    MASKS: (GREEN, "^"),
     SCHEDULES: ("#862e9c", "D"),
     PENALTIES: ("#74838f", "v"),
 }
@@ -72,13 +82,12 @@ PANELS_IN_A_LINE = 4  # that share the metric's axis
 Value = Callable[[ModelSummary], float | None]
 
 
-def plot_all(runs: Mapping[Key, dict[str, Any]], times: Times, folder: Path) -> list[Path]:
+def plot_all(lines: Lines, folder: Path) -> list[Path]:
     """Write accuracy-parameters.png, accuracy-time.png if layers were timed, and accuracy-schedule-TASK.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    found = sections(runs, times)
+    found = models_of(lines)
     paths = [folder / "accuracy-parameters.png"]
     plot_trade_off(found, lambda model: model.parameters, "parameters that are not zero", paths[0])
-    if times:
+    if lines.times:
         paths.append(folder / "accuracy-time.png")
         plot_trade_off(found, shipped_us, "µs per step of the layer, batch 1, one thread", paths[-1])
     for section in found:
@@ -95,22 +104,17 @@ def shipped_us(model: ModelSummary) -> float | None:
     return min(times, default=None)
 
 
-def plot_trade_off(found: Sequence[Section], value: Value, axis: str, path: Path) -> None:
+def plot_trade_off(found: Sequence[AccuracySection], value: Value, axis: str, path: Path) -> None:
     """Draw for each task the first metric over what `value` tells of a model, on a logarithmic axis."""
-    figure = new_figure(5.2 * len(found), 5.2)
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
-    labels = [_draw_models(axes, section, value) for axes, section in zip(panels, found, strict=True)]
-    for axes in panels:
+
+    def draw(axes: Axes, section: AccuracySection) -> list[Label]:
         axes.set_xlabel(axis, color=INK)
-    entries = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=9, loc="outside lower center", ncols=6)
-    figure.draw_without_rendering()  # now the panels have their places
-    for axes, own in zip(panels, labels, strict=True):
-        place_labels(axes, own)
-    figure.savefig(path)
+        return _draw_models(axes, section, value)
+
+    plot_side_by_side(found, draw, (5.2, 5.2), 6, path)
 
 
-def _draw_models(axes: Axes, section: Section, value: Value) -> list[Label]:
+def _draw_models(axes: Axes, section: AccuracySection, value: Value) -> list[Label]:
     """Draw points; return what is to be written beside them."""
     metric = section.metrics[0]
     labels = []
@@ -122,22 +126,20 @@ def _draw_models(axes: Axes, section: Section, value: Value) -> list[Label]:
         ]
         if not points:
             continue
-        x, y = [at for at, _, _ in points], [spread.mean for _, spread, _ in points]
-        errors = np.array([(spread.mean - spread.low, spread.high - spread.mean) for _, spread, _ in points]).T
-        axes.errorbar(x, y, errors, color=colour, linestyle="none", capsize=3)
-        axes.plot(x, y, color=colour, marker=marker, markersize=6, linestyle="none", label=family)
+        x, spreads, _ = zip(*points, strict=True)
+        draw_points(axes, x, spreads, colour=colour, marker=marker, label=family)
         labels += [Label(SHORT[name], at, s.mean, colour) for at, s, name in points if name in SHORT]
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:,.0f}" if at >= 10 else f"{at:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.15, y=0.12)
     axes.set_ylabel(metric.heading, color=INK)
-    axes.set_title(f"{section.task}, {section.steps:,} steps", loc="left", color=INK, fontsize=11)
-    strip(axes, labelsize=8)
+    axes.set_title(section.title, loc="left", color=INK, fontsize=11)
+    strip(axes)
     return labels
 
 
-def plot_sensitivity(section: Section, path: Path) -> None:
+def plot_sensitivity(section: AccuracySection, path: Path) -> None:
     """Draw the first metric over each argument of the schedule, with the spread of the default's seeds behind it."""
     lines = -(-len(PANELS) // PANELS_IN_A_LINE)
     figure = new_figure(3.3 * PANELS_IN_A_LINE, 3.2 * lines)
@@ -148,17 +150,16 @@ def plot_sensitivity(section: Section, path: Path) -> None:
         axes.set_visible(False)
     for line in grid:
         line[0].set_ylabel(section.metrics[0].heading, color=INK)
-    handles, texts = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    title = f"{section.task}, {section.steps:,} steps, 16x1 blocks: how much the arguments of a schedule matter"
+    legend_below(figure, [grid[0, 0]], 3)
+    title = f"{section.title}, 16x1 blocks: how much the arguments of a schedule matter"
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=11)
     figure.savefig(path)
 
 
-def _draw_panel(axes: Axes, section: Section, argument: str, panel: Panel) -> None:
+def _draw_panel(axes: Axes, section: AccuracySection, argument: str, panel: Panel) -> None:
     metric = section.metrics[0]
     points = [(x, m.quality[metric.key].mean) for m in section.models if (x := _place(argument, m.row)) is not None]
-    default = section.model(panel.default)
+    default = model_of(section, panel.default)
     if default is not None:
         spread = default.quality[metric.key]
         axes.axhspan(spread.low, spread.high, color=PALE, alpha=0.3, linewidth=0, label="seeds of the default")
@@ -170,7 +171,7 @@ def _draw_panel(axes: Axes, section: Section, argument: str, panel: Panel) -> No
     x, y = zip(*sorted(points), strict=True) if points else ((), ())
     axes.plot(x, y, color=INK, marker=".", linewidth=1, label="varied: the default's first seed, or a mean")
     axes.set_xlabel(panel.axis, color=INK, fontsize=9)
-    strip(axes, labelsize=8)
+    strip(axes)
 
 
 def _place(argument: str, row: Row) -> float | None:

@@ -8,14 +8,7 @@ from typing import Any
 
 import torch
 
-from studies.runs.records import Records
-
 SEEDS = (0, 1, 2)  # of a headline row; the others have the first
-STEPS = {"characters": 800, "pronunciation": 2000}  # of a run, where not the task's own
-RECORDS = Records(
-    "studies.accuracy",
-    frozenset({"settings", "hidden_size", "pruner", "sparsity", "forecast", "models"}),
-)
 HEADLINE, BLOCKS, MASKS, SCHEDULES, PENALTIES, LEVELS = (
     "headline", "blocks", "masks", "schedules", "penalties", "sparsities",
 )  # fmt: skip
@@ -136,11 +129,4 @@ VARIED: tuple[Row, ...] = (
 )
 ROWS: tuple[Row, ...] = (DENSE, SMALL, GRADUAL, WIDE, ONE_SHOT, *OTHERS, *VARIED)
 
-
-def rows_of(selection: str, names: Sequence[str] = ()) -> list[Row]:
-    """Return the rows "headline", "others", "sensitivity" or "all", or those of some names.
-
-    The dense one is always there, and first: others are compared with it, and some learn from it.
-    """
-    chosen = {"headline": ROWS[:5], "others": OTHERS, "sensitivity": VARIED, "all": ROWS}[selection]
-    return [row for row in ROWS if row is DENSE or (row.name in names if names else row in chosen)]
+SELECTIONS = {"headline": ROWS[:5], "others": OTHERS, "sensitivity": VARIED, "all": ROWS}

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from studies.accuracy.rows import DENSE, ROWS, Row
-from studies.runs.records import Key
+from studies.runs.records import Lines, key_of
+from studies.runs.sections import OTHER, Section, sections
 from studies.runs.spread import Spread
-from studies.tasks import TASKS
 from studies.tasks.task import Metric
 
 KNOWN = {row.name: row for row in ROWS}
-OTHER = "other"  # family of rows that are no longer among ROWS
 FLOAT32 = "float32"
-Times = Mapping[Key, Mapping[str, Mapping[str, float]]]
 
 
 class ModelSummary(NamedTuple):
@@ -44,72 +43,51 @@ class ModelSummary(NamedTuple):
         return self.row.name + (f", {self.weight_dtype}" if self.weight_dtype != FLOAT32 else "")
 
 
-class Section(NamedTuple):
-    """All runs of a task with one number of steps."""
-
-    task: str
-    steps: int
-    metrics: tuple[Metric, ...]
-    models: list[ModelSummary]
-    runs: list[dict[str, Any]]
-
-    def model(self, row: Row) -> ModelSummary | None:
-        """Return a row's model in float32, None if there is none."""
-        return next((model for model in self.models if model.row is row and model.weight_dtype == FLOAT32), None)
+AccuracySection = Section[ModelSummary]
 
 
-def sections(runs: Mapping[Key, dict[str, Any]], times: Times | None = None) -> list[Section]:
-    """Return a section for each task and number of steps, rows in the order of ROWS."""
-    found = []
-    for task, steps in dict.fromkeys((name, key.steps) for name in TASKS for key in runs if key.task == name):
-        own = {key: run for key, run in runs.items() if (key.task, key.steps) == (task, steps)}
-        dense = {key.seed: run for key, run in own.items() if key.row == DENSE.name}
-        models = []
-        for name in dict.fromkeys([*KNOWN, *(key.row for key in own)]):
-            of_row = {key: run for key, run in own.items() if key.row == name}
-            for number in range(len(next(iter(of_row.values()))["models"]) if of_row else 0):
-                models.append(_summarize(TASKS[task].metrics, of_row, number, dense, times or {}))
-        found.append(Section(task, steps, TASKS[task].metrics, models, list(own.values())))
-    return found
+def models_of(lines: Lines) -> list[AccuracySection]:
+    """Return sections with every model of every row, in the order of ROWS."""
+
+    def summarize(
+        runs: Sequence[dict[str, Any]], dense: Mapping[int, dict[str, Any]], metrics: Sequence[Metric]
+    ) -> Iterator[ModelSummary]:
+        timed = [time for run in runs if (line := lines.times.get(key_of(run))) for time in line["times"]]
+        for number in range(len(runs[0]["models"])):
+            yield _summarize(runs, number, dense, metrics, timed)
+
+    return sections(lines.runs, [*KNOWN], summarize, baseline=DENSE.name)
+
+
+def model_of(section: AccuracySection, row: Row) -> ModelSummary | None:
+    """Return a row's model in float32, None if there is none."""
+    return next((model for model in section.models if model.row is row and model.weight_dtype == FLOAT32), None)
 
 
 def _summarize(
-    metrics: Sequence[Metric],
-    runs: Mapping[Key, dict[str, Any]],
+    runs: Sequence[dict[str, Any]],
     number: int,
     dense: Mapping[int, dict[str, Any]],
-    times: Times,
+    metrics: Sequence[Metric],
+    timed: Sequence[Mapping[str, Any]],
 ) -> ModelSummary:
     """Take together the models with one number in all runs of a row."""
-    name = next(iter(runs)).row
-    models = {key.seed: run["models"][number] for key, run in runs.items()}
-    first = next(iter(models.values()))
-    row_runs, key = list(runs.values()), metrics[0].key
+    name, key, models = runs[0]["row"], metrics[0].key, [run["models"][number] for run in runs]
     pairs = [
-        (model["quality"][key], dense[seed]["models"][0]["quality"][key])
-        for seed, model in models.items()
-        if seed in dense
+        (run["models"][number]["quality"][key], dense[run["seed"]]["models"][0]["quality"][key])
+        for run in runs
+        if run["seed"] in dense
     ]
-    timed = [times[key][first["weight_dtype"]] for key in runs if first["weight_dtype"] in times.get(key, {})]
+    time = next((time for time in timed if time["weight_dtype"] == models[0]["weight_dtype"]), {})
     return ModelSummary(
         row=KNOWN.get(name, Row(name, OTHER)),
-        weight_dtype=first["weight_dtype"],
-        hidden_size=row_runs[0]["hidden_size"],
-        sparsity=_mean(run["sparsity"] for run in row_runs),
-        quality={
-            metric.key: spread
-            for metric in metrics
-            if (spread := Spread.of(model["quality"][metric.key] for model in models.values()))
-        },
+        weight_dtype=models[0]["weight_dtype"],
+        hidden_size=runs[0]["hidden_size"],
+        sparsity=statistics.fmean(run["sparsity"] for run in runs),
+        quality=Spread.by_key(model["quality"] for model in models),
         loss_percent=Spread.of(100 * (own - other) / other for own, other in pairs),
-        parameters=_mean(run["parameters"] for run in row_runs),
-        nbytes=_mean(model["bytes"] for model in models.values()),
-        us_per_step=timed[0]["us_per_step"] if timed else None,
-        torch_us_per_step=timed[0]["torch_us_per_step"] if timed else None,
+        parameters=statistics.fmean(run["parameters"] for run in runs),
+        nbytes=statistics.fmean(model["bytes"] for model in models),
+        us_per_step=time.get("us_per_step"),
+        torch_us_per_step=time.get("torch_us_per_step"),
     )
-
-
-def _mean(values: Any) -> float:
-    spread = Spread.of(values)
-    assert spread is not None
-    return spread.mean

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from studies.accuracy.rows import DENSE, GRADUAL, ONE_SHOT, RAMP, SENSITIVITY, SMALL, WIDE, Row
-from studies.accuracy.summary import FLOAT32, Section, Times, sections
-from studies.runs.records import Key
+from studies.accuracy.summary import FLOAT32, AccuracySection, model_of, models_of
+from studies.runs.records import Key, Lines
+from studies.runs.sections import origin
 from studies.runs.spread import Spread, markdown
 
 CLAIMS = (  # what the paper says, the model, and what it is compared with
@@ -19,16 +20,16 @@ CLAIMS = (  # what the paper says, the model, and what it is compared with
 )
 
 
-def tables(runs: Mapping[Key, dict[str, Any]], times: Times) -> str:
+def tables(lines: Lines) -> str:
     """Return an overview, the models of each task, the papers' claims, sensitivities, and forecasts."""
-    found = sections(runs, times)
+    found = models_of(lines)
     parts = ["## Worse than dense, %", _overview(found)]
     parts += [part for section in found for part in _section(section)]
     parts += ["## The papers' claims", _claims(found), *(part for section in found for part in _sensitivity(section))]
-    return "\n\n".join([*parts, "## Forecast and outcome", _forecasts(runs)])
+    return "\n\n".join([*parts, "## Forecast and outcome", _forecasts(lines.runs)])
 
 
-def _overview(found: Sequence[Section]) -> str:
+def _overview(found: Sequence[AccuracySection]) -> str:
     """Return a line for each model that is not dense, and a column for each task."""
     shown = [model for section in found for model in section.models if not model.row.family.startswith(SENSITIVITY)]
     names = dict.fromkeys(model.name for model in shown if model.row is not DENSE)
@@ -36,10 +37,10 @@ def _overview(found: Sequence[Section]) -> str:
     for name in names:
         by_task = [next((model for model in section.models if model.name == name), None) for section in found]
         cells.append([name, *("" if model is None else _percent(model.loss_percent) for model in by_task)])
-    return markdown(["model", *(f"{section.task}, {section.steps:,} steps" for section in found)], cells)
+    return markdown(["model", *(section.title for section in found)], cells)
 
 
-def _section(section: Section) -> list[str]:
+def _section(section: AccuracySection) -> list[str]:
     first, *others = section.metrics
     headings = ["model", "units", "zeros, %", first.heading, "worse than dense, %", *(m.heading for m in others)]
     headings += ["parameters", "bytes of the file", "µs per step", "by nn.GRU", "seeds"]
@@ -60,7 +61,7 @@ def _section(section: Section) -> list[str]:
         for model in section.models
         if not model.row.family.startswith(SENSITIVITY)
     ]
-    return [f"## {section.task}, {section.steps:,} steps", markdown(headings, cells), _origin(section)]
+    return [f"## {section.title}", markdown(headings, cells), f"{len(section.runs)} runs, {origin(section.runs)}"]
 
 
 def _percent(spread: Spread | None) -> str:
@@ -71,20 +72,13 @@ def _microseconds(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _origin(section: Section) -> str:
-    machines = sorted({run["processor"] for run in section.runs})
-    torches = sorted({run["versions"]["torch"] for run in section.runs})
-    minutes = sum(run["seconds"] for run in section.runs) / 60
-    return f"{len(section.runs)} runs, {minutes:.0f} minutes on {', '.join(machines)}, torch {', '.join(torches)}."
-
-
-def _claims(found: Sequence[Section]) -> str:
+def _claims(found: Sequence[AccuracySection]) -> str:
     """Compare pairs of models by the first metric, seed by seed."""
     cells = [[claim, *(_percent(_worse(section, row, other)) for section in found)] for claim, row, other in CLAIMS]
     return markdown(["the paper", *(f"here, {section.task}, %" for section in found)], cells)
 
 
-def _worse(section: Section, row: Row, other: Row) -> Spread | None:
+def _worse(section: AccuracySection, row: Row, other: Row) -> Spread | None:
     """Return by how much one row is worse than another, in % of the other, over the seeds that both have."""
     key = section.metrics[0].key
     quality = {(run["row"], run["seed"]): run["models"][0]["quality"][key] for run in section.runs}
@@ -96,10 +90,10 @@ def _worse(section: Section, row: Row, other: Row) -> Spread | None:
     return Spread.of(100 * (value - base) / base for value, base in pairs)
 
 
-def _sensitivity(section: Section) -> list[str]:
+def _sensitivity(section: AccuracySection) -> list[str]:
     """Return a table of the varied schedules, by how much each differs from its default, of the same seed."""
     varied = [model for model in section.models if model.row.family.startswith(SENSITIVITY)]
-    default = section.model(GRADUAL)
+    default = model_of(section, GRADUAL)
     if not varied or default is None:
         return []
     first = section.metrics[0]

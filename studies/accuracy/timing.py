@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from studies.accuracy.rows import ROWS, SEEDS, SENSITIVITY
 from studies.accuracy.sizes import resized
-from studies.accuracy.training import DEFAULT_BLOCK, convert, model_path
+from studies.accuracy.training import DEFAULT_BLOCK, convert
 from studies.runs.progress import one_thread
-from studies.runs.records import Key, Records, key_of
+from studies.runs.records import Key, Lines, line_of
+from studies.runs.study import weights_path
 from studies.tasks import TASKS, Task
 from triton_sparse_rnn import PersistentGRU, SparseGRU
-from triton_sparse_rnn.doctor import processor_name, versions
 
-RECORDS = Records("studies.accuracy time", frozenset({"times"}))
 UNTIMED = {row.name for row in ROWS if row.family.startswith(SENSITIVITY)}
 T = 100  # steps of a call
 ROUNDS = 41  # in each of which every layer is called once
@@ -40,28 +39,24 @@ class Contender(NamedTuple):
 
 
 def time_runs(
-    runs: Mapping[Key, dict[str, Any]],
+    lines: Lines,
     models: Path,
-    path: Path,
     *,
     rounds: int = ROUNDS,
     console: Console | None = None,
-) -> None:
-    """Time the layers of all runs of the first seed, those of a task in one process and in turns; write them to a file.
+) -> Iterator[dict[str, Any]]:
+    """Time the layers of all runs of the first seed, those of a task in turns; yield a line for each run.
 
     Args:
         models: the folder with the weights of the runs.
-        path: the file to which a line for each run is added.
-
     Raises:
         OSError: the weights of a run are not there.
-        ValueError: the file is not ours, or a converted layer does not do what nn.GRU does.
+        ValueError: a converted layer does not do what nn.GRU does.
     """
-    RECORDS.read(path)
-    keys = [key for key in runs if key.seed == SEEDS[0] and key.row not in UNTIMED]
+    keys = [key for key in lines.runs if key.seed == SEEDS[0] and key.row not in UNTIMED]
     with one_thread(), torch.inference_mode():
         for task in dict.fromkeys(key.task for key in keys):
-            own = {key: runs[key] for key in keys if key.task == task}
+            own = {key: lines.runs[key] for key in keys if key.task == task}
             contenders = list(_contenders(TASKS[task].load(), own, models))
             times = _time_in_turns([(c.ours, c.torch) for c in contenders], rounds, f"timing {task}", console)
             for key in own:
@@ -70,25 +65,14 @@ def time_runs(
                     for contender, (ours, theirs) in zip(contenders, times, strict=True)
                     if contender.key == key
                 ]
-                RECORDS.append(
-                    path, {**key._asdict(), "times": found, "processor": processor_name(), "versions": versions()}
-                )
-
-
-def read_times(paths: Iterable[Path]) -> dict[Key, dict[str, dict[str, float]]]:
-    """Return what is known of each run's times, by weight dtype; the last measurement counts."""
-    return {
-        key_of(run): {model["weight_dtype"]: model for model in run["times"]}
-        for path in paths
-        for run in RECORDS.read(path)
-    }
+                yield line_of(key, times=found)
 
 
 def _contenders(task: Task, runs: Mapping[Key, dict[str, Any]], models: Path) -> Iterator[Contender]:
     x = None
     for key, run in runs.items():
         model = resized(task, run["hidden_size"]).build_model(SparseGRU, 0).eval()
-        model.load_state_dict(load_file(model_path(models, key)))
+        model.load_state_dict(load_file(weights_path(models, key)))
         block_size = None if run["pruner"] else DEFAULT_BLOCK  # or torch would multiply by an unpruned weight_ih
         for told in run["models"]:
             dtype = getattr(torch, told["weight_dtype"])

@@ -5,22 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import re
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from studies.accuracy.rows import DENSE, Row
 from studies.accuracy.sizes import Size, recurrent_weights, resized, size_of
 from studies.runs.records import Key
 from studies.runs.spread import thinned
+from studies.runs.study import OnStep, Place, keep_weights, weights_path
 from studies.tasks import Task
 from triton_sparse_rnn import (
     ConstantMask,
@@ -35,8 +34,6 @@ from triton_sparse_rnn import (
     save_sparse,
     to_sparse,
 )
-from triton_sparse_rnn.atomic_files import write_atomically
-from triton_sparse_rnn.doctor import processor_name, versions
 from triton_sparse_rnn.pruning import Schedule
 from triton_sparse_rnn.pruning.forecast import Forecast
 from triton_sparse_rnn.pruning.targets import Target
@@ -46,40 +43,28 @@ PENALTIES = {"l1": lambda model, pattern: l1(model), "group_lasso": group_lasso}
 DEFAULT_BLOCK = (16, 1)
 LOSSES = 20  # means of the training loss that are kept
 
-Result = dict[str, Any]
 
-
-def train(
-    task: Task, row: Row, seed: int, steps: int, folder: Path, on_step: Callable[[float], None] = lambda loss: None
-) -> Result:
-    """Train a model, save its weights to the folder, convert it, and evaluate what was converted.
+def train(task: Task, row: Row, key: Key, place: Place, on_step: OnStep) -> dict[str, Any]:
+    """Train a model, keep its weights, convert it, and evaluate what was converted.
 
     Args:
-        folder: with the models of the runs before, of which some rows need the dense one.
-        on_step: called with the loss after every step.
+        place: with the models of the runs before, of which some rows need the dense one.
     Returns:
-        What a line of the file holds; see `studies.runs.records`.
+        What the line of the run holds.
     """
-    began = time.perf_counter()
-    size, deciding = size_of(task, row), settings(task, row)
+    size = size_of(task, row)
     task = resized(task, size.hidden_size)
-    model = task.build_model(SparseGRU, seed).train()
-    dense_path = model_path(folder, Key(task.name, DENSE.name, seed, steps))
-    pruner = None if row.is_dense else make_pruner(model, row, size, steps, dense_path)
+    model = task.build_model(SparseGRU, key.seed).train()
+    dense_path = weights_path(place.models, key._replace(row=DENSE.name))
+    pruner = None if row.is_dense else make_pruner(model, row, size, key.steps, dense_path)
     same_width = row.width == 1 and dense_path.exists()
     predicted = forecast(model, pruner, load_file(dense_path) if same_width else None) if pruner else None
-    losses = _optimize(model, task, row, seed, steps, pruner, _teacher(task, row, seed, dense_path), on_step)
-    trained = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(model_path(folder, Key(task.name, row.name, seed, steps)), [save(trained)])
+    losses = _optimize(model, task, row, key, pruner, _teacher(task, row, dense_path), on_step)
+    keep_weights(model, place.models, key)
     weights = recurrent_weights(model)
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     models = [_evaluate(task, model.eval(), row, dtype) for dtype in row.weight_dtypes]
     return {
-        "task": task.name,
-        "row": row.name,
-        "seed": seed,
-        "steps": steps,
-        "settings": deciding,
         "hidden_size": size.hidden_size,
         "pruner": _describe(pruner),
         "sparsity": zeros / sum(weight.numel() for weight in weights) if pruner else 0.0,
@@ -88,20 +73,7 @@ def train(
         "became": _describe_forecast(_outcome(model, row, pruner)) if pruner else None,
         "models": models,
         "training_loss": thinned(losses, LOSSES),
-        "seconds": time.perf_counter() - began,
-        "processor": processor_name(),
-        "versions": versions(),
     }
-
-
-def settings(task: Task, row: Row) -> dict[str, Any]:
-    """Return what decides the outcome of a run beside row name, seed and steps."""
-    return {"task": task.settings() | {"hidden_size": size_of(task, row).hidden_size}, "row": row.settings()}
-
-
-def model_path(folder: Path, key: Key) -> Path:
-    """Where the weights of a run are kept."""
-    return folder / f"{re.sub(r'[^a-z0-9.]+', '-', '-'.join(map(str, key)).lower())}.safetensors"
 
 
 def make_pruner(model: nn.Module, row: Row, size: Size, steps: int, dense: Path) -> Pruner:
@@ -133,27 +105,26 @@ def make_pruner(model: nn.Module, row: Row, size: Size, steps: int, dense: Path)
     return Pruner(model, schedule, targets=targets, **arguments)
 
 
-def _teacher(task: Task, row: Row, seed: int, dense: Path) -> nn.Module | None:
+def _teacher(task: Task, row: Row, dense: Path) -> nn.Module | None:
     """Return the trained dense model, of its own width."""
     if not row.taught:
         return None
     weights = load_file(dense)
     width = weights["rnn.weight_hh_l0"].shape[1]
-    teacher = resized(task, width).build_model(SparseGRU, seed)
+    teacher = resized(task, width).build_model(SparseGRU, 0)
     teacher.load_state_dict(weights)
     return teacher.eval()
 
 
 def _optimize(
-    model: nn.Module, task: Task, row: Row, seed: int, steps: int, pruner: Pruner | None, teacher: nn.Module | None,
-    on_step: Callable[[float], None],
-) -> list[float]:  # fmt: skip
+    model: nn.Module, task: Task, row: Row, key: Key, pruner: Pruner | None, teacher: nn.Module | None, on_step: OnStep
+) -> list[float]:
     """Train with Adam; return the loss of every step, without the penalty."""
     optimizer = torch.optim.Adam(model.parameters())
-    losses, batches = [], task.losses(model, seed, teacher)
+    losses, batches = [], task.losses(model, key.seed, teacher)
     with pruner.attach(optimizer) if pruner else contextlib.nullcontext():
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = task.learning_rate(step, steps)
+        for step in range(key.steps):
+            optimizer.param_groups[0]["lr"] = task.learning_rate(step, key.steps)
             loss = next(batches)
             optimizer.zero_grad()
             (loss + _penalty(model, row, pruner)).backward()

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.onnx_model import GATE_ORDER
 from studies.denoising.signals import BINS
 from studies.tasks.task import MissingDataError
 
@@ -23,6 +22,7 @@ HIDDEN, WIDE = 400, 600
 # Names of weights in the file, by those in `Denoiser`.
 LINEAR = {"fc_in.0": "172", "fc_out.0": "215", "fc_out.2": "216", "fc_out.4": "217"}
 GRU = (("192", "193", "194"), ("212", "213", "214"))  # of each layer W, R and B
+RESET_FIRST = (1, 0, 2)  # places in ONNX's order of gates, z, r, h, of those in torch's, r, z, n
 
 
 class Denoiser(nn.Module):
@@ -82,7 +82,7 @@ def load_original() -> Denoiser:
         parts = {"weight_ih": stored[W][0], "weight_hh": stored[R][0], "bias_ih": bias_ih, "bias_hh": bias_hh}
         for name, part in parts.items():
             gates = part.chunk(3)
-            state[f"rnn.{name}_l{layer}"] = torch.cat([gates[GATE_ORDER["GRU"].index(gate)] for gate in range(3)])
+            state[f"rnn.{name}_l{layer}"] = torch.cat([gates[place] for place in RESET_FIRST])
     model = Denoiser()
     model.load_state_dict(state)
     return model.eval()

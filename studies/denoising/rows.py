@@ -20,7 +20,6 @@ class Row:
         gradual: False prunes in one go before the fine-tuning.
         linear_too: whether the weights of the linear layers are pruned as far.
         peak_rate: of Adam. What is pruned has more to learn, and wants a higher one.
-        seeds: how many runs.
     """
 
     name: str
@@ -28,7 +27,7 @@ class Row:
     gradual: bool = True
     linear_too: bool = False
     peak_rate: float = 2e-3
-    seeds: int = 1
+    seeds: tuple[int, ...] = (0,)
 
     def schedule(self, steps: int) -> Schedule | None:
         """Return when what is pruned in a fine-tuning of so many steps; None for a dense one."""
@@ -51,7 +50,8 @@ class Row:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("name", "seeds")}
 
 
-NOISY, ORIGINAL = "noisy", "original"  # what is measured without training
+TASK = "denoising"
+NOISY, ORIGINAL = Row("noisy"), Row("original")  # what is evaluated without training
 DENSE = Row("dense", peak_rate=5e-4)
 ROWS = (
     DENSE,
@@ -62,4 +62,5 @@ ROWS = (
     Row("90 % in one go", 0.9, gradual=False),
     Row("90 %, linear too", 0.9, linear_too=True),
 )
+UNTRAINED = (NOISY, ORIGINAL)
 BY_NAME = {row.name: row for row in ROWS}

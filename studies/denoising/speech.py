@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from studies.denoising.signals import RATE_HZ
-from studies.tasks.task import MissingDataError
+from studies.tasks.task import MissingDataError, share_of
 from triton_sparse_rnn.atomic_files import write_atomically
 
 ASTERISK = Path("/usr/share/asterisk/sounds")
@@ -87,12 +87,12 @@ def _decode() -> dict[str, Tensor]:
     held_out: dict[str, Tensor] = {}
     for folder, voice in VOICES.items():
         for name, samples in _prompts(folder):
-            if _share(name) < HELD_OUT["known voices"]:  # in every language
+            if share_of(name) < HELD_OUT["known voices"]:  # in every language
                 held_out[f"held out:known voices:{folder}/{name}"] = samples
             else:
                 train.setdefault(voice, []).append(samples)
     for name, samples in _prompts(UNKNOWN_VOICE):
-        if _share(name) < HELD_OUT["unknown voice"]:
+        if share_of(name) < HELD_OUT["unknown voice"]:
             held_out[f"held out:unknown voice:{UNKNOWN_VOICE}/{name}"] = samples
     for name, samples in _pocketsphinx():
         held_out[f"held out:other corpus:{name}"] = samples
@@ -131,8 +131,3 @@ def _pocketsphinx() -> Iterator[tuple[str, Tensor]]:
                     raise MissingDataError(f"{path} must be of 16 bits, one channel, 16 kHz, got {form}")
                 content = file.readframes(file.getnframes())
         yield path.name, torch.from_numpy(np.frombuffer(content, "<i2").astype(np.int16))
-
-
-def _share(name: str) -> float:
-    """A number in [0, 1) that only the name decides."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32

@@ -8,14 +8,11 @@ from typing import Any, NamedTuple
 from studies.denoising.conversion import UNCONVERTED, WEIGHT_DTYPES
 from studies.denoising.evaluation import Quality, mean_db
 from studies.denoising.noise import KINDS
-from studies.denoising.rows import BY_NAME, DENSE, NOISY, ORIGINAL, ROWS, Row
-from studies.denoising.runner import TASK
+from studies.denoising.rows import BY_NAME, DENSE, NOISY, ORIGINAL, ROWS, TASK, Row
 from studies.denoising.speech import GROUPS
 from studies.denoising.timing import ONNXRUNTIME, SPEED_TASK, TORCH, contender_name
-from studies.runs.records import Key
+from studies.runs.records import Key, Lines
 from studies.runs.spread import Spread
-
-Runs = Mapping[Key, dict[str, Any]]
 
 
 class Model(NamedTuple):
@@ -36,33 +33,38 @@ class Model(NamedTuple):
     speed: dict[str, Any] | None
 
 
-def models(runs: Runs) -> list[Model]:
-    """Return what the file holds: noisy speech, the original, then the rows in their order.
+def models_of(lines: Lines) -> list[Model]:
+    """Return what files hold: noisy speech, the original, then the rows in their order.
 
     Raises:
         ValueError: there are runs of different numbers of steps.
     """
-    trained = [key for key in runs if key.task == TASK and key.row in BY_NAME]
+    runs, trained = lines.runs, [key for key in lines.runs if key.row in BY_NAME]
     if len({key.steps for key in trained}) > 1:
         raise ValueError("the files hold runs of different numbers of steps; give those of one")
     found = []
-    for name, speed in ((NOISY, None), (ORIGINAL, ONNXRUNTIME), (ORIGINAL, TORCH)):
-        if (run := runs.get(Key(TASK, name, 0, 0))) is not None:
-            found.append(_model(speed or "noisy speech", None, UNCONVERTED, [run], runs, speed))
+    for row, speed in ((NOISY, None), (ORIGINAL, ONNXRUNTIME), (ORIGINAL, TORCH)):
+        if (run := runs.get(Key(TASK, row.name, 0, 0))) is not None:
+            found.append(_model(speed or "noisy speech", None, UNCONVERTED, [run], lines.times, speed))
     for row in ROWS:
         own = [runs[key] for key in trained if key.row == row.name]
         label = "fine-tuned, not pruned" if row == DENSE else f"pruned {row.name}"
         for form in (UNCONVERTED, *WEIGHT_DTYPES) if own else ():
             timed = TORCH if form == UNCONVERTED and row == DENSE else contender_name(row.name, form)
-            found.append(_model(label, row, form, own, runs, timed))
+            found.append(_model(label, row, form, own, lines.times, timed))
     return found
 
 
 def _model(
-    label: str, row: Row | None, form: str, own: Iterable[dict[str, Any]], runs: Runs, timed: str | None
+    label: str,
+    row: Row | None,
+    form: str,
+    own: Iterable[dict[str, Any]],
+    times: Mapping[Key, dict[str, Any]],
+    timed: str | None,
 ) -> Model:
     qualities: list[Quality] = [run["quality"][form] for run in own]
-    speed = runs.get(Key(SPEED_TASK, timed, 0, 0)) if timed else None
+    speed = times.get(Key(SPEED_TASK, timed, 0, 0)) if timed else None
     return Model(
         label,
         row,

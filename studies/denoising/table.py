@@ -5,10 +5,11 @@ from __future__ import annotations
 from studies.denoising.conversion import UNCONVERTED
 from studies.denoising.noise import KINDS
 from studies.denoising.rows import DENSE
-from studies.denoising.runner import TASK
 from studies.denoising.speech import GROUPS
-from studies.denoising.summary import Model, Runs, models
+from studies.denoising.summary import Model, models_of
 from studies.denoising.timing import ONNXRUNTIME, TORCH
+from studies.runs.records import Lines
+from studies.runs.sections import origin
 from studies.runs.spread import markdown
 
 NOTE = (
@@ -18,9 +19,9 @@ NOTE = (
 )
 
 
-def tables(runs: Runs) -> str:
+def tables(lines: Lines) -> str:
     """Return quality and speed in one table, then quality by kind of noise, then where it was measured."""
-    found = models(runs)
+    found = models_of(lines)
     used = [model for model in found if model.row in (None, DENSE) or model.form != UNCONVERTED]
     baseline = next((model for model in found if model.label == ONNXRUNTIME), None)
     speed = [_cells(model, baseline) for model in used]
@@ -31,7 +32,7 @@ def tables(runs: Runs) -> str:
         for model in found
         if model.form == UNCONVERTED and model.label != TORCH
     ]
-    return "\n\n".join([*parts, markdown(["SI-SDR in dB, by noise", *KINDS], noise), _origin(runs)])
+    return "\n\n".join([*parts, markdown(["SI-SDR in dB, by noise", *KINDS], noise), _origin(lines)])
 
 
 def _cells(model: Model, baseline: Model | None) -> list[str]:
@@ -60,10 +61,6 @@ def _time(model: Model, baseline: Model | None, way: str) -> str:
     return f"{us:.0f} ({baseline.speed[way]['least'] / us:.1f})"
 
 
-def _origin(runs: Runs) -> str:
-    trained = [run for run in runs.values() if run["task"] == TASK and run["steps"]]
-    machines = sorted({run["processor"] for run in runs.values()})
-    torches = sorted({run["versions"]["torch"] for run in runs.values()})
-    steps = f" of {trained[0]['steps']} steps" if trained else ""
-    minutes = sum(run["seconds"] for run in trained) / 60
-    return f"Runs{steps}: {len(trained)}, {minutes:.0f} minutes on {', '.join(machines)}, torch {', '.join(torches)}."
+def _origin(lines: Lines) -> str:
+    trained = [run for run in lines.runs.values() if run["steps"]]
+    return f"Runs of {trained[0]['steps']} steps: {len(trained)}, {origin(trained)}" if trained else ""

@@ -9,22 +9,24 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import track
+from safetensors.torch import load_file
 from torch import Tensor
 
 from studies.denoising.conversion import WEIGHT_DTYPES, convert, stored_bytes, warm_up
 from studies.denoising.model import Denoiser, load_original
 from studies.denoising.onnx_original import OnnxOriginal, OnnxStream, streaming_session
-from studies.denoising.rows import BY_NAME
-from studies.denoising.runner import RECORDS, TASK, load_weights, record, weights_file
+from studies.denoising.rows import BY_NAME, TASK
 from studies.denoising.signals import HOP, features, spectrum
 from studies.runs.progress import one_thread
+from studies.runs.records import Key, Lines, line_of
+from studies.runs.study import weights_path
 
 SPEED_TASK = f"{TASK}, speed"
 ONNXRUNTIME, TORCH = "original, onnxruntime", "original, nn.GRU"
@@ -77,18 +79,18 @@ class Contender(NamedTuple):
         return cls(name, lambda features: model(features)[0], lambda: TorchStream(model), stored_bytes(model))
 
 
-def time_all(folder: Path, path: Path, *, console: Console | None = None) -> None:
-    """Time the original and every pruned model of the file whose weights are there; append the times to the file.
+def time_all(lines: Lines, models: Path, *, console: Console | None = None) -> Iterator[dict[str, Any]]:
+    """Time the original, and the models of seed 0 that were not pruned in one go; yield a line for each.
 
     Args:
-        folder: that `run_missing` kept weights in; those of seed 0 are taken.
-        path: its file.
+        models: the folder with the weights of the runs.
     Raises:
-        ValueError: a file of weights is missing, or a stream gives other gains than the whole sequence.
+        OSError: weights are missing.
+        ValueError: a stream gives other gains than the whole sequence.
     """
     console = Console() if console is None else console
     with one_thread(), torch.inference_mode():
-        contenders = _contenders(folder, path)
+        contenders = _contenders(lines.runs, models)
         sound = torch.randn(FRAMES * HOP, generator=torch.Generator().manual_seed(0))
         sequence = features(spectrum(sound))[:FRAMES]
         errors = {contender.name: _streaming_error(contender, sequence) for contender in contenders}
@@ -106,7 +108,7 @@ def time_all(folder: Path, path: Path, *, console: Console | None = None) -> Non
             name: {"median": statistics.median(us), "least": min(us)} for name, us in times[contender.name].items()
         }
         facts |= {"nbytes": contender.nbytes, "streaming_error": errors[contender.name]}
-        RECORDS.append(path, record(SPEED_TASK, contender.name, 0, 0, {"frames": FRAMES, "rounds": ROUNDS}, **facts))
+        yield line_of(Key(SPEED_TASK, contender.name, 0, 0), settings={"frames": FRAMES, "rounds": ROUNDS}, **facts)
 
 
 def contender_name(row: str, weight_dtype: str) -> str:
@@ -114,21 +116,19 @@ def contender_name(row: str, weight_dtype: str) -> str:
     return f"{row}, {weight_dtype}"
 
 
-def _contenders(folder: Path, path: Path) -> list[Contender]:
+def _contenders(runs: Iterable[Key], models: Path) -> list[Contender]:
     original = load_original()
     stream = functools.partial(OnnxStream, streaming_session())
     found = [
         Contender(ONNXRUNTIME, OnnxOriginal(), stream, stored_bytes(original)),
         Contender.of(TORCH, original),
     ]
-    for run in RECORDS.read(path):
-        row = BY_NAME.get(run["row"])
-        if run["task"] != TASK or row is None or not row.gradual or run["seed"] != 0:
+    for key in runs:
+        row = BY_NAME.get(key.row)
+        if row is None or not row.gradual or key.seed != 0:
             continue
-        weights = weights_file(folder, row.name, 0, run["steps"])
-        if not weights.exists():
-            raise ValueError(f"{weights} is missing: {path} holds the run, so name the folder that it was run with")
-        model = load_weights(weights)
+        model = Denoiser().eval()
+        model.load_state_dict(load_file(weights_path(models, key)))
         for name, weight_dtype in WEIGHT_DTYPES.items():
             converted = convert(model, linear_too=row.linear_too, weight_dtype=weight_dtype)
             found.append(Contender.of(contender_name(row.name, name), converted))

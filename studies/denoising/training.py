@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from studies.denoising.noise import Pair, training_batch
 from studies.denoising.rows import Row
 from studies.denoising.signals import RATE_HZ, features, spectrum
 from studies.denoising.speech import Speech
+from studies.runs.study import OnStep
+from studies.tasks.task import straight_rate
 from triton_sparse_rnn import Pruner, sparsify
 
 COMPRESSION = COMPLEX_SHARE = 0.3
@@ -37,11 +39,6 @@ class Settings:
     largest_gradient: float = 1.0
     bfloat16: bool = True
 
-    def rate_factor(self, step: int) -> float:
-        """By which Adam's peak rate is multiplied at a step from 0 to steps - 1: a straight warm-up, then down to 0."""
-        warmup = self.warmup * self.steps
-        return min((step + 1) / (warmup + 1), (self.steps - step) / (self.steps - warmup))
-
 
 def fine_tune(
     model: Denoiser,
@@ -49,7 +46,7 @@ def fine_tune(
     speech: Speech,
     seed: int,
     settings: Settings,
-    on_step: Callable[[float], None] = lambda loss: None,
+    on_step: OnStep = lambda loss: None,
 ) -> list[float]:
     """Train `model` in place; it ends in eval mode.
 
@@ -65,7 +62,7 @@ def fine_tune(
         Pruner(model, schedule, include=row.include).attach(optimizer)
     losses: list[float] = []
     for step, pair in zip(range(settings.steps), _batches(speech, seed, settings), strict=False):
-        optimizer.param_groups[0]["lr"] = row.peak_rate * settings.rate_factor(step)
+        optimizer.param_groups[0]["lr"] = row.peak_rate * straight_rate(step, settings.steps, settings.warmup)
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
             gains = model(features(spectrum(pair.noisy)))[0]
         loss = spectral_loss(gains.float(), pair)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +11,42 @@ from matplotlib.axes import Axes
 
 from studies.gate_gradients.distribution import BINS, GATES, HIGHEST, LOWEST, SMALLEST, threshold_for
 from studies.gate_gradients.rows import CALIBRATION_SEED, DENSE
-from studies.gate_gradients.summary import Section, sections
+from studies.gate_gradients.summary import GateSection, rows_of
 from studies.gate_gradients.training import calibrated_thresholds
-from studies.runs.labels import Label, place_labels
-from studies.runs.records import Key
-from triton_sparse_rnn.demo.plots import INK, PALE, new_figure, strip
+from studies.runs.figures import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    PALE,
+    Label,
+    draw_points,
+    legend_below,
+    new_figure,
+    plot_side_by_side,
+    strip,
+)
+from studies.runs.records import Key, Lines
 
 STYLES = {  # by family: colour, marker
-    "deterministic": ("#1c7ed6", "o"),
-    "stochastic": ("#d9480f", "D"),
+    "deterministic": (BLUE, "o"),
+    "stochastic": (ORANGE, "D"),
     "fixed threshold": ("#74838f", "s"),
     "with dense steps": ("#4dabf7", "^"),
-    "structured": ("#2f9e44", "v"),
+    "structured": (GREEN, "v"),
     "other": ("#862e9c", "x"),
 }
 DRAWN_TARGET = 0.8  # whose thresholds are drawn into the distribution
 THRESHOLDS = {"deterministic": "-", "stochastic": "--", "fixed threshold": ":"}  # by family: line
 
 
-def plot_all(runs: Mapping[Key, dict[str, Any]], folder: Path) -> list[Path]:
+def plot_all(lines: Lines, folder: Path) -> list[Path]:
     """Write trade-off.png, and gate-gradients-TASK.png for each task with a dense run; return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    found = sections(runs)
+    found = rows_of(lines)
     paths = [folder / "trade-off.png"]
-    plot_trade_off(found, paths[0])
+    plot_side_by_side(found, _draw_trade_off, (6.4, 5.6), 4, paths[0])
     for section in found:
-        dense = runs.get(Key(section.task, DENSE.name, CALIBRATION_SEED, section.steps))
+        dense = lines.runs.get(Key(section.task, DENSE.name, CALIBRATION_SEED, section.steps))
         if dense is not None and dense["distribution"]:
             several = sum(other.task == section.task for other in found) > 1
             name = f"{section.task}-{section.steps}" if several else section.task
@@ -45,23 +55,14 @@ def plot_all(runs: Mapping[Key, dict[str, Any]], folder: Path) -> list[Path]:
     return paths
 
 
-def plot_trade_off(found: Sequence[Section], path: Path) -> None:
-    """Draw each row's difference to dense training over the multiply-accumulates that its zeros make redundant."""
-    figure = new_figure(6.4 * len(found), 5.6)
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
-    labels = [_draw_trade_off(axes, section) for axes, section in zip(panels, found, strict=True)]
-    entries = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=9, loc="outside lower center", ncols=4)
-    figure.draw_without_rendering()  # now the panels have their places
-    for axes, own in zip(panels, labels, strict=True):
-        place_labels(axes, own)
-    figure.savefig(path)
+def _draw_trade_off(axes: Axes, section: GateSection) -> list[Label]:
+    """Draw each row's difference to dense training over the multiply-accumulates that its zeros make redundant.
 
-
-def _draw_trade_off(axes: Axes, section: Section) -> list[Label]:
-    """Draw points; return what is to be written beside them."""
+    Returns:
+        What is to be written beside the points.
+    """
     metric = section.metrics[0]
-    dense = next((row.quality[metric.key] for row in section.rows if row.name == DENSE.name), None)
+    dense = next((row.quality[metric.key] for row in section.models if row.name == DENSE.name), None)
     if dense is not None and dense.seeds > 1:
         label = f"dense, {dense.seeds} seeds: range about their mean"
         axes.axhspan(dense.low - dense.mean, dense.high - dense.mean, color=PALE, alpha=0.25, linewidth=0, label=label)
@@ -69,28 +70,25 @@ def _draw_trade_off(axes: Axes, section: Section) -> list[Label]:
     axes.axvline(50, color=PALE, linewidth=0.8, linestyle=":", label="papers: over 50 % at no loss")
     labels: list[Label] = []
     for family, (colour, marker) in STYLES.items():
-        rows = sorted((row for row in section.rows if row.family == family), key=lambda row: row.redundant["rnn"])
+        rows = sorted((row for row in section.models if row.family == family), key=lambda row: row.redundant["rnn"])
         points = [(row, spread) for row in rows if (spread := row.minus_dense[metric.key]) is not None]
         if not points:
             continue
-        x, y = [100 * row.redundant["rnn"] for row, _ in points], [spread.mean for _, spread in points]
-        errors = np.array([(spread.mean - spread.low, spread.high - spread.mean) for _, spread in points]).T
-        axes.errorbar(x, y, errors, color=colour, linestyle="none", capsize=3)
-        axes.plot(x, y, color=colour, marker=marker, markersize=6, linestyle="none", label=family)
-        for (row, _), at in zip(points, zip(x, y, strict=True), strict=True):
-            labels.append(Label(row.label, *at, colour))
+        x, spreads = [100 * row.redundant["rnn"] for row, _ in points], [spread for _, spread in points]
+        draw_points(axes, x, spreads, colour=colour, marker=marker, label=family)
+        labels += [Label(row.label, at, s.mean, colour) for at, (row, s) in zip(x, points, strict=True)]
     axes.margins(x=0.15, y=0.1)
     axes.set_xlabel("redundant multiply-accumulates of the LSTM's training step, %", color=INK)
     axes.set_ylabel(f"{metric.heading}, minus dense", color=INK)
     above = axes.secondary_xaxis("top", functions=(lambda x: np.multiply(x, 1.5), lambda x: np.divide(x, 1.5)))
     above.set_xlabel("zero gate gradients, %", color=INK, fontsize=9)
     above.tick_params(colors=INK, labelsize=8)
-    axes.set_title(f"{section.task}, {section.steps:,} steps", loc="left", color=INK, fontsize=11)
-    strip(axes, labelsize=8)
+    axes.set_title(section.title, loc="left", color=INK, fontsize=11)
+    strip(axes)
     return labels
 
 
-def plot_distribution(section: Section, dense: dict[str, Any], path: Path) -> None:
+def plot_distribution(section: GateSection, dense: dict[str, Any], path: Path) -> None:
     """Draw the sizes of a dense run's gate gradients, gate by gate, early and late, with thresholds.
 
     Sizes are in units of what arrives at their own direction, a fixed threshold in those of all directions together.
@@ -109,8 +107,7 @@ def plot_distribution(section: Section, dense: dict[str, Any], path: Path) -> No
     axes = grid[0, 0]
     axes.set_xlim(*_window(dense["distribution"]))
     axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    legend_below(figure, [axes], len(axes.get_legend_handles_labels()[1]))
     figure.suptitle(f"Gate gradients of dense training: {section.task}", x=0.01, ha="left", color=INK, fontsize=11)
     figure.savefig(path)
 
@@ -132,7 +129,7 @@ def _draw_gate(axes: Axes, gate: dict[str, Any], fixed: float) -> None:
         axes.axvline(ends[family], color=STYLES[family][0], linestyle=dashes, linewidth=1.5, label=label)
     text = f"smallest {100 * SMALLEST:g} % hold\n{100 * gate['energy']:.1f} % of squares"
     axes.text(0.03, 0.97, text, transform=axes.transAxes, va="top", fontsize=8, color=INK)
-    strip(axes, labelsize=8)
+    strip(axes)
 
 
 def _window(distribution: Mapping[str, Any]) -> tuple[float, float]:

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-from studies.runs.records import Records
 
 SEEDS = (0, 1, 2)  # of a headline row; the others have the first
 CALIBRATION_SEED = SEEDS[0]  # of the dense run whose distribution fixed thresholds are taken from
-RECORDS = Records(
-    "studies.gate_gradients",
-    frozenset({"settings", "gate_gradient", "quality", "zeros", "redundant_macs", "distribution"}),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +101,4 @@ ROWS: tuple[Row, ...] = (
     _structured("batch rows, stochastic", "rows", "stochastic"),
 )
 QUANTILES = tuple(row.quantile for row in ROWS if row.quantile is not None)
-
-
-def rows_of(selection: str, names: Sequence[str] = ()) -> list[Row]:
-    """Return the rows "headline" or "all", or those of some names; the dense one first, with which all are compared."""
-    if names:
-        return [row for row in ROWS if row.is_dense or row.name in names]
-    return [row for row in ROWS if row.headline or selection == "all"]
+SELECTIONS = {"headline": tuple(row for row in ROWS if row.headline), "all": ROWS}

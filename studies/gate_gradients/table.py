@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from studies.gate_gradients.rows import DENSE
-from studies.gate_gradients.summary import RowSummary, Section, sections
-from studies.runs.records import Key
+from studies.gate_gradients.summary import GateSection, RowSummary, rows_of
+from studies.runs.records import Lines
+from studies.runs.sections import origin
 from studies.runs.spread import Spread, markdown
 from studies.tasks.task import Metric
 
@@ -21,12 +21,12 @@ THRESHOLD_NOTE = (
 )
 
 
-def tables(runs: Mapping[Key, dict[str, Any]]) -> str:
+def tables(lines: Lines) -> str:
     """Return for each task what the rows cost and save, and the zeros of each gate."""
-    return "\n\n".join(_section(section) for section in sections(runs))
+    return "\n\n".join(_section(section) for section in rows_of(lines))
 
 
-def _section(section: Section) -> str:
+def _section(section: GateSection) -> str:
     first, *others = section.metrics
     headings = ["gate gradients", "zeros, %", "redundant, LSTM, %", "redundant, model, %", first.heading, "minus dense"]
     headings += [f"{metric.heading} (minus dense)" for metric in others]
@@ -41,18 +41,18 @@ def _section(section: Section) -> str:
             *(_value_and_difference(row, metric) for metric in others),
             str(row.seeds),
         ]
-        for row in section.rows
+        for row in section.models
     ]
-    parts = [f"## {section.task}, {section.steps:,} steps", markdown([*headings, "seeds"], costs)]
+    parts = [f"## {section.title}", markdown([*headings, "seeds"], costs)]
     parts += _noise(section)
-    sparse = [row for row in section.rows if row.zeros]
+    sparse = [row for row in section.models if row.zeros]
     if sparse:
         gates = list(sparse[0].zeros)
         zeros = [[_name(row), *(_over_time(row.zeros[gate]) for gate in gates)] for row in sparse]
         parts += [GATE_NOTE, markdown(["gate gradients", *gates], zeros)]
-    if any(row.thresholds for row in section.rows):
+    if any(row.thresholds for row in section.models):
         parts.append(THRESHOLD_NOTE)
-    return "\n\n".join([*parts, _origin(section)])
+    return "\n\n".join([*parts, f"{len(section.runs)} runs, {origin(section.runs)}"])
 
 
 def _name(row: RowSummary) -> str:
@@ -77,18 +77,11 @@ def _over_time(shares: Mapping[str, float]) -> str:
     return f"{start} → {middle} → {end} ({mean})"
 
 
-def _noise(section: Section) -> list[str]:
+def _noise(section: GateSection) -> list[str]:
     """Say how far dense runs of different seeds are from each other."""
     metric = section.metrics[0]
-    dense = next((row.quality[metric.key] for row in section.rows if row.name == DENSE.name), None)
+    dense = next((row.quality[metric.key] for row in section.models if row.name == DENSE.name), None)
     if dense is None or dense.seeds < 2:
         return []
     low, high, apart = (f"{value:.{metric.digits}f}" for value in (dense.low, dense.high, dense.high - dense.low))
     return [f"Dense runs of {dense.seeds} seeds: {low} to {high}, {apart} apart. Of several seeds: mean (range)."]
-
-
-def _origin(section: Section) -> str:
-    machines = sorted({run.get("processor", "unknown") for run in section.runs})
-    torches = sorted({run.get("versions", {}).get("torch", "unknown") for run in section.runs})
-    minutes = sum(run.get("seconds", 0) for run in section.runs) / 60
-    return f"{len(section.runs)} runs, {minutes:.0f} minutes on {', '.join(machines)}, torch {', '.join(torches)}."

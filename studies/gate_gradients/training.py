@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,15 +12,14 @@ from torch import nn
 
 from studies.gate_gradients.distribution import GATES, Probe, describe
 from studies.gate_gradients.rows import CALIBRATION_SEED, QUANTILES, Row
+from studies.runs.records import Key
 from studies.runs.spread import thinned
+from studies.runs.study import OnStep
 from studies.tasks import Task
 from triton_sparse_rnn import GateGradientSparsity, GateGradientStats, SparseLSTM
-from triton_sparse_rnn.doctor import processor_name, versions
 
 EARLY = 0.1  # of the steps: where the distribution is read first, and how long "start", "middle" and "end" are
 LOSSES = 20  # means of the training loss that are kept
-
-Result = dict[str, Any]
 
 
 class Course(NamedTuple):
@@ -32,65 +30,44 @@ class Course(NamedTuple):
     distribution: dict[str, dict[str, Any]]
 
 
-def train(
-    task: Task,
-    row: Row,
-    seed: int,
-    steps: int,
-    *,
-    thresholds: Mapping[float, float],
-    on_step: Callable[[float], None] = lambda loss: None,
-) -> Result:
+def train(task: Task, row: Row, key: Key, thresholds: Mapping[float, float], on_step: OnStep) -> dict[str, Any]:
     """Train a model and evaluate it.
 
     The dense run of CALIBRATION_SEED also reads how its gate gradients are distributed, early and at its end.
 
     Args:
         thresholds: for a row with a quantile; see `calibrated_thresholds`.
-        on_step: called with the loss after every step.
     Returns:
-        What a line of the file holds; see `studies.runs.records`.
+        What the line of the run holds.
     """
-    began = time.perf_counter()
     arguments: dict[str, Any] = {}
     make_rnn = SparseLSTM
     if not row.is_dense:
-        arguments = row.gate_gradient(seed=seed, steps=steps, loss_scale=task.loss_scale, thresholds=thresholds)
+        arguments = row.gate_gradient(seed=key.seed, steps=key.steps, loss_scale=task.loss_scale, thresholds=thresholds)
         make_rnn = functools.partial(SparseLSTM, gate_gradient=GateGradientSparsity(**arguments))
-    model = task.build_model(make_rnn, seed).train()
-    calibrates = row.is_dense and seed == CALIBRATION_SEED
-    moments = {"early": round(EARLY * (steps - 1)), "late": steps - 1} if calibrates else {}
-    course = _optimize(model, task, seed, steps, moments, on_step)
+    model = task.build_model(make_rnn, key.seed).train()
+    calibrates = row.is_dense and key.seed == CALIBRATION_SEED
+    moments = {"early": round(EARLY * (key.steps - 1)), "late": key.steps - 1} if calibrates else {}
+    course = _optimize(model, task, key, moments, on_step)
     redundant = course.stats[-1].mean_redundant_macs if course.stats else 0.0
     return {
-        "task": task.name,
-        "row": row.name,
-        "seed": seed,
-        "steps": steps,
-        "settings": settings(task, row),
         "gate_gradient": arguments,
         "quality": task.evaluate(model.eval()),
         "zeros": zeros_over_time(course.stats),
         "redundant_macs": {"rnn": redundant, "model": redundant * recurrent_share(model)},
         "training_loss": thinned(course.losses, LOSSES),
         "distribution": course.distribution,
-        "seconds": time.perf_counter() - began,
-        "threads": torch.get_num_threads(),
-        "processor": processor_name(),
-        "versions": versions(),
     }
 
 
-def _optimize(
-    model: nn.Module, task: Task, seed: int, steps: int, moments: Mapping[str, int], on_step: Callable[[float], None]
-) -> Course:
+def _optimize(model: nn.Module, task: Task, key: Key, moments: Mapping[str, int], on_step: OnStep) -> Course:
     """Train with Adam; at the steps in `moments` read the gate gradients of a dense layer."""
     rnn = model.rnn
     assert isinstance(rnn, SparseLSTM)
     optimizer = torch.optim.Adam(model.parameters())
-    course, batches = Course([], [], {}), task.losses(model, seed)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = task.learning_rate(step, steps)
+    course, batches = Course([], [], {}), task.losses(model, key.seed)
+    for step in range(key.steps):
+        optimizer.param_groups[0]["lr"] = task.learning_rate(step, key.steps)
         probe = Probe(rnn) if step in moments.values() else None
         loss = next(batches)
         optimizer.zero_grad()
@@ -106,12 +83,7 @@ def _optimize(
     return course
 
 
-def settings(task: Task, row: Row) -> dict[str, Any]:
-    """Return what decides the outcome of a run beside row name, seed and steps."""
-    return {"task": task.settings(), "row": row.settings()}
-
-
-def calibrated_thresholds(dense: Result, loss_scale: float) -> dict[float, float]:
+def calibrated_thresholds(dense: dict[str, Any], loss_scale: float) -> dict[float, float]:
     """Return the quantiles of a dense run's early gate gradients, in units of the gradient of the summed loss."""
     quantiles = dense["distribution"]["early"]["quantiles"]
     return {float(share): value / loss_scale for share, value in quantiles.items()}

@@ -12,6 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from triton_sparse_rnn.doctor import processor_name, versions
+
 
 class Key(NamedTuple):
     """What names a run in a file."""
@@ -27,40 +31,56 @@ def key_of(run: dict[str, Any]) -> Key:
     return Key(*(run[field] for field in Key._fields))
 
 
+def line_of(key: Key, **facts: Any) -> dict[str, Any]:
+    """Return what a file holds of a run, or of its times: its name, facts, and where they were found."""
+    here = {"threads": torch.get_num_threads(), "processor": processor_name(), "versions": versions()}
+    return key._asdict() | facts | here
+
+
+class Lines(NamedTuple):
+    """What files hold: finished runs, and what was timed of them."""
+
+    runs: dict[Key, dict[str, Any]]
+    times: dict[Key, dict[str, Any]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Records:
     """The files of one program.
 
     Attributes:
         program: its name in messages.
-        fields: that each of its lines has, beside those of Key.
+        fields: that each run has, beside those of Key.
+        times: that each line about the time of a run has instead; none: nothing is timed.
     """
 
     program: str
     fields: frozenset[str]
+    times: frozenset[str] = frozenset()
 
     def read(self, path: Path) -> list[dict[str, Any]]:
-        """Return the runs in a file, none if there is no file.
+        """Return the lines of a file, none if there is no file.
 
         Raises:
             ValueError: a line, other than a damaged last one, is not of this program.
         """
         return self._read(path)[0]
 
-    def read_files(self, paths: Iterable[Path]) -> dict[Key, dict[str, Any]]:
-        """Return the runs of several files; of two with the same name, the later one counts.
+    def read_files(self, paths: Iterable[Path]) -> Lines:
+        """Return what several files hold; of two lines of the same run, the later one counts.
 
         Raises:
             OSError: a file cannot be read.
             ValueError: one is not of this program, or none holds a run.
         """
-        runs: dict[Key, dict[str, Any]] = {}
+        found = Lines({}, {})
         for path in paths:
             path.stat()
-            runs |= {key_of(run): run for run in self.read(path)}
-        if not runs:
+            for line in self.read(path):
+                (found.times if self._is_time(line) else found.runs)[key_of(line)] = line
+        if not found.runs:
             raise ValueError("there is no finished run to show")
-        return runs
+        return found
 
     def missing(self, path: Path, settings: Mapping[Key, Any]) -> list[Key]:
         """Return which runs the file lacks, in the order of `settings`, that says what decides their outcomes.
@@ -68,7 +88,7 @@ class Records:
         Raises:
             ValueError: the file is not of this program, or holds one of the runs with other settings.
         """
-        held = {key_of(run): run["settings"] for run in self.read(path)}
+        held = {key_of(line): line["settings"] for line in self.read(path) if not self._is_time(line)}
         for key, wanted in settings.items():
             if key in held and held[key] != wanted:
                 raise ValueError(f"{path} holds a run of {key.row!r} with other settings; name another file")
@@ -83,6 +103,9 @@ class Records:
             file.seek(end)
             file.write((json.dumps(run) + "\n").encode())
 
+    def _is_time(self, line: dict[str, Any]) -> bool:
+        return bool(self.times) and line.keys() >= self.times
+
     def _read(self, path: Path) -> tuple[list[dict[str, Any]], int]:
         """Return the runs and how many bytes of the file they take."""
         if not path.exists():
@@ -96,7 +119,8 @@ class Records:
                 run = None
             if not line.endswith(b"\n") or (run is None and number == len(lines)):
                 break
-            if not (isinstance(run, dict) and run.keys() >= {*Key._fields, *self.fields}):
+            fields = {*Key._fields, *(() if isinstance(run, dict) and self._is_time(run) else self.fields)}
+            if not (isinstance(run, dict) and run.keys() >= fields):
                 raise ValueError(f"{path}, line {number}: not of {self.program}; name another file")
             runs.append(run)
             end += len(line)

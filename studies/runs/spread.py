@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -20,6 +20,12 @@ class Spread(NamedTuple):
         """None of no values."""
         values = list(values)
         return cls(statistics.fmean(values), min(values), max(values), len(values)) if values else None
+
+    @classmethod
+    def by_key(cls, values: Iterable[Mapping[str, float]]) -> dict[str, Spread]:
+        """Take together what has the same key, which every mapping has."""
+        first, *others = values
+        return {key: spread for key in first if (spread := cls.of(one[key] for one in (first, *others)))}
 
     def text(self, digits: int, *, sign: bool = False) -> str:
         """Return the mean and, of several seeds, the range in brackets.

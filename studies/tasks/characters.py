@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -12,11 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from studies.tasks.task import MakeRNN, Metric, MissingDataError, distilled
-from triton_sparse_rnn.demo.evaluation import bits_per_character
-from triton_sparse_rnn.demo.model import CharacterModel
-from triton_sparse_rnn.demo.text import Text, TextError, load_text
-from triton_sparse_rnn.demo.training import cut_into_streams
+from studies.tasks.source_text import SourceText, cut_into_streams
+from studies.tasks.task import MakeRNN, Metric, distilled, numbers_of
+
+SCORED_STREAMS, SCORED_WINDOW = 32, 256  # at most, side by side; symbols at once
+
+
+class CharacterModel(nn.Module):
+    """Scores [T, B, symbols] for the next symbol from the symbols [T, B] so far and the state of `rnn`."""
+
+    def __init__(self, symbols: int, rnn: nn.RNNBase) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(symbols, rnn.input_size)
+        self.rnn = rnn
+        self.decoder = nn.Linear(rnn.hidden_size, symbols)
+
+    def forward(self, ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        y, state = self.rnn(self.embedding(ids), state)
+        return self.decoder(y), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +38,13 @@ class Characters:
     """`batch_size` streams of text are read side by side, `window` symbols a step; the state is carried along.
 
     Attributes:
-        text: as the demo reads it; the last 5 % are held out.
         held_out: how many of the held-out symbols are scored.
     """
 
     name: ClassVar[str] = "characters"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("bits_per_character", "bits per character", 3),)
 
-    text: Text
+    text: SourceText
     embedding_size: int = 64
     hidden_size: int = 256
     batch_size: int = 32
@@ -47,18 +60,14 @@ class Characters:
 
     @classmethod
     def load(cls) -> Characters:
-        try:
-            return cls(load_text(min_bytes=1_000_000))
-        except TextError as error:
-            raise MissingDataError(f"characters: {error}") from None
+        return cls(SourceText.load())
 
     def settings(self) -> dict[str, Any]:
-        numbers = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "text"}
-        return numbers | {"text": self.text.source, "sha256": self.text.sha256}
+        return numbers_of(self) | {"text": self.text.source, "sha256": self.text.sha256}
 
     def build_model(self, make_rnn: MakeRNN, seed: int) -> CharacterModel:
         torch.manual_seed(seed)
-        return CharacterModel(len(self.text.vocabulary), make_rnn(self.embedding_size, self.hidden_size))
+        return CharacterModel(self.text.symbols, make_rnn(self.embedding_size, self.hidden_size))
 
     def losses(self, model: nn.Module, seed: int, teacher: nn.Module | None = None) -> Iterator[Tensor]:
         """Begin at a window drawn from `seed`; where the streams end, start again with a fresh state."""
@@ -69,7 +78,7 @@ class Characters:
             if index % windows == 0:
                 state = teacher_state = None
             start = index % windows * self.window
-            ids = streams[start : start + self.window + 1].long()
+            ids = streams[start : start + self.window + 1]
             scores, state = model(ids[:-1], state)
             state = tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach()
             loss = F.cross_entropy(scores.flatten(0, 1), ids[1:].flatten())
@@ -83,5 +92,15 @@ class Characters:
         """The same throughout."""
         return self.peak_rate
 
+    @torch.inference_mode()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return {"bits_per_character": bits_per_character(model, self.text, self.held_out)}
+        """Read up to 32 streams side by side, with the state carried along."""
+        symbols = self.text.held_out[: self.held_out]
+        streams = cut_into_streams(symbols, max(1, min(SCORED_STREAMS, len(symbols) // SCORED_WINDOW)))
+        state, nats, targets = None, 0.0, streams[1:]
+        for start in range(0, len(targets), SCORED_WINDOW):
+            window = slice(start, start + SCORED_WINDOW)
+            scores, state = model(streams[:-1][window], state)
+            nats += F.cross_entropy(scores.flatten(0, 1), targets[window].flatten(), reduction="sum").item()
+        bits = nats / math.log(2) + self.text.rare_bits * int((targets == self.text.symbols - 1).sum())
+        return {"bits_per_character": bits / targets.numel() * self.text.bytes_per_character}

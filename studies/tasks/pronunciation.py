@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from studies.tasks.task import MakeRNN, Metric, MissingDataError, distilled
+from studies.tasks.task import MakeRNN, Metric, MissingDataError, distilled, numbers_of, share_of, straight_rate
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
 BLANK = 0  # of CTC; phonemes count from 1
@@ -113,11 +113,7 @@ class Pronunciation:
         return cls(train, held_out, phonemes, **settings)
 
     def settings(self) -> dict[str, Any]:
-        data = {"train", "held_out", "phonemes"}
-        numbers = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in data
-        }
-        return numbers | {
+        return numbers_of(self) | {
             "repeats": REPEATS,
             "train_words": len(self.train),
             "held_out_words": len(self.held_out),
@@ -155,9 +151,7 @@ class Pronunciation:
         return chance.sample(batches, len(batches))
 
     def learning_rate(self, step: int, steps: int) -> float:
-        """A straight warm-up, then straight down to 0."""
-        warmup = self.warmup * steps
-        return self.peak_rate * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
+        return self.peak_rate * straight_rate(step, steps, self.warmup)
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -236,5 +230,4 @@ def _steps_needed(variant: Sequence[int]) -> int:
 
 def _is_held_out(spelling: str) -> bool:
     """Decide by what a word has in common with its plural and its possessive."""
-    family = spelling.replace("'", "").rstrip("es")
-    return int.from_bytes(hashlib.sha256(family.encode()).digest()[:4], "big") < HELD_OUT * 2**32
+    return share_of(spelling.replace("'", "").rstrip("es")) < HELD_OUT

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from studies.tasks.task import MakeRNN, Metric, MissingDataError, distilled
+from studies.tasks.task import MakeRNN, Metric, MissingDataError, distilled, numbers_of, share_of, straight_rate
 
 ROOT = Path("/usr/share/asterisk/sounds")
 VOICES = ("en_US_f_Allison", "es_MX_f_Allison", "fr_CA_f_June", "it_IT_m_Carlo", "ru_RU_f_IvrvoiceRU")
@@ -148,11 +148,8 @@ class Sounds:
         return cls(train, batches, heard.mean(0), heard.std(0), digest.hexdigest(), **settings)
 
     def settings(self) -> dict[str, Any]:
-        data = {"train", "held_out", "mean", "scale"}
-        numbers = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in data
-        }
-        return numbers | {
+        return numbers_of(self) | {
+            "sha256": self.sha256,
             "window": WINDOW,
             "frame": FRAME,
             "hop": HOP,
@@ -180,9 +177,7 @@ class Sounds:
             yield loss
 
     def learning_rate(self, step: int, steps: int) -> float:
-        """A straight warm-up, then straight down to 0."""
-        warmup = self.warmup * steps
-        return self.peak_rate * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
+        return self.peak_rate * straight_rate(step, steps, self.warmup)
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -216,7 +211,7 @@ def is_held_out(name: str) -> bool:
     """
     words = re.findall("[a-z]{3,}", name.rpartition("/")[2].lower())
     family = words[-1][:3] if words else ""
-    return int.from_bytes(hashlib.sha256(family.encode()).digest()[:4], "big") < HELD_OUT * 2**32
+    return share_of(family) < HELD_OUT
 
 
 def join(recordings: Iterable[Recording]) -> Speech:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ class Metric(NamedTuple):
     heading: str
     digits: int  # after the point
 
+    def text(self, quality: Mapping[str, float]) -> str:
+        return f"{self.heading} {quality[self.key]:.{self.digits}f}"
+
 
 def distilled(loss: Tensor, predictions: Tensor, taught: Tensor) -> Tensor:
     """Return the mean of a task's own loss and of the divergence from a teacher's predictions.
@@ -32,6 +36,25 @@ def distilled(loss: Tensor, predictions: Tensor, taught: Tensor) -> Tensor:
         predictions, taught: [N, classes], logarithms of the model's and the teacher's probabilities.
     """
     return (loss + F.kl_div(predictions, taught, reduction="batchmean", log_target=True)) / 2
+
+
+def straight_rate(step: int, steps: int, warmup: float) -> float:
+    """By which a peak rate is multiplied at a step from 0 to steps - 1: a straight warm-up, then straight down to 0.
+
+    Args:
+        warmup: share of the steps.
+    """
+    return min((step + 1) / (warmup * steps + 1), (steps - step) / (steps - warmup * steps))
+
+
+def share_of(name: str) -> float:
+    """Return a number in [0, 1) that only the name decides."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
+
+
+def numbers_of(task: Any) -> dict[str, int | float]:
+    """Return the fields of a dataclass that are numbers."""
+    return {name: value for name, value in vars(task).items() if isinstance(value, int | float)}
 
 
 class Task(Protocol):

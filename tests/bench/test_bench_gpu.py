@@ -113,6 +113,7 @@ def test_names_and_precisions():
 
 
 @no_gpu
+@pytest.mark.slow("programs")
 def test_gpu_suites_are_skipped_without_one():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", "bench/gpu/bench_core.py"]
     command += ["-m", "gpu", "-k", "floor"]
@@ -209,7 +210,7 @@ def test_a_row_holds_its_facts(contender, monkeypatch):
     monkeypatch.setattr(gpu_contenders, "EVENT_SECONDS", 0)
     monkeypatch.setattr(gpu_contenders, "usable_cores", lambda: threads + 1)
     benchmark, work = Benchmark(), dataclasses.replace(TINY, H=48, T=2, B=1, block_size=(16, 16))
-    gpu_contenders.measure_on_gpu(benchmark, work, contender)
+    gpu_contenders.measure(benchmark, work, contender)
     info = json.loads(json.dumps(benchmark.extra_info))
     assert (benchmark.calls, benchmark.group) == (1, str(work))
     assert (info["contender"], info["precision"]) == (contender.name(work), contender.precision(work))
@@ -224,7 +225,7 @@ def test_what_a_kernel_does_not_write_is_seen(monkeypatch):
     y = TINY.layer(TINY.x)[0]
     monkeypatch.setattr(Ours, "prepare", lambda self, work: (work, lambda: y, {}))  # the result is there already
     with pytest.raises(AssertionError, match="not finite"):
-        gpu_contenders.measure_on_gpu(Benchmark(), TINY, Ours())
+        gpu_contenders.measure(Benchmark(), TINY, Ours())
 
 
 @pytest.mark.parametrize(("H", "programs"), [(16, 1), (17, 2), (1024, 64), (2112, 132), (2113, 67), (4096, 128)])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.gpu.report import gpu_goals, gpu_layers, gpu_table
+from bench.gpu.report import goals, layers_of, table
 from bench.report import main as report
 from bench.rows import read_rows
 
@@ -54,7 +54,7 @@ def layer_entries(nn, ours, **facts):
 
 def test_gpu_table_has_a_line_for_each_layer(rows_of):
     rows = rows_of([*layer_entries(10, 2), entry("nn.GRU", 3, suite="bench_forward")])
-    heading, _, line, *_, machine = gpu_table(rows).splitlines()
+    heading, _, line, *_, machine = table(rows).splitlines()
     cells = dict(
         zip((cell.strip() for cell in heading.split("|")), (cell.strip() for cell in line.split("|")), strict=True)
     )
@@ -80,7 +80,7 @@ def test_gpu_table_has_a_line_for_each_layer(rows_of):
 
 
 def test_goals_without_measurements(rows_of):
-    lines = gpu_goals(rows_of([])).splitlines()
+    lines = goals(rows_of([])).splitlines()
     assert len(lines) == 5
     assert all(line.startswith("not measured  ") for line in lines)
 
@@ -89,7 +89,7 @@ def test_goals_take_the_fastest_way_of_each_side(rows_of):
     entries = layer_entries(9.9, 1.0) + layer_entries(10, 1.5, H=2560, dtype="bfloat16")
     entries += layer_entries(10, 1.6, H=2560, sparsity=0.95)
     entries += [entry("nn.GRU, float16, CUDA graph", 6, H=2560, sparsity=0.95)]
-    assert gpu_goals(rows_of(entries)).splitlines() == [
+    assert goals(rows_of(entries)).splitlines() == [
         "pass  GRU H=1024 B=1 90% zeros <= 1 µs a step: 1 in float32",
         "pass  GRU H=2560 B=1 90% zeros <= 1.5 µs a step: 1.5 in bfloat16",
         "FAIL  GRU H=2560 B=1 95% zeros >= 6.8 times torch.nn: 3.75 in float32",
@@ -101,7 +101,7 @@ def test_goals_take_the_fastest_way_of_each_side(rows_of):
 def test_losing_layers_are_told_and_those_without_a_right_result_too(rows_of):
     entries = layer_entries(1, 2, H=256, B=16) + layer_entries(1, 4, H=128) + layer_entries(3, 1, H=512)
     entries += [entry("nn.GRU", 5, H=2048)]
-    assert gpu_goals(rows_of(entries)).splitlines()[4:] == [
+    assert goals(rows_of(entries)).splitlines()[4:] == [
         "FAIL  never slower than torch.nn for H > 192 and B <= 16: 1 of 2 layers",
         "slower  0.50 times as fast as torch.nn: GRU H=256 B=16 90% float32",
         "slower  0.25 times as fast as torch.nn: GRU H=128 B=1 90% float32",
@@ -111,7 +111,7 @@ def test_losing_layers_are_told_and_those_without_a_right_result_too(rows_of):
 
 def test_equal_layers_of_two_suites_are_kept_apart(rows_of):
     rows = rows_of([*layer_entries(10, 2), entry("nn.GRU", 3, suite="bench_grid")])
-    assert [len(layer.rows) for layer in gpu_layers(rows)] == [6, 1]
+    assert [len(layer.rows) for layer in layers_of(rows)] == [6, 1]
 
 
 def test_report_prints_what_is_asked_for(rows_of, tmp_path, capsys):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.cpu.break_even import Point, break_even, break_even_table
+from bench.cpu.break_even import Point, break_even, table
 from bench.report import main, tables
 from bench.rows import read_rows
 
@@ -108,7 +108,7 @@ def test_break_even_table_takes_the_baseline_and_the_best_float32_peer(write):
         ]
     other_suite = entry("bench_forward", "0.0", "PersistentGRU", 1, sparsity=0.0)
     rows = read_rows([write("run.json", [*entries, other_suite])])
-    assert break_even_table(rows).splitlines()[2:] == ["| GRU | 4 | 25 % (nn.GRU) | 70 % (fast peer) |"]
+    assert table(rows).splitlines()[2:] == ["| GRU | 4 | 25 % (nn.GRU) | 70 % (fast peer) |"]
 
 
 def test_main_prints_and_draws(write, tmp_path, capsys):

@@ -1,6 +1,7 @@
 import io
 
 import pytest
+import torch
 from rich.console import Console
 
 
@@ -11,10 +12,22 @@ def quiet():
 
 
 @pytest.fixture
-def text(tmp_path):
+def text():
     """A text of a few kB that can be learned a little."""
-    from triton_sparse_rnn.demo.text import load_text
+    from studies.tasks.source_text import SourceText
 
-    path = tmp_path / "text"
-    path.write_text("".join(f"{k * k % 97} is {k % 7}\n" for k in range(300)), encoding="utf-8")
-    return load_text(path)
+    return SourceText.of("numbers", ["".join(f"{k * k % 97} is {k % 7}\n" for k in range(300))])
+
+
+@pytest.fixture
+def talk():
+    """Two voices to train on, and three recordings in each group."""
+    from studies.denoising.speech import GROUPS, Speech
+
+    generator = torch.Generator().manual_seed(0)
+
+    def said(N):
+        return 0.1 * torch.randn(N, generator=generator)
+
+    held_out = {group: [said(1600 + 7 * i) for i in range(3)] for group in GROUPS}
+    return Speech({"a": said(9000), "b": said(1000)}, held_out)

@@ -8,12 +8,11 @@ import torch
 from rich.console import Console
 
 from studies.runs import spread
-from studies.runs.labels import Label, place_labels
+from studies.runs.figures import Label, new_figure, place_labels
 from studies.runs.progress import one_thread, run_bars
 from studies.runs.records import Key, Records
-from triton_sparse_rnn.demo.plots import new_figure
 
-RECORDS = Records("bench.some", frozenset({"quality"}))
+RECORDS = Records("studies.some", frozenset({"quality"}), times=frozenset({"us"}))
 
 
 def run(seed=0, quality=2.0):
@@ -48,7 +47,7 @@ def test_a_damaged_last_line_is_left_out_and_cut_off(tmp_path, damage):
 def test_a_foreign_file_is_refused_and_kept(tmp_path, foreign):
     path = tmp_path / "notes"
     path.write_text(foreign, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"line 1: not of bench\.some; name another file"):
+    with pytest.raises(ValueError, match=r"line 1: not of studies\.some; name another file"):
         RECORDS.append(path, run())
     assert path.read_text(encoding="utf-8") == foreign
 
@@ -57,9 +56,13 @@ def test_files_are_joined(tmp_path):
     for name, quality in (("a", 1.0), ("b", 2.0)):
         RECORDS.append(tmp_path / name, run(quality=quality))
     RECORDS.append(tmp_path / "b", run(seed=1))
-    found = RECORDS.read_files([tmp_path / "a", tmp_path / "b"])
-    assert [key.seed for key in found] == [0, 1]
-    assert found[Key("characters", "dense", 0, 500)]["quality"] == 2.0
+    key = Key("characters", "dense", 0, 500)
+    for us in (3.0, 4.0):
+        RECORDS.append(tmp_path / "b", key._asdict() | {"us": us})
+    runs, times = RECORDS.read_files([tmp_path / "a", tmp_path / "b"])
+    assert [key.seed for key in runs] == [0, 1]
+    assert runs[key]["quality"] == 2.0
+    assert {key: line["us"] for key, line in times.items()} == {key: 4.0}
     with pytest.raises(FileNotFoundError):
         RECORDS.read_files([tmp_path / "c"])
     (tmp_path / "d").touch()

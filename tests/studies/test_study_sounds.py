@@ -279,12 +279,6 @@ def test_converted_models_are_evaluated(task):
     )
 
 
-def test_rate_of_sounds_rises_and_falls(task):
-    rates = [task.learning_rate(step, 1000) for step in range(1000)]
-    assert rates.index(max(rates)) in range(45, 55)
-    assert 0 < rates[-1] < rates[0] < max(rates) <= task.peak_rate
-
-
 @pytest.mark.slow("studies")
 def test_the_recordings():
     if not sounds.ROOT.exists():

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from studies.tasks import TASKS, characters, pronunciation
+from studies.tasks import TASKS, pronunciation, source_text
 from studies.tasks.characters import Characters
 from studies.tasks.pronunciation import Pronunciation, Word
-from studies.tasks.task import MissingDataError
+from studies.tasks.source_text import SourceText
+from studies.tasks.task import MissingDataError, straight_rate
 from triton_sparse_rnn import SparseGRU
-from triton_sparse_rnn.demo.text import TextError, load_text
 
 DICTIONARY = {
     "bat": [["B", "AE1", "T"]],
@@ -32,10 +32,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text"
-    path.write_text("abcdefgh\n" * 200, encoding="utf-8")
-    return load_text(path)
+def text():
+    return SourceText.of("letters", ["abcdefgh\n" * 200])
 
 
 @pytest.fixture
@@ -48,6 +46,13 @@ def held_out(monkeypatch):
 
 def test_tasks_go_by_their_names():
     assert all(task.name == name for name, task in TASKS.items())
+
+
+def test_a_rate_rises_and_falls():
+    rates = [straight_rate(step, 100, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == rates[10] == 1.0
+    assert rates[99] == pytest.approx(1 / 90)
 
 
 def test_doctests():
@@ -68,17 +73,17 @@ def test_windows_of_characters_follow_each_other(text):
 
         def forward(self, ids, state):
             self.seen.append((ids, state))
-            scores = torch.zeros(*ids.shape, len(text.vocabulary), requires_grad=True)
+            scores = torch.zeros(*ids.shape, text.symbols, requires_grad=True)
             return scores, (torch.full((1,), float(len(self.seen)), requires_grad=True) * 1,)
 
     model = Spy()
     windows = (len(text.train) // 2 - 1) // 5
     losses = list(itertools.islice(task.losses(model, seed=3), 2 * windows))
-    assert losses[0].item() == pytest.approx(math.log(len(text.vocabulary)))
+    assert losses[0].item() == pytest.approx(math.log(text.symbols))
     stream = torch.cat([ids[:, 1] for ids, _ in model.seen])
     first = next(k for k, (_, state) in enumerate(model.seen) if k and state is None)
     second = text.train[len(text.train) // 2 :][: 5 * windows]
-    assert torch.equal(stream[5 * first : 5 * (first + windows)], second.long())
+    assert torch.equal(stream[5 * first : 5 * (first + windows)], second)
     assert [k for k, (_, state) in enumerate(model.seen) if state is None] == [0, first, first + windows]
     assert model.seen[-1][1][0].requires_grad is False
     assert model.seen[-1][1][0].item() == 2 * windows - 1
@@ -113,12 +118,34 @@ def learn(task, model, steps, rate):
         optimizer.step()
 
 
-def test_missing_text_is_said(monkeypatch):
-    def fail(**options):
-        raise TextError("no sources")
+def test_bits_are_those_of_a_code_from_which_the_text_could_be_restored():
+    text = SourceText.of("letters", ["ab" * 190_000 + "c" + "ab" * 9000, "äb" * 2000])
+    assert text.symbols == 3  # a, b and what is rare
+    assert text.rare_bits == math.log2(254)
+    data = ("ab" * 190_000 + "c" + "ab" * 9000 + "\n" + "äb" * 2000).encode()
+    held_out = data[len(text.train) :]
+    assert len(held_out) == len(text.held_out) == len(data) // 20
+    assert text.bytes_per_character == len(held_out) / len(held_out.decode())
+    task = Characters(text, held_out=10**6)
+    model = nn.Module()
+    model.forward = lambda ids, state: (torch.zeros(*ids.shape, 3), None)
+    rare = (text.held_out == 2).double().mean().item()
+    per_byte = math.log2(3) + rare * math.log2(254)
+    expected = pytest.approx(per_byte * text.bytes_per_character, rel=1e-3)
+    assert task.evaluate(model)["bits_per_character"] == expected
 
-    monkeypatch.setattr(characters, "load_text", fail)
-    with pytest.raises(MissingDataError, match="characters: no sources"):
+
+def test_the_sources_of_python_are_always_read_alike(tmp_path, monkeypatch):
+    for name in ("a.py", "b/c.py", "test/d.py", "e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{name}\n" * 200_000, encoding="utf-8")
+    monkeypatch.setattr(source_text.sysconfig, "get_paths", lambda: {"stdlib": tmp_path})
+    text = Characters.load().text
+    assert text.source == "Python's standard library sources (2,400 kB, 2 files)"
+    assert text.sha256 == Characters.load().text.sha256
+    (tmp_path / "b" / "c.py").unlink()
+    (tmp_path / "a.py").write_text("a", encoding="utf-8")
+    with pytest.raises(MissingDataError, match=r"characters: .* holds 1 characters of Python, 1,000,000 are needed"):
         Characters.load()
 
 
@@ -203,13 +230,6 @@ def test_decoding_joins_neighbours_and_drops_blanks():
 @pytest.mark.parametrize(("a", "b", "distance"), [("", "", 0), ("", "ab", 2), ("ab", "", 2), ("kitten", "sitting", 3)])
 def test_edit_distance(a, b, distance):
     assert pronunciation.edit_distance(a.encode(), b.encode()) == distance
-
-
-def test_rate_of_pronunciation_rises_and_falls(held_out):
-    task = Pronunciation.of(DICTIONARY)
-    rates = [task.learning_rate(step, 1000) for step in range(1000)]
-    assert rates.index(max(rates)) in range(45, 55)
-    assert 0 < rates[-1] < rates[0] < max(rates) <= task.peak_rate
 
 
 def test_a_missing_dictionary_is_said(monkeypatch):
