@@ -8,8 +8,12 @@ looked at by then, and of what it makes itself as they are.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 
 def reached_bytes(tensor: Tensor) -> int:
@@ -31,6 +35,21 @@ def address_of(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> int
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
     return tensor.data_ptr()
+
+
+def addresses_of_parts(matrix: BlockMatrix) -> dict[str, int]:
+    """Return the addresses of the parts of a matrix by name, 0 for one that it does without.
+
+    Raises:
+        ValueError: a part is of another kind, or too short.
+    """
+    parts, kinds = matrix.parts(), matrix.kinds()
+    present = ((name, tensor, kinds[name]) for name, tensor in parts.items() if tensor is not None)
+    return dict.fromkeys(parts, 0) | {
+        name: address_of(name, tensor, kind[0], math.prod(kind[1]))
+        for name, tensor, kind in present
+        if kind is not None
+    }
 
 
 def address_of_rows(name: str, matrix: Tensor, rows: int, columns: int) -> int:

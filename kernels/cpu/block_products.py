@@ -21,13 +21,8 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from triton_sparse_rnn.kernels.cpu.stored_weights import (
-    QUAD,
-    BlockAddresses,
-    BlockFormat,
-    load_integers,
-    load_weights,
-)
+from triton_sparse_rnn.kernels.cpu.matrix import MatrixFields
+from triton_sparse_rnn.kernels.cpu.stored_weights import QUAD, BlockFormat, load_integers, load_weights
 from triton_sparse_rnn.kernels.cpu.vector_code import INT8, Accumulator, Index, Integers, Vector, VectorCode
 
 _CHAINS = 4  # sums in flight at least, because a multiply-add waits for the one before it in the same sum
@@ -35,7 +30,7 @@ _COLUMNS_UNROLLED = 8  # of a wide block; the rest of it is a loop, so that code
 INPUT_OFFSET = 128  # what the bytes of inputs hold more than their value for vpdpbusd, which takes them as unsigned
 
 
-class Tile(NamedTuple):
+class InputTile(NamedTuple):
     """Inputs that share each load of a weight."""
 
     rows: int
@@ -53,8 +48,8 @@ class _Column(NamedTuple):
 def block_row_products(
     code: VectorCode,
     layout: BlockFormat,
-    matrix: BlockAddresses,
-    tile: Tile,
+    matrix: MatrixFields,
+    tile: InputTile,
     row: Index,
     part: Index,
     start: Vector,
@@ -83,7 +78,7 @@ def block_row_products(
 def _visit_columns(
     code: VectorCode,
     layout: BlockFormat,
-    matrix: BlockAddresses,
+    matrix: MatrixFields,
     row: Index,
     visit: Callable[[Sequence[_Column]], None],
     at_once: int,
@@ -113,7 +108,7 @@ def _visit_columns(
 class _ColumnSums:
     """One multiplication and one addition for each column and input: of floats, or of integers."""
 
-    def __init__(self, code: VectorCode, layout: BlockFormat, matrix: BlockAddresses, tile: Tile, part: Index):
+    def __init__(self, code: VectorCode, layout: BlockFormat, matrix: MatrixFields, tile: InputTile, part: Index):
         self.code, self.layout, self.matrix, self.tile, self.part = code, layout, matrix, tile, part
         self.chains = max(1, _CHAINS // tile.rows)
         self.columns_in_flight = 2 * self.chains if tile.rows == 1 else self.chains  # fewer ends of loops to guess
@@ -142,7 +137,7 @@ class _ColumnSums:
 class _QuadSums:
     """One vpdpbusd for a quad and an input, and one for what the offset of inputs adds: the last of the sums."""
 
-    def __init__(self, code: VectorCode, layout: BlockFormat, matrix: BlockAddresses, tile: Tile, part: Index):
+    def __init__(self, code: VectorCode, layout: BlockFormat, matrix: MatrixFields, tile: InputTile, part: Index):
         self.code, self.layout, self.matrix, self.tile, self.part = code, layout, matrix, tile, part
         self.chains = max(1, _CHAINS // (tile.rows + 1))
         self.columns_in_flight = self.chains * QUAD

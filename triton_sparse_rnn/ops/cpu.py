@@ -44,13 +44,10 @@ def prepare_layer(
     num_threads: int,
 ) -> RunLayer:
     """Arguments and results of the callable are those of `reference.recurrent_layer`."""
-    from triton_sparse_rnn.kernels.cpu.recurrent_layer import Direction, RecurrentLayer
+    from triton_sparse_rnn.kernels.cpu.recurrent_layer import RecurrentLayer
 
     def make() -> RecurrentLayer:
-        wide = [
-            Direction(_float(w.weight_ih), w.weight_hh, _float(w.bias_ih), _float(w.bias_hh), w.weight_hr)
-            for w in directions
-        ]
+        wide = [LayerWeights(*map(_float, weights)) for weights in directions]
         return RecurrentLayer(mode, wide, quantized=activation_dtype is not None, num_threads=num_threads)
 
     layer = make()

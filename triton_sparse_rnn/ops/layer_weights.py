@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.layer_weights import LayerWeights
 
 TENSORS_PER_MATRIX = 4
 TENSORS_PER_DIRECTION = 3 * TENSORS_PER_MATRIX + 2
 
 # A layer that a backend has prepared: (x, states, batch_sizes) -> [y, h_n(, c_n)], as `reference.recurrent_layer`.
 RunLayer: TypeAlias = Callable[[Tensor, list[Tensor], "Tensor | None"], list[Tensor]]
-
-
-class LayerWeights(NamedTuple):
-    """What nn calls weight_ih_l{k}, weight_hh_l{k}, bias_ih_l{k}, bias_hh_l{k} and weight_hr_l{k}.
-
-    weight_ih [G * H, input] is in blocks or, where it was kept dense, an ordinary tensor in the dtype of the layer's
-    inputs; weight_hh [G * H, H or proj_size] and weight_hr [proj_size, H], which has one gate, are in blocks; biases
-    [G * H] are ordinary tensors. Biases and weight_hr are None where the layer has none.
-    """
-
-    weight_ih: BlockMatrix | Tensor
-    weight_hh: BlockMatrix
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
-    weight_hr: BlockMatrix | None = None
 
 
 def pack_layer_weights(weights: LayerWeights) -> list[Tensor | None]:

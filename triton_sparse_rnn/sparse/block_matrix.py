@@ -19,17 +19,19 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from triton_sparse_rnn.sparse.blocks import check_block_size, check_filling_up, count_blocks, from_blocks, to_blocks
+from triton_sparse_rnn.sparse.blocks import check_filling_up, count_blocks, from_blocks, to_blocks
+from triton_sparse_rnn.sparse.patterns import Blocks, PatternLike, as_pattern
 
 GATE_NAMES = {"RNN_TANH": "h", "RNN_RELU": "h", "GRU": "rzn", "LSTM": "ifgo"}  # by nn.RNNBase.mode, a letter each
 GATES = {mode: len(names) for mode, names in GATE_NAMES.items()}  # G
 INDEX_DTYPE = torch.int32  # of columns and starts
 _SIZES_END = 2**31  # block columns are int32, and the product of two sizes is an int64
+PartKind: TypeAlias = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8)
 
 
@@ -48,7 +50,7 @@ class BlockMatrix:
         scales: [rows], float32, for int8 only: a stored weight is its int8 value times the scale of its row.
 
     >>> weight = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 3.0, 0.0, 0.0]])
-    >>> matrix = BlockMatrix.from_dense(weight, block_size=(2, 1))
+    >>> matrix = BlockMatrix.from_dense(weight, pattern=(2, 1))
     >>> matrix.values.tolist(), matrix.columns.tolist(), matrix.density
     ([[[1.0, 0.0]], [[2.0, 3.0]]], [0, 1], 0.5)
     >>> torch.equal(matrix.to_dense(), weight)
@@ -68,6 +70,17 @@ class BlockMatrix:
         """Return the tensors by name, one for each of PARTS; None for what this matrix does without."""
         return {name: getattr(self, name) for name in self.PARTS}
 
+    def kinds(self) -> dict[str, PartKind | None]:
+        """Return dtype and shape that each part must have beside these `values`; None for one that must be None."""
+        NB, BC, BR = self.values.shape
+        gates, groups, _ = self.block_grid
+        return {
+            "values": (self.values.dtype, (NB, BC, BR)),
+            "columns": (INDEX_DTYPE, (NB,)),
+            "starts": (INDEX_DTYPE, (groups * gates + 1,)),
+            "scales": (torch.float32, (self.shape[0],)) if self.values.dtype == torch.int8 else None,
+        }
+
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor | None], *, shape: tuple[int, int], gates: int) -> BlockMatrix:
         """Undo `parts`; the tensors are taken as they are, and looked at by `check` only."""
@@ -75,14 +88,14 @@ class BlockMatrix:
 
     @classmethod
     def from_dense(
-        cls, weight: Tensor, block_size: tuple[int, int], *, gates: int = 1, dtype: torch.dtype | None = None
+        cls, weight: Tensor, pattern: PatternLike, *, gates: int = 1, dtype: torch.dtype | None = None
     ) -> BlockMatrix:
         """Store every block that holds a weight other than zero (NaN is stored, a block of -0.0 is not).
 
         Args:
             weight: [G * H, columns], floating point, any strides.
-            block_size: (BR, BC); blocks at the edge of a gate are filled up with zeros. Both may be up to 4096, or as
-                many as a gate has rows and columns.
+            pattern: `Blocks`, or a pair (BR, BC); blocks at the edge of a gate are filled up with zeros. Both may be up
+                to 4096, or as many as a gate has rows and columns.
             gates: G; its rows are cut gate by gate.
             dtype: how weights are stored, None for that of `weight`. int8 is symmetric, with one scale for each row.
 
@@ -98,7 +111,7 @@ class BlockMatrix:
             )
         _check_gates(gates, weight.shape[0])
         dtype = check_storage_dtype(weight.dtype if dtype is None else dtype)
-        block_size = check_block_size(block_size)
+        block_size = as_pattern(pattern).block_size
         weight = weight.detach()
         groups = to_blocks(_split_gates(weight, gates), block_size).transpose(0, 1)  # [groups, G, columns, BR, BC]
         # What is zero is decided before rounding: a tiny weight that a narrow dtype rounds to 0 stays in its block.
@@ -208,31 +221,32 @@ class BlockMatrix:
         check_storage_dtype(self.values.dtype, "values")
         _check_shape(self.shape)
         _check_gates(self.gates, self.shape[0])
-        for name in ("columns", "starts"):
-            if getattr(self, name).dtype != INDEX_DTYPE:
-                raise ValueError(f"{name} must be int32, got {getattr(self, name).dtype}")
-        shapes = tuple(self.values.shape), tuple(self.columns.shape), tuple(self.starts.shape)
-        if self.values.dim() != 3 or 0 in self.block_size or self.columns.shape != self.values.shape[:1]:
-            raise ValueError(f"values, columns and starts do not fit together: their shapes are {shapes}")
-        check_filling_up(self.block_size, self.shape[0] // self.gates, self.shape[1])
-        gates, groups, block_columns = self.block_grid
-        if self.starts.shape != (groups * gates + 1,):
-            raise ValueError(f"values, columns and starts of a {self.shape} matrix do not fit together: {shapes}")
-        tensors = [self.values, self.columns, self.starts, *([] if self.scales is None else [self.scales])]
-        if not all(tensor.is_contiguous() and tensor.device == self.values.device for tensor in tensors):
-            raise ValueError("values, columns, starts and scales must be contiguous and on one device")
-        if (self.values.dtype == torch.int8) != (self.scales is not None):
-            raise ValueError("scales belong to int8 values and to no others")
-        if self.scales is not None and (self.scales.shape != (self.shape[0],) or self.scales.dtype != torch.float32):
+        if self.values.dim() != 3 or 0 in self.block_size:
             raise ValueError(
-                f"scales must be float32, one for each of {self.shape[0]} rows, got {self.scales.dtype} of shape "
-                f"{tuple(self.scales.shape)}"
+                f"values must be blocks [NB, BC, BR] that are not empty, got shape {tuple(self.values.shape)}"
             )
+        check_filling_up(self.block_size, self.shape[0] // self.gates, self.shape[1])
+        parts = self.parts()
+        for name, kind in self.kinds().items():
+            self._check_part(name, parts[name], kind)
         if indices:
-            self._check_indices(block_columns)
+            self._check_indices()
 
-    def _check_indices(self, block_columns: int) -> None:
-        NB = len(self.values)
+    def _check_part(self, name: str, tensor: Tensor | None, kind: PartKind | None) -> None:
+        if tensor is None or kind is None:
+            if tensor is not kind:
+                needed = "must be None" if kind is None else "are needed"
+                raise ValueError(f"{name} {needed} beside values of {self.values.dtype}")
+        elif (tensor.dtype, tuple(tensor.shape)) != kind:
+            raise ValueError(
+                f"{name} must be {kind[0]} of shape {kind[1]}, got {tensor.dtype} of shape {tuple(tensor.shape)}: "
+                f"parts of a {self.shape} matrix that do not fit together"
+            )
+        elif not tensor.is_contiguous() or tensor.device != self.values.device:
+            raise ValueError(f"{name} must be contiguous and on {self.values.device}, the device of values")
+
+    def _check_indices(self) -> None:
+        NB, block_columns = len(self.values), self.block_grid[2]
         if self.starts[0] != 0 or self.starts[-1] != NB or (self.starts.diff() < 0).any():
             raise ValueError(f"starts must rise from 0 to the {NB} stored blocks")
         if NB and not 0 <= self.columns.min() <= self.columns.max() < block_columns:
@@ -261,6 +275,11 @@ class BlockMatrix:
         return torch.searchsorted(self.starts, blocks, right=True) - 1
 
     @property
+    def pattern(self) -> Blocks:
+        """In which the weights are stored."""
+        return Blocks(*self.block_size)
+
+    @property
     def block_size(self) -> tuple[int, int]:
         """(BR, BC)."""
         return self.values.shape[2], self.values.shape[1]
@@ -279,7 +298,7 @@ class BlockMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything stored: values, columns, starts and scales."""
+        """Bytes of everything stored."""
         return sum(tensor.nbytes for tensor in self.parts().values() if tensor is not None)
 
 

@@ -33,7 +33,7 @@ def main() -> None:
         layer = Layer(mode, 21, 53, block_size, block_size, dtype=torch.int8)
         x, states = layer.random_inputs([15])
         ours = layer.ready(quantized=True)(x, states, None)
-        expected = recurrent_layer(x, states, layer.weights(), None, layer.mode, activation_dtype=torch.int8)
+        expected = recurrent_layer(x, states, layer.directions, None, layer.mode, activation_dtype=torch.int8)
         torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
     for rule in (Rule(), Rule("sample"), Rule("sample", "blocks", 5, 2)):
         check_backward(rule)

@@ -24,7 +24,7 @@ def layers(number, I=21, H=53):
 
 def by_reference(layer, x, states, batch_sizes=None):
     sizes = None if batch_sizes is None else torch.tensor(batch_sizes)
-    return recurrent_layer(x, states, layer.weights(), sizes, layer.mode, activation_dtype=torch.int8)
+    return recurrent_layer(x, states, layer.directions, sizes, layer.mode, activation_dtype=torch.int8)
 
 
 @pytest.mark.parametrize("number", range(len(MODES)))

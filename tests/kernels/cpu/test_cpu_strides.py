@@ -39,7 +39,7 @@ LAYOUTS = [transposed, sliced, offset, negative]
 
 
 def prepared(layer, dtype=torch.float32):
-    return cpu.prepare_layer(layer.mode, layer.weights(), dtype=dtype, activation_dtype=None, num_threads=1)
+    return cpu.prepare_layer(layer.mode, layer.directions, dtype=dtype, activation_dtype=None, num_threads=1)
 
 
 @pytest.mark.parametrize("mode", MODES)
