@@ -65,7 +65,7 @@ class RecurrentLayer:
     """A layer ready to run: its kernels are compiled, and the addresses of its tensors are taken.
 
     Weights are looked at when it is made (addresses.py), but not what indices hold: `BlockMatrix.check` does that.
-    What it is called with is not: see there. `unsupported_reason` (support.py) must have returned None, and the tensors
+    What it is called with is not: see there. `unreadable_reason` (support.py) must have returned None, and the tensors
     must stay where they are as long as this is called.
     """
 

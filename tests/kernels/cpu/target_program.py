@@ -12,7 +12,7 @@ from cpu_layers import Layer, assert_as_accurate_as_torch
 from triton_sparse_rnn.gate_gradients.backends import cpu, reference
 from triton_sparse_rnn.gate_gradients.contract import Arriving, Direction, Needed, Rule, Steps
 from triton_sparse_rnn.kernels.cpu import target
-from triton_sparse_rnn.ops.reference import recurrent_layer
+from triton_sparse_rnn.ops.backends.reference import recurrent_layer
 
 WIDE = [
     ("RNN_TANH", (16, 4), torch.float32),

@@ -13,7 +13,7 @@ from triton_sparse_rnn.kernels.cpu.pack import PackFields, PackFormat
 from triton_sparse_rnn.kernels.cpu.products import ProductFields
 from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 from triton_sparse_rnn.kernels.cpu.support import MOST_COLUMNS
-from triton_sparse_rnn.ops.reference import quantize_activations
+from triton_sparse_rnn.ops.backends.reference import quantize_activations
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 SIZES = [(16, 4), (16, 1), (16, 6), (32, 20), (48, 8), (5, 3)]  # quads in and across blocks, wide blocks, no quads

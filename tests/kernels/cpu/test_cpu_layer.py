@@ -6,7 +6,7 @@ import pytest
 import torch
 from cpu_layers import MODES, Layer
 
-from triton_sparse_rnn.ops.reference import recurrent_layer
+from triton_sparse_rnn.ops.backends.reference import recurrent_layer
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 INF, NAN = math.inf, math.nan

@@ -1,4 +1,4 @@
-"""Tensors of every layout on their way through ops/cpu.prepare_layer."""
+"""Tensors of every layout on their way through ops/backends/cpu.prepare_layer."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import torch
 from cpu_layers import MODES, RAGGED, Layer
 from rounding import assert_same_sums
 
-from triton_sparse_rnn.ops import cpu
+from triton_sparse_rnn.ops.backends import cpu
 
 
 def transposed(tensor):
