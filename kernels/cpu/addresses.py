@@ -43,12 +43,9 @@ def addresses_of_parts(matrix: BlockMatrix) -> dict[str, int]:
     Raises:
         ValueError: a part is of another kind, or too short.
     """
-    parts, kinds = matrix.parts(), matrix.kinds()
-    present = ((name, tensor, kinds[name]) for name, tensor in parts.items() if tensor is not None)
-    return dict.fromkeys(parts, 0) | {
-        name: address_of(name, tensor, kind[0], math.prod(kind[1]))
-        for name, tensor, kind in present
-        if kind is not None
+    return dict.fromkeys(matrix.PARTS, 0) | {
+        name: address_of(name, getattr(matrix, name), dtype, math.prod(shape))
+        for name, (dtype, shape) in matrix.kinds().items()
     }
 
 

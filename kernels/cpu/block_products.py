@@ -45,27 +45,29 @@ class _Column(NamedTuple):
     input: Index
 
 
-def block_row_products(
+def gate_sums(
     code: VectorCode,
     layout: BlockFormat,
     matrix: MatrixFields,
-    tile: InputTile,
+    fields: Any,
     row: Index,
-    part: Index,
-    start: Vector,
-    scale: Vector | None,
+    tile_rows: int,
+    vector: Index,
+    gate: Index,
 ) -> list[Vector]:
-    """Return start + row of blocks times each input of the tile.
+    """Return W v + b of one gate of a vector of units, for each row v of a tile that begins at `row`.
 
     Args:
-        row: number of the row of blocks.
-        part: number of the part of its columns (stored_weights.py).
-        start: the bias of this part.
-        scale: that of its weights; None where they have none.
+        fields: scales, bias, inputs and input_scales, addresses as in ProductFields.
     """
+    constants = gate * matrix.gate_bytes
+    start = code.load(fields.bias + constants, vector)
+    scale = code.load(fields.scales + constants, vector) if layout.dtype == "int8" else None
+    tile = InputTile(tile_rows, fields.inputs + matrix.input_bytes * row, fields.input_scales + row * 4)
     kind = _QuadSums if layout.multiplies_quads else _ColumnSums
-    sums = kind(code, layout, matrix, tile, part)
-    _visit_columns(code, layout, matrix, row, sums.add, sums.columns_in_flight)
+    sums = kind(code, layout, matrix, tile, vector % layout.parts)
+    block_row = vector // layout.parts * matrix.gates + gate
+    _visit_columns(code, layout, matrix, block_row, sums.add, sums.columns_in_flight)
     results = []
     for i, total in enumerate(sums.totals()):
         product = total.to_floats() if isinstance(total, Integers) else total

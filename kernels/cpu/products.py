@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from triton_sparse_rnn.kernels.cpu.block_products import InputTile, block_row_products
+from triton_sparse_rnn.kernels.cpu.block_products import gate_sums
 from triton_sparse_rnn.kernels.cpu.matrix import MatrixFields
 from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
-from triton_sparse_rnn.kernels.cpu.vector_code import Index, Vector, VectorCode
+from triton_sparse_rnn.kernels.cpu.vector_code import VectorCode
 
 
 class ProductFields(NamedTuple):
@@ -42,34 +42,6 @@ def emit_product(builder: Any, layout: BlockFormat, address: Any, first: Any, en
     for row, tile_rows in code.row_tiles(fields.rows, layout.tile_rows):
         outputs = [fields.output + fields.output_bytes * (row + i) for i in range(tile_rows)]
         with code.loop(code.index(first), code.index(end)) as vector, code.loop(code.index(0), matrix.gates) as gate:
-            sums = gate_sums(code, layout, fields, matrix, row, tile_rows, vector, gate)
+            sums = gate_sums(code, layout, matrix, fields, row, tile_rows, vector, gate)
             for total, output in zip(sums, outputs, strict=True):
                 code.store(total, output + gate * matrix.gate_bytes, vector)
-
-
-def gate_sums(
-    code: VectorCode,
-    layout: BlockFormat,
-    fields: Any,
-    matrix: MatrixFields,
-    row: Index,
-    tile_rows: int,
-    vector: Index,
-    gate: Index,
-) -> list[Vector]:
-    """W v + b of one gate of a vector of units, for each row of a tile that begins at `row`.
-
-    Args:
-        fields: have the names of ProductFields, from scales to input_scales.
-    """
-    constants = gate * matrix.gate_bytes
-    return block_row_products(
-        code,
-        layout,
-        matrix,
-        InputTile(tile_rows, fields.inputs + matrix.input_bytes * row, fields.input_scales + row * 4),
-        row=vector // layout.parts * matrix.gates + gate,
-        part=vector % layout.parts,
-        start=code.load(fields.bias + constants, vector),
-        scale=code.load(fields.scales + constants, vector) if layout.dtype == "int8" else None,
-    )

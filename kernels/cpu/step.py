@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from triton_sparse_rnn.kernels.cpu.block_products import gate_sums
 from triton_sparse_rnn.kernels.cpu.gates import gru_cell, lstm_cell, relu, tanh
 from triton_sparse_rnn.kernels.cpu.matrix import MatrixFields
-from triton_sparse_rnn.kernels.cpu.products import gate_sums
 from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 from triton_sparse_rnn.kernels.cpu.vector_code import Index, Vector, VectorCode
 from triton_sparse_rnn.sparse.block_matrix import GATES
@@ -68,7 +68,7 @@ def emit_step(builder: Any, format: StepFormat, address: Any, first: Any, end: A
         if rows == 1 and not layout.quantized:  # reading weights takes longer than cells do: these fill its gaps
             with code.loop(code.index(first), code.index(end)) as vector:
                 recurrent = [
-                    gate_sums(code, layout, fields, matrix, row, 1, vector, code.index(gate))[0]
+                    gate_sums(code, layout, matrix, fields, row, 1, vector, code.index(gate))[0]
                     for gate in range(gates)
                 ]
                 _advance(code, mode, fields, row, vector, recurrent)
@@ -79,7 +79,7 @@ def emit_step(builder: Any, format: StepFormat, address: Any, first: Any, end: A
             chunk_end = code.smaller(chunk + together, code.index(end))
             with code.loop(chunk, chunk_end) as vector, code.loop(code.index(0), matrix.gates) as gate:
                 place = ((vector - chunk) * gates + gate) * rows
-                for i, total in enumerate(gate_sums(code, layout, fields, matrix, row, rows, vector, gate)):
+                for i, total in enumerate(gate_sums(code, layout, matrix, fields, row, rows, vector, gate)):
                     code.store(total, sums, place + i)
             with code.loop(chunk, chunk_end) as vector:
                 for i in range(rows):

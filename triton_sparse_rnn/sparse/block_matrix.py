@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Mapping
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ GATE_NAMES = {"RNN_TANH": "h", "RNN_RELU": "h", "GRU": "rzn", "LSTM": "ifgo"}  #
 GATES = {mode: len(names) for mode, names in GATE_NAMES.items()}  # G
 INDEX_DTYPE = torch.int32  # of columns and starts
 _SIZES_END = 2**31  # block columns are int32, and the product of two sizes is an int64
-PartKind: TypeAlias = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8)
 
 
@@ -70,15 +69,16 @@ class BlockMatrix:
         """Return the tensors by name, one for each of PARTS; None for what this matrix does without."""
         return {name: getattr(self, name) for name in self.PARTS}
 
-    def kinds(self) -> dict[str, PartKind | None]:
-        """Return dtype and shape that each part must have beside these `values`; None for one that must be None."""
+    def kinds(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return dtype and shape of each part that a matrix with these `values` has; the others must be None."""
         NB, BC, BR = self.values.shape
         gates, groups, _ = self.block_grid
+        scales = {"scales": (torch.float32, (self.shape[0],))} if self.values.dtype == torch.int8 else {}
         return {
             "values": (self.values.dtype, (NB, BC, BR)),
             "columns": (INDEX_DTYPE, (NB,)),
             "starts": (INDEX_DTYPE, (groups * gates + 1,)),
-            "scales": (torch.float32, (self.shape[0],)) if self.values.dtype == torch.int8 else None,
+            **scales,
         }
 
     @classmethod
@@ -113,15 +113,14 @@ class BlockMatrix:
         dtype = check_storage_dtype(weight.dtype if dtype is None else dtype)
         block_size = as_pattern(pattern).block_size
         weight = weight.detach()
-        groups = to_blocks(_split_gates(weight, gates), block_size).transpose(0, 1)  # [groups, G, columns, BR, BC]
+        groups = to_blocks(weight.unflatten(0, (gates, -1)), block_size).transpose(0, 1)  # [groups, G, columns, BR, BC]
         # What is zero is decided before rounding: a tiny weight that a narrow dtype rounds to 0 stays in its block.
         kept = groups.ne(0).flatten(-2).any(-1)
-        ends = kept.sum(-1).flatten().cumsum(0)
         blocks = groups[kept]
         matrix = cls(
             values=blocks.transpose(1, 2),
-            columns=kept.nonzero()[:, 2].to(torch.int32),
-            starts=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
+            columns=kept.nonzero()[:, 2].to(INDEX_DTYPE),
+            starts=_starts(kept.sum(-1).flatten()).to(INDEX_DTYPE),
             shape=(weight.shape[0], weight.shape[1]),
             gates=gates,
         )
@@ -173,11 +172,10 @@ class BlockMatrix:
         block_rows = torch.arange(len(counts), dtype=torch.int64, device=counts.device)
         ours = block_rows.view(gates, -1).t().flatten()  # our order of rows of blocks: group by group
         order = torch.argsort(torch.argsort(ours)[block_rows.repeat_interleave(counts)], stable=True)
-        ends = counts[ours].cumsum(0)
         result = cls(
             values=blocks[order].transpose(1, 2).contiguous(),
-            columns=column_indices[order].to(torch.int32),
-            starts=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
+            columns=column_indices[order].to(INDEX_DTYPE),
+            starts=_starts(counts[ours]).to(INDEX_DTYPE),
             shape=(rows, columns),
             gates=gates,
         )
@@ -190,10 +188,9 @@ class BlockMatrix:
         counts = self.starts.diff().long()
         theirs = torch.arange(len(counts), dtype=torch.int64, device=counts.device).view(groups, gates).t().flatten()
         order = torch.argsort(torch.argsort(theirs)[self.block_rows], stable=True)
-        ends = counts[theirs].cumsum(0)
         scaled = self.scaled_blocks()
         return torch.sparse_bsr_tensor(
-            torch.cat([ends.new_zeros(1), ends]),
+            _starts(counts[theirs]),
             self.columns[order].long(),
             scaled[order],
             size=_padded_shape(*self.shape, self.block_size, gates),
@@ -226,24 +223,22 @@ class BlockMatrix:
                 f"values must be blocks [NB, BC, BR] that are not empty, got shape {tuple(self.values.shape)}"
             )
         check_filling_up(self.block_size, self.shape[0] // self.gates, self.shape[1])
-        parts = self.parts()
-        for name, kind in self.kinds().items():
-            self._check_part(name, parts[name], kind)
+        kinds, dtype, device = self.kinds(), self.values.dtype, self.values.device
+        for name, tensor in self.parts().items():
+            if (tensor is None) == (name in kinds):
+                raise ValueError(
+                    f"{name} {'are needed' if tensor is None else 'must be None'} beside values of {dtype}"
+                )
+            if tensor is not None and (tensor.dtype, tuple(tensor.shape)) != kinds[name]:
+                wanted, shape = kinds[name]
+                raise ValueError(
+                    f"{name} must be {wanted} of shape {shape}, got {tensor.dtype} of shape {tuple(tensor.shape)}: "
+                    f"parts of a {self.shape} matrix that do not fit together"
+                )
+            if tensor is not None and not (tensor.is_contiguous() and tensor.device == device):
+                raise ValueError(f"{name} must be contiguous and on {device}, the device of values")
         if indices:
             self._check_indices()
-
-    def _check_part(self, name: str, tensor: Tensor | None, kind: PartKind | None) -> None:
-        if tensor is None or kind is None:
-            if tensor is not kind:
-                needed = "must be None" if kind is None else "are needed"
-                raise ValueError(f"{name} {needed} beside values of {self.values.dtype}")
-        elif (tensor.dtype, tuple(tensor.shape)) != kind:
-            raise ValueError(
-                f"{name} must be {kind[0]} of shape {kind[1]}, got {tensor.dtype} of shape {tuple(tensor.shape)}: "
-                f"parts of a {self.shape} matrix that do not fit together"
-            )
-        elif not tensor.is_contiguous() or tensor.device != self.values.device:
-            raise ValueError(f"{name} must be contiguous and on {self.values.device}, the device of values")
 
     def _check_indices(self) -> None:
         NB, block_columns = len(self.values), self.block_grid[2]
@@ -336,8 +331,9 @@ def row_scales(weight: Tensor) -> Tensor:
     return scales.where(scales > 0, 1)
 
 
-def _split_gates(weight: Tensor, gates: int) -> Tensor:
-    return weight.unflatten(0, (gates, -1))
+def _starts(counts: Tensor) -> Tensor:
+    """Where each row of blocks begins, and the last one ends, for the number of blocks in each."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def _padded_shape(rows: int, columns: int, block_size: tuple[int, int], gates: int) -> tuple[int, int]:
