@@ -70,7 +70,7 @@ WEIGHT = "0.weight_hh_l0"
     [
         (lambda tensors, matrix: tensors[f"{WEIGHT}_columns"].fill_(99), "columns must lie in"),
         (lambda tensors, matrix: tensors[f"{WEIGHT}_starts"].fill_(2**30), "starts must rise"),
-        (lambda tensors, matrix: tensors.pop(f"{WEIGHT}_starts"), "NoneType"),
+        (lambda tensors, matrix: tensors.pop(f"{WEIGHT}_starts"), "starts are needed"),
         (lambda tensors, matrix: matrix.update(shape=[960, 32]), "do not fit together"),
         (lambda tensors, matrix: matrix.update(shape=[96.0, 32]), "float"),
         (lambda tensors, matrix: matrix.update(shape=[96]), "unpack"),

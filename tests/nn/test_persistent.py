@@ -284,7 +284,7 @@ def test_data_of_buffers_in_a_dtype_that_the_backend_does_not_run():
     [
         ("weight_hh_l0_values", lambda t: torch.stack([t, t], -1)[..., 0], "must be contiguous"),
         ("weight_ih_l0_columns", lambda t: torch.stack([t, t], -1)[..., 0], "must be contiguous"),
-        ("weight_hh_l0_columns", lambda t: t.long(), "columns must be int32"),
+        ("weight_hh_l0_columns", lambda t: t.long(), "columns must be torch.int32"),
         ("weight_hh_l0_columns", lambda t: t + 7, r"columns must lie in 0..6"),
         ("weight_hh_l0_starts", lambda t: t + 1, "starts must rise from 0"),
         ("bias_ih_l0", lambda t: t.double(), "bias_ih must be torch.float32 of shape .* got torch.float64"),

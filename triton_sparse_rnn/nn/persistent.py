@@ -148,7 +148,7 @@ class PersistentLayer(PersistentTools):
             backend: "triton" (NVIDIA GPUs; not int8, float64 or proj_size), "cpu" (not float64) or "reference", or None
                 for the fastest that fits, decided at each call.
             activation_dtype: torch.int8, with weight_dtype=torch.int8, rounds the inputs of every product to 8 bits,
-                one scale for each row of x and h at each step (ops/reference.py has the equations): faster, and less
+                one scale for each row of x and h at each step (equations: ops/backends/reference.py): faster, and less
                 exact. NaN or infinity in a row then reaches every unit. None keeps activations as they are.
             num_threads: how many threads share the recurrence on backend "cpu"; "reference" takes those of torch, and
                 "triton" has none. More than 1 pays for large H on cores that are free.

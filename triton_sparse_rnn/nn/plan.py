@@ -11,11 +11,11 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
 from triton_sparse_rnn.nn.instance_state import own_tensors
+from triton_sparse_rnn.ops.backends.triton import PreparedLayer, PreparedStack, stack_layers
 from triton_sparse_rnn.ops.calls import CallLayout
-from triton_sparse_rnn.ops.dispatch import PREPARE_LAYER, choose_backend
+from triton_sparse_rnn.ops.dispatch import BACKENDS, choose_backend
 from triton_sparse_rnn.ops.layer_weights import RunLayer
 from triton_sparse_rnn.ops.operators import is_watched
-from triton_sparse_rnn.ops.triton import PreparedLayer, PreparedStack, stack_layers
 from triton_sparse_rnn.ops.validation import check_not_capturing, check_num_threads, check_weights
 from triton_sparse_rnn.sparse.block_matrix import INDEX_DTYPE
 
@@ -139,7 +139,7 @@ def make_plan(module: PersistentLayer) -> Plan:
     for directions in layers:
         chosen = choose_backend(backend, module.mode, *place, directions, activation_dtype)
         options = {"dtype": layout.dtype, "activation_dtype": activation_dtype, "num_threads": num_threads}
-        plan.layers.append(PREPARE_LAYER[chosen](module.mode, directions, **options))
+        plan.layers.append(BACKENDS[chosen].prepare_layer(module.mode, directions, **options))
     plan.layers[:] = stack_layers(plan.layers)
     return plan
 
