@@ -1,7 +1,6 @@
 import inspect
 
 import pytest
-import torch
 from torch import nn
 
 from triton_sparse_rnn import PersistentGRU, SparseGRU, SparseLSTM, SparseRNN, to_sparse
@@ -14,13 +13,10 @@ FUNCTIONS = [to_sparse, PersistentGRU.from_dense, SparseRNN.to_sparse, SparseGRU
 def test_a_signature_shows_each_option(function):
     options = list(inspect.signature(function).parameters.values())[1:]
     assert {option.name: option.default for option in options} == DEFAULTS
+    assert list(ConversionOptions.__annotations__) == list(DEFAULTS)
     assert all(option.kind is option.KEYWORD_ONLY for option in options)
     assert str(options[-1]) == "num_threads: 'int' = 1"
     assert all(option.name in inspect.getdoc(PersistentGRU.from_dense) for option in options)  # type: ignore[operator]
-
-
-def test_every_option_has_a_type_and_a_default():
-    assert list(ConversionOptions.__annotations__) == list(DEFAULTS)
 
 
 @pytest.mark.parametrize(
@@ -36,8 +32,3 @@ def test_an_unknown_option_is_named_with_those_that_there_are(convert, name):
     message = rf"{name}\(\) got an unexpected keyword argument 'block_size'; its options are weight_dtype, storage, "
     with pytest.raises(TypeError, match=message):
         convert(block_size=(16, 1))
-
-
-def test_options_are_by_name_only():
-    with pytest.raises(TypeError, match="positional"):
-        to_sparse(nn.GRU(2, 3), torch.float16)  # type: ignore[misc, reportCallIssue]

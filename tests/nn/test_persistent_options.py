@@ -1,4 +1,4 @@
-"""The persistent modules with a dense input weight, quantised activations and threads."""
+"""The persistent modules with a dense input weight, quantised activations, threads, and options assigned to."""
 
 import io
 import warnings
@@ -160,6 +160,30 @@ def test_quantized_activations_are_an_attribute():
     assert_same_bits(ours(x), quantized)
     assert_same_bits(ours.double()(x.double())[0].float(), ours(x.double())[0].float())
     assert ours.activation_dtype == torch.int8
+
+
+def test_batch_first_may_be_assigned():
+    ours = convert(make_pruned(nn.GRU))
+    x = torch.randn(6, 3, 5)
+    y, h = ours(x)
+    ours.batch_first = True
+    assert_same_bits(ours(x.transpose(0, 1)), (y.transpose(0, 1), h))
+    assert "batch_first=True" in repr(ours)
+    assert ours.to_dense().batch_first
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_sizes_that_are_not_those_of_the_weights_are_refused(called):
+    x = torch.randn(6, 3, 5)
+    for name, value, message in (("hidden_size", 9, "do not fit together"), ("input_size", 6, "Expected 6, got 5")):
+        ours = convert(make_pruned(nn.GRU))
+        if called:
+            ours(x)
+        setattr(ours, name, value)
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            ours(x)
+    with pytest.raises(ValueError, match="num_layers must be at least 1"):
+        ours.num_layers = 0
 
 
 def test_threads_are_an_attribute():
