@@ -63,7 +63,8 @@ def make_gru(num_layers: int = 1) -> Any:
 
 
 def convert(dense: Any, **options: Any) -> Any:
-    return PersistentGRU.from_dense(dense, **{"backend": "triton", "storage": (4, 1), **options})
+    given: dict[str, Any] = {"backend": "triton", "storage": (4, 1), **options}
+    return PersistentGRU.from_dense(dense, **given)
 
 
 def test_why_it_cannot_run_on_a_machine(monkeypatch):
