@@ -115,7 +115,7 @@ def test_rows():
         "stochastic, 85 %",
         "stochastic, 90 %",
     ]
-    assert sum(len(row.seeds) for row in rows_of("all")) == 31
+    assert sum(len(row.seeds) for row in rows_of("all")) == 29
     assert [row.name for row in rows_of("all", ["stochastic, 95 %"])] == ["dense", "stochastic, 95 %"]
 
 
