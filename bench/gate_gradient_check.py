@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from triton_sparse_rnn import SparseLSTM
 from triton_sparse_rnn.gate_gradients.backends import reference
-from triton_sparse_rnn.gate_gradients.contract import Arriving, Direction, Gradients
+from triton_sparse_rnn.gate_gradients.contract import Arriving, BackwardDirection, Gradients
 
 LARGEST_DIFFERING = 1e-3  # share of the gate gradients
 GRADIENTS = ("x", "h0", "c0", "weight_ih", "weight_hh", "bias_ih")
 
 
 @torch.no_grad()
-def assert_right(ours: Gradients, arguments: tuple[Any, ...], options: dict[str, Any], rounding: float) -> None:
+def assert_right(ours: Gradients, arguments: tuple[Any, ...], rounding: float) -> None:
     """Fail unless gradients are those of the reference in float64 that goes on from the same gate gradients.
 
     Of millions of gate gradients some are so near to a threshold, or to a random number, that rounding decides
@@ -26,7 +26,7 @@ def assert_right(ours: Gradients, arguments: tuple[Any, ...], options: dict[str,
 
     Args:
         ours: with the gate gradients (keep_gates).
-        arguments, options: what `contract.Backward` was called with.
+        arguments: what `direction_gradients` was called with; see `contract.Backend`.
         rounding: the largest error of a gradient, relative to its norm; of a gate gradient ten times that, relative to
             the largest one of its step.
     """
@@ -42,10 +42,9 @@ def assert_right(ours: Gradients, arguments: tuple[Any, ...], options: dict[str,
 
     with mock.patch.object(reference, "apply_rule", take_over):
         exact = reference.direction_gradients(
-            Direction(*map(_double, direction._replace(workspace=None))),
+            BackwardDirection(*map(_double, direction._replace(workspace=None))),
             Arriving(*map(_double, arriving)),
             *others,
-            **options,
         )
     share = differing / gates.numel()
     assert share < LARGEST_DIFFERING, f"{share:.1e} of the gate gradients are wrong, so there is nothing to time"

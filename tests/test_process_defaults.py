@@ -166,8 +166,8 @@ def train_with_gate_gradients(cell: Any, backend: str | None, packed: bool, **ru
         y, _ = layer(packed_rows(x) if packed else x)
         (y.data if packed else y).square().sum().backward()
         results += [*(parameter.grad.clone() for parameter in layer.parameters()), repr(layer.gate_gradient_stats)]
-    state = layer.gate_gradient.state_dict()
-    layer.gate_gradient.load_state_dict(state)
+    state = layer.gate_gradient_controller.state_dict()
+    layer.gate_gradient_controller.load_state_dict(state)
     return [*results, *(value for value in state.values() if isinstance(value, Tensor))]
 
 

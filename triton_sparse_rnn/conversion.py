@@ -143,6 +143,6 @@ def to_dense(model: nn.Module) -> Any:
     dense = copy_with_replacements(model, converted, changed)
     for name, dense_class in trained.items():  # as `sparsify` does: the copy of the layer only changes its class
         layer = dense.get_submodule(name)
-        vars(layer).pop("_gate_gradient", None)
+        vars(layer).pop("gate_gradient_controller", None)
         layer.__class__ = dense_class
     return dense

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from bench.gate_gradient_check import assert_right, measured_zeros
 from triton_sparse_rnn import GateGradientSparsity, SparseLSTM
 from triton_sparse_rnn.gate_gradients.backends import cpu, reference
-from triton_sparse_rnn.gate_gradients.contract import Gradients
-from triton_sparse_rnn.gate_gradients.dispatch import DIRECTION_GRADIENTS
+from triton_sparse_rnn.gate_gradients.contract import Arriving, BackwardDirection, Decision, Gradients, Needed
 from triton_sparse_rnn.kernels.cpu.compilation import kernel_function
-from triton_sparse_rnn.kernels.cpu.gate_gradients.launcher import GateGradients
 from triton_sparse_rnn.kernels.cpu.gate_gradients.products import DenseProducts, SkippingProducts
 from triton_sparse_rnn.kernels.cpu.gate_gradients.step import GateGradientFormat
+from triton_sparse_rnn.kernels.cpu.gate_gradients.through_time import GateGradients
 
 B, T = 32, 64
 SIZES = (256, 512, 1024)  # H, and I
@@ -36,15 +35,16 @@ OURS: dict[str, dict[str, Any] | None] = {
         for rule in ("deterministic", "stochastic")
         for target in (0.5, 0.8, 0.9)
     },
-    "stochastic, 50% of rows": {"target": 0.5, "structure": "rows"},
 }
 
 
 class Call(NamedTuple):
     """What a backward was given, and what it gave."""
 
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
+    direction: BackwardDirection
+    arriving: Arriving
+    needed: Needed
+    decision: Decision
     gradients: Gradients
 
 
@@ -100,21 +100,21 @@ def prepare(H: int, contender: str) -> tuple[nn.LSTM, Tensor, Tensor]:
     else:
         raise AssertionError(f"{measured_zeros(layer):.0%} zeros after {MOST_WARM_UPS} passes")
     call = record(layer, x, grad_y)
-    ours = cpu.direction_gradients(*call.arguments, **{**call.options, "keep_gates": True})
-    assert_right(ours, call.arguments, call.options, ROUNDING)
+    arguments = call.direction, call.arriving, call.needed, call.decision._replace(keep_gates=True)
+    assert_right(cpu.direction_gradients(*arguments), arguments, ROUNDING)
     return layer, x, grad_y
 
 
 def record(layer: nn.LSTM, x: Tensor, grad_y: Tensor) -> Call:
     """Run a pass; returns the call of its backward."""
-    calls = []
+    calls: list[Call] = []
+    backward = cpu.direction_gradients
 
-    def recording(*arguments: Any, **options: Any) -> Gradients:
-        gradients = cpu.direction_gradients(*arguments, **options)
-        calls.append(Call(arguments, options, gradients))
-        return gradients
+    def recording(*arguments: Any) -> Gradients:
+        calls.append(Call._make((*arguments, backward(*arguments))))
+        return calls[-1].gradients
 
-    with mock.patch.dict(DIRECTION_GRADIENTS, cpu=recording):
+    with mock.patch.object(cpu, "direction_gradients", recording):
         layer(x)[0].backward(grad_y)
     (call,) = calls
     return call
@@ -124,13 +124,15 @@ def record(layer: nn.LSTM, x: Tensor, grad_y: Tensor) -> Call:
 def parts(H: int, zeros: str) -> dict[str, Callable[[], Any]]:
     """Return what runs a part of the backward of a settled layer."""
     call = record(*prepare(H, zeros))
-    direction, arriving, rule, thresholds, seed, _ = call.arguments
+    direction, arriving, _, (rule, thresholds, seed, *_), gradients = call
     h_before = reference.rows_before(direction.y, direction.h0, direction.steps)
     steps, activated, c = cpu._states(direction, h_before)
     kernel = GateGradientFormat(rule.selection)
+    assert direction.c0 is not None
+    assert arriving.c is not None
     grads = (arriving.y, arriving.h, arriving.c)
     back = GateGradients(kernel, steps, activated, c, direction.c0, *grads, thresholds, seed)
-    skips = call.gradients.zeros.sum() > cpu.SKIPPING_FROM * back.gates.numel()
+    skips = gradients.zeros.sum() > cpu.SKIPPING_FROM * back.gates.numel()
     loop = back.go_back_skipping if skips else back.go_back
     loop(direction.weight_hh)
     products = SkippingProducts(back.gates) if skips else DenseProducts(back.gates, keeps_shape=True)
@@ -141,7 +143,7 @@ def parts(H: int, zeros: str) -> dict[str, Callable[[], Any]]:
             step_back(back.fields, number, number + 1)
 
     return {
-        "whole backward": lambda: cpu.direction_gradients(*call.arguments, **call.options),
+        "whole backward": lambda: cpu.direction_gradients(*call[:4]),
         "states": lambda: cpu._states(direction, h_before),
         "steps": go_back_without_products,
         "loop": lambda: loop(direction.weight_hh),

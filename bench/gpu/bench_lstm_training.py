@@ -22,8 +22,7 @@ from bench.gate_gradient_check import assert_right, measured_zeros
 from bench.gpu.timing import median_device_us, synchronized
 from triton_sparse_rnn import GateGradientSparsity, SparseLSTM
 from triton_sparse_rnn.gate_gradients.backends import triton
-from triton_sparse_rnn.gate_gradients.contract import Gradients
-from triton_sparse_rnn.gate_gradients.dispatch import DIRECTION_GRADIENTS
+from triton_sparse_rnn.gate_gradients.contract import Decision, Gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -110,13 +109,15 @@ def prepare(work: Work, contender: str) -> tuple[nn.LSTM, Tensor, Tensor]:
 
 def check(layer: nn.LSTM, x: Tensor, grad_y: Tensor, rounding: float) -> None:
     """Fail unless the gradients of a pass are right."""
+    backward = triton.direction_gradients
 
-    def checked(*arguments: Any, **options: Any) -> Gradients:
-        ours = triton.direction_gradients(*arguments, **{**options, "keep_gates": True})
-        assert_right(ours, arguments, options, rounding)
+    def checked(direction: Any, arriving: Any, needed: Any, decision: Decision) -> Gradients:
+        arguments = direction, arriving, needed, decision._replace(keep_gates=True)
+        ours = backward(*arguments)
+        assert_right(ours, arguments, rounding)
         return ours
 
-    with mock.patch.dict(DIRECTION_GRADIENTS, triton=checked):
+    with mock.patch.object(triton, "direction_gradients", checked):
         layer(x)[0].backward(grad_y)
 
 

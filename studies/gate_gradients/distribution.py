@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import LSTM
 
 from triton_sparse_rnn.gate_gradients.backends.reference import direction_gradients
-from triton_sparse_rnn.gate_gradients.contract import Arriving, Direction, Needed, Rule, Steps
+from triton_sparse_rnn.gate_gradients.contract import Arriving, BackwardDirection, Decision, Needed, Rule, Steps
 from triton_sparse_rnn.gate_gradients.thresholds import arriving_scale
 
 GATES = "ifgo"
@@ -54,7 +54,7 @@ class Probe:
         for d, suffix in enumerate(("", "_reverse") if self.rnn.bidirectional else ("",)):
             h0, c0 = (state[d] for state in self.states)
             own = slice(d * H, (d + 1) * H)
-            direction = Direction(
+            direction = BackwardDirection(
                 "LSTM",
                 Steps((y.shape[1],) * len(y), reverse=bool(d)),
                 self.x.flatten(0, 1),
@@ -68,10 +68,8 @@ class Probe:
             )
             at_end = (self.arrived[name][d] if name in self.arrived else torch.zeros_like(h0) for name in "hc")
             arriving = Arriving(grad_y[..., own].flatten(0, 1), *at_end)
-            gradients = direction_gradients(
-                direction, arriving, Rule(), None, torch.zeros(1, dtype=torch.int64), NOTHING,
-                likely_zeros=0.0, keep_gates=True,
-            )  # fmt: skip
+            decision = Decision(Rule(), None, torch.zeros(1, dtype=torch.int64), keep_gates=True)
+            gradients = direction_gradients(direction, arriving, NOTHING, decision)
             assert gradients.gates is not None
             gates.append(gradients.gates)
             sizes.append(arriving_scale(arriving))

@@ -76,10 +76,6 @@ def _mixed(dense_steps: str, *, dense_end: float = 0.0, **others: int) -> Row:
     return Row(f"deterministic, {label}", "with dense steps", label, arguments, dense_end=dense_end)
 
 
-def _structured(label: str, structure: str, rule: str) -> Row:
-    return Row(f"{label} 50 %", "structured", label, {"target": 0.5, "structure": structure, "rule": rule})
-
-
 DENSE = Row("dense", "dense", headline=True)
 ROWS: tuple[Row, ...] = (
     DENSE,
@@ -96,9 +92,12 @@ ROWS: tuple[Row, ...] = (
     _fixed(0.9),
     _mixed("last 30 % dense", dense_end=0.3),
     _mixed("every other step dense", dense_every=2),
-    _structured("blocks, stochastic", "blocks", "stochastic"),
-    _structured("blocks, top", "blocks", "top"),
-    _structured("batch rows, stochastic", "rows", "stochastic"),
+    Row(
+        "blocks, stochastic 50 %",
+        "structured",
+        "blocks, stochastic",
+        {"target": 0.5, "structure": "blocks", "rule": "stochastic"},
+    ),
 )
 QUANTILES = tuple(row.quantile for row in ROWS if row.quantile is not None)
 SELECTIONS = {"headline": tuple(row for row in ROWS if row.headline), "all": ROWS}

@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.checkpoint import checkpoint
 
-from triton_sparse_rnn.gate_gradients.contract import Arriving, Choice, Direction, Gradients, Needed, Rule, Steps
+from triton_sparse_rnn.gate_gradients.contract import (
+    Arriving,
+    BackwardDirection,
+    Decision,
+    Gradients,
+    Needed,
+    Rule,
+    Steps,
+)
 from triton_sparse_rnn.gate_gradients.function import run_layer
 from triton_sparse_rnn.sparse.block_matrix import GATES
 
@@ -29,15 +36,17 @@ class Recorder:
 
     def __init__(self, thresholds: Tensor | None = None, backend: str | None = "reference") -> None:
         self.backend, self.thresholds, self.rule = backend, thresholds, Rule()
-        self.begun: list[tuple[int, Direction, Arriving]] = []
+        self.begun: list[tuple[int, BackwardDirection, Arriving]] = []
         self.finished: list[tuple[int, Needed, Gradients]] = []
 
-    def begin(self, index: int, direction: Direction, arriving: Arriving) -> Choice:
+    def begin(self, index: int, direction: BackwardDirection, arriving: Arriving) -> Decision:
         self.begun.append((index, direction, arriving))
         seed = torch.ones(1, dtype=torch.int64, device=direction.x.device)  # a copy to a GPU would wait for it
-        return Choice(self.rule, self.thresholds, seed, likely_zeros=0.0, keep_gates=True)
+        return Decision(self.rule, self.thresholds, seed, keep_gates=True)
 
-    def finish(self, index: int, direction: Direction, needed: Needed, choice: Choice, gradients: Gradients) -> None:
+    def finish(
+        self, index: int, direction: BackwardDirection, needed: Needed, decision: Decision, gradients: Gradients
+    ) -> None:
         self.finished.append((index, needed, gradients))
 
 
@@ -120,8 +129,7 @@ SHAPES = [(UNIFORM, False), (UNIFORM, True), (RAGGED, True), ((3,), False), ((1,
 
 @pytest.mark.parametrize(("mode", "proj_size"), LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("bias", "bidirectional"), [(True, False), (False, True)])
 @pytest.mark.parametrize(("sizes", "packed"), SHAPES)
 def test_a_layer_is_that_of_torch(mode, proj_size, dtype, bias, bidirectional, sizes, packed):
     """Forward to the bit, for it is the same operator of the same tensors.
@@ -253,29 +261,6 @@ def test_without_onednn():
     assert all(direction.workspace is None for _, direction, _ in control.begun)
 
 
-@pytest.mark.parametrize("mode", ["LSTM", "GRU"])
-@pytest.mark.parametrize("backend", [None, "reference"])
-def test_an_empty_batch(mode, backend):
-    call = make_call(mode, (0, 0, 0), bidirectional=True)
-    outputs = call.sparse(Recorder(backend=backend))
-    assert [output.shape for output in outputs] == [output.shape for output in call.dense()]
-    grads = gradients(outputs, call.leaves())
-    assert [grad.shape for grad in grads] == [leaf.shape for leaf in call.leaves()]
-    assert all(not grad.any() for grad in grads)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint(use_reentrant):
-    call = make_call("LSTM", bidirectional=True)
-    expected = gradients(call.sparse(Recorder()), call.leaves())
-    outputs: Any = checkpoint(lambda *_: tuple(call.sparse(Recorder())), *call.inputs, use_reentrant=use_reentrant)
-    if use_reentrant:
-        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-        assert all(leaf.grad is not None for leaf in call.leaves())
-    else:
-        assert all(torch.equal(a, b) for a, b in zip(gradients(outputs, call.leaves()), expected, strict=True))
-
-
 def test_everything_saved_goes_through_hooks():
     call, saved = make_call("LSTM"), []
     with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor.clone(), lambda tensor: tensor):
@@ -284,14 +269,6 @@ def test_everything_saved_goes_through_hooks():
     assert len(saved) == expected
     grads = gradients(outputs, call.leaves())
     assert all(torch.equal(a, b) for a, b in zip(grads, gradients(call.sparse(Recorder()), call.leaves()), strict=True))
-
-
-def test_an_output_changed_in_place_is_noticed():
-    call = make_call("LSTM")
-    y = call.sparse(Recorder())[0]
-    y.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        gradients([y], call.leaves())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -377,13 +354,13 @@ def test_forward_on_a_gpu_is_that_of_torch(mode, proj_size, sizes, packed):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("mode", "proj_size"), LAYERS)
 @pytest.mark.parametrize("sizes", [UNIFORM, RAGGED])
-@pytest.mark.parametrize("selection", ["small", "sample", "top"])
-@pytest.mark.parametrize("group", ["elements", "blocks", "rows"])
+@pytest.mark.parametrize("selection", ["small", "sample"])
+@pytest.mark.parametrize("group", ["elements", "blocks"])
 def test_the_reference_never_waits_for_a_gpu(mode, proj_size, sizes, selection, group):
     call = make_call(mode, sizes, packed=True, device="cuda", proj_size=proj_size, bidirectional=True)
     thresholds = call.inputs[0].new_full((GATES[mode] if group == "elements" else 1,), 0.1)
     control = Recorder(thresholds)
-    control.rule = Rule(selection, group, units=3, rows=2, keep=0.3)
+    control.rule = Rule(selection, group, units=3, rows=2)
     outputs = call.sparse(control)
     grads = [torch.randn_like(output) for output in outputs]
     torch.cuda.set_sync_debug_mode("error")

@@ -1,13 +1,16 @@
 """The arguments of GateGradientSparsity."""
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import numpy as np
 import pytest
 
-from triton_sparse_rnn import GateGradientSparsity, SparseLSTM
+from triton_sparse_rnn import GateGradientSparsity
 from triton_sparse_rnn.gate_gradients.contract import Rule
+from triton_sparse_rnn.gate_gradients.controller import rule_of
 
 
 class TestArguments:
@@ -29,29 +32,17 @@ class TestArguments:
             GateGradientSparsity(**arguments)
 
     def test_both_or_neither(self):
-        cases: list[dict[str, Any]] = [{}, {"threshold": 0.1, "target": 0.8}, {"rule": "top"}]
+        cases: list[dict[str, Any]] = [{}, {"threshold": 0.1, "target": 0.8}, {"rule": "stochastic"}]
         for arguments in cases:
             with pytest.raises(ValueError, match="give threshold or target, not both, got "):
                 GateGradientSparsity(**arguments)
 
-    def test_top_without_target(self):
-        with pytest.raises(ValueError, match="rule 'top' needs target"):
-            GateGradientSparsity(threshold=0.1, rule="top")
-
     @pytest.mark.parametrize(
         ("arguments", "kind", "message"),
         [
-            (
-                {"rule": "small"},
-                ValueError,
-                "rule must be one of None, 'deterministic', 'stochastic', 'top', got 'small'",
-            ),
+            ({"rule": "small"}, ValueError, "rule must be one of None, 'deterministic', 'stochastic', got 'small'"),
             ({"rule": 1}, ValueError, "rule must be one of .* got 1"),
-            (
-                {"structure": "columns"},
-                ValueError,
-                "structure must be one of 'elements', 'blocks', 'rows', got 'columns'",
-            ),
+            ({"structure": "columns"}, ValueError, "structure must be one of 'elements', 'blocks', got 'columns'"),
             ({"structure": None}, ValueError, "structure must be one of"),
             ({"units": 0}, ValueError, "units must be an integer from 1 to 2147483647, got 0"),
             ({"units": 2.0}, ValueError, "units must be an integer from 1 to 2147483647, got 2.0"),
@@ -85,30 +76,32 @@ class TestArguments:
         with pytest.raises(TypeError, match="positional"):
             positional(0.1)
 
-    def test_numbers_of_numpy(self):
-        arguments: Any = {"target": np.float32(0.5), "seed": np.int64(3)}
-        assert SparseLSTM(4, 7, gate_gradient=GateGradientSparsity(**arguments)).gate_gradient is not None
-
     def test_repr_says_what_was_given(self):
         assert repr(GateGradientSparsity(target=0.8)) == "GateGradientSparsity(target=0.8)"
         given = "GateGradientSparsity(threshold=0.01, structure='blocks', units=8, end_step=9)"
         assert repr(GateGradientSparsity(threshold=0.01, structure="blocks", units=8, rows=16, end_step=9)) == given
 
-    def test_is_frozen(self):
-        template: Any = GateGradientSparsity(target=0.8)
+    def test_are_plain_values(self):
+        options: Any = GateGradientSparsity(target=0.8, rule="stochastic")
+        assert options == GateGradientSparsity(target=0.8, rule="stochastic") == pickle.loads(pickle.dumps(options))
+        assert options != GateGradientSparsity(target=0.8)
+        assert len({options, copy.copy(options), copy.deepcopy(options)}) == 1
         with pytest.raises(AttributeError):
-            template.target = 0.5
+            options.target = 0.5
+
+    def test_step(self):
+        options = GateGradientSparsity(target=0.8, begin_step=2, end_step=8, dense_every=3)
+        assert [step for step in range(10) if options.is_sparse(step)] == [3, 4, 6, 7]
+        assert all(GateGradientSparsity(target=0.8).is_sparse(step) for step in range(3))
 
     @pytest.mark.parametrize(
         ("arguments", "rule"),
         [
-            ({}, Rule("small", "elements", keep=0.25)),
-            ({"rule": "stochastic"}, Rule("sample", "elements", keep=0.25)),
-            ({"rule": "top"}, Rule("top", "elements", keep=0.25)),
-            ({"structure": "blocks", "units": 3, "rows": 2}, Rule("sample", "blocks", 3, 2, keep=0.25)),
-            ({"structure": "rows"}, Rule("sample", "rows", keep=0.25)),
-            ({"structure": "rows", "rule": "deterministic"}, Rule("small", "rows", keep=0.25)),
+            ({}, Rule("small", "elements")),
+            ({"rule": "stochastic"}, Rule("sample", "elements")),
+            ({"structure": "blocks", "units": np.int64(3), "rows": 2}, Rule("sample", "blocks", 3, 2)),
+            ({"structure": "blocks", "rule": "deterministic"}, Rule("small", "blocks")),
         ],
     )
     def test_rule(self, arguments, rule):
-        assert GateGradientSparsity(target=0.75, **arguments).sparse_rule == rule
+        assert rule_of(GateGradientSparsity(target=0.75, **arguments)) == rule

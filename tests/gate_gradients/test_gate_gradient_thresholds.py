@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from triton_sparse_rnn import GateGradientSparsity, SparseGRU, SparseLSTM
 from triton_sparse_rnn.gate_gradients.backends.reference import apply_rule, group_sizes
 from triton_sparse_rnn.gate_gradients.contract import Arriving, Rule, Steps
+from triton_sparse_rnn.gate_gradients.controller import GateGradientController
 from triton_sparse_rnn.gate_gradients.thresholds import (
     HIGHEST,
     LOWEST,
@@ -70,7 +71,7 @@ class TestStart:
         assert thresholds.shape == (G,)
         assert all(abs(float(share) - target) <= 1 / (N * H) + 1e-6 for share in shares)
 
-    @pytest.mark.parametrize("group", ["elements", "blocks", "rows"])
+    @pytest.mark.parametrize("group", ["elements", "blocks"])
     def test_expected_share_when_sampled(self, group):
         gates, scale, rule = random_gates(), torch.tensor(0.01), Rule("sample", group, units=3, rows=2)
         thresholds = fitting_log_thresholds(gates, STEPS, rule, scale, 0.7).exp() * scale
@@ -85,9 +86,9 @@ class TestStart:
         assert len(thresholds) == (G if group == "elements" else 1)
         assert float((average - 0.7).abs().max()) < 0.06  # of few groups, whose last ones are smaller
 
-    @pytest.mark.parametrize("group", ["blocks", "rows"])
-    def test_groups_below_a_threshold(self, group):
-        gates, scale, rule = random_gates(), torch.tensor(1.0), Rule("small", group, units=3, rows=2)
+    @pytest.mark.parametrize(("units", "rows"), [(3, 2), (H, 1)])
+    def test_blocks_below_a_threshold(self, units, rows):
+        gates, scale, rule = random_gates(), torch.tensor(1.0), Rule("small", "blocks", units, rows)
         threshold = fitting_log_thresholds(gates, STEPS, rule, scale, 0.5).exp()
         sizes = group_sizes(gates, STEPS, rule)
         assert abs(float((sizes < threshold).float().mean()) - 0.5) <= 1 / sizes.numel() + 1e-6
@@ -167,14 +168,14 @@ def test_redundant_work_counted_one_by_one(layer_class, options, frozen, x_learn
     for name in frozen:
         getattr(layer, name).requires_grad_(False)
     seen: dict[int, Tensor] = {}
-    begin, finish = GateGradientSparsity.begin, GateGradientSparsity.finish
-    monkeypatch.setattr(GateGradientSparsity, "begin", lambda *args: begin(*args)._replace(keep_gates=True))
+    begin, finish = GateGradientController.begin, GateGradientController.finish
+    monkeypatch.setattr(GateGradientController, "begin", lambda *args: begin(*args)._replace(keep_gates=True))
 
-    def note_gates(self, index, direction, needed, choice, gradients):
+    def note_gates(self, index, direction, needed, decision, gradients):
         seen[index] = gradients.gates
-        finish(self, index, direction, needed, choice._replace(keep_gates=False), gradients)
+        finish(self, index, direction, needed, decision._replace(keep_gates=False), gradients)
 
-    monkeypatch.setattr(GateGradientSparsity, "finish", note_gates)
+    monkeypatch.setattr(GateGradientController, "finish", note_gates)
     lengths, shares, stats = (4, 3, 1), [], None
     for _ in range(2):
         rows = [torch.randn(length, 3, requires_grad=x_learns) for length in lengths]
@@ -212,13 +213,13 @@ def test_two_thirds_of_the_zeros_where_all_is_asked_for():
 
 def test_a_direction_without_a_backward_is_left_out(monkeypatch):
     layer = SparseLSTM(3, 5, num_layers=2, gate_gradient=GateGradientSparsity(threshold=0.0, backend="reference"))
-    begin = GateGradientSparsity.begin
+    begin = GateGradientController.begin
 
     def stop_at_lower_layer(self, index, direction, arriving):
         assert index == 1, "stopped"
         return begin(self, index, direction, arriving)
 
-    monkeypatch.setattr(GateGradientSparsity, "begin", stop_at_lower_layer)
+    monkeypatch.setattr(GateGradientController, "begin", stop_at_lower_layer)
     with pytest.raises(AssertionError, match="stopped"):
         layer(torch.randn(4, 2, 3))[0].sum().backward()
     assert layer.gate_gradient_stats is not None

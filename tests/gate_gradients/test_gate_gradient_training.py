@@ -65,7 +65,7 @@ def reference(**arguments: Any) -> GateGradientSparsity:
 
 class TestController:
     @pytest.mark.parametrize("layer_class", CLASSES)
-    @pytest.mark.parametrize("rule", ["deterministic", "stochastic", "top"])
+    @pytest.mark.parametrize("rule", ["deterministic", "stochastic"])
     def test_holds_its_target_in_every_gate(self, layer_class, rule):
         model = make_model(reference(target=0.8, rule=rule), layer_class, num_layers=2)
         held: list[list[float]] = []
@@ -73,15 +73,13 @@ class TestController:
             train(model, range(step, step + 1))
             held.append(shares(model))
         late = torch.tensor(held[12:])
-        assert max(held[0]) < 0.1 or rule == "top"
-        average = late.mean() if rule == "top" else late.mean(0)  # "top" ranks all gates together
-        assert float((average - 0.8).abs().max()) < 0.05
-        if rule != "top":
-            assert float((late - 0.8).abs().max()) < 0.2
+        assert max(held[0]) < 0.1
+        assert float((late.mean(0) - 0.8).abs().max()) < 0.05
+        assert float((late - 0.8).abs().max()) < 0.2
 
-    @pytest.mark.parametrize("structure", ["blocks", "rows"])
-    def test_holds_its_target_of_groups(self, structure):
-        model = make_model(reference(target=0.6, structure=structure, units=8, rows=4))
+    @pytest.mark.parametrize(("units", "rows"), [(8, 4), (48, 1)])
+    def test_holds_its_target_of_blocks(self, units, rows):
+        model = make_model(reference(target=0.6, structure="blocks", units=units, rows=rows))
         held = []
         for step in range(20):
             train(model, range(step, step + 1))
@@ -103,35 +101,14 @@ class TestController:
         assert sparse_loss < dense_loss + 0.25
         assert sparse.rnn.gate_gradient_stats.mean_redundant_macs > 0.45
 
-    def test_gradients_are_unbiased(self):
-        torch.manual_seed(0)
-        layer = SparseLSTM(3, 6)
-        x, target = torch.randn(4, 3, 3), torch.randn(4, 3, 6)
-
-        def gradient() -> Tensor:
-            layer.zero_grad()
-            (layer(x)[0] * target).sum().backward()
-            return torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
-
-        exact = gradient()
-        layer.gate_gradient = reference(threshold=0.5, rule="stochastic")
-        draws = torch.stack([gradient() for _ in range(250)])
-        stats = layer.gate_gradient_stats
-        assert stats is not None
-        assert stats.mean_zeros["l0"]["i"] > 0.5
-        deviations = (draws.mean(0) - exact) / (draws.std(0) / len(draws) ** 0.5).clamp(min=1e-6)
-        assert float(deviations.square().mean()) < 1.6  # 1 if nothing but chance
-        layer.gate_gradient = reference(threshold=0.5)
-        assert float((gradient() - exact).norm()) > 5 * float((draws.mean(0) - exact).norm())
-
     def test_first_gradients_that_are_not_finite(self):
         model = make_model(reference(target=0.8))
-        start = model.rnn.gate_gradient.state_dict()["log_thresholds"]
+        start = model.rnn.gate_gradient_controller.state_dict()["log_thresholds"]
         tokens, wanted = batch(0)
         for _ in range(2):  # the first would set the thresholds, the second move them
             loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), wanted.flatten())
             (loss * torch.inf).backward()
-            state = model.rnn.gate_gradient.state_dict()
+            state = model.rnn.gate_gradient_controller.state_dict()
             assert torch.equal(state["log_thresholds"], start)
             assert not model.rnn.weight_hh_l0.grad.isfinite().any()
             assert max(shares(model)) < 0.1
@@ -143,7 +120,7 @@ class TestController:
         model = make_model(reference(target=0.8))
         for _ in range(3):
             (model(batch(0)[0]) * 0).sum().backward()
-        state = model.rnn.gate_gradient.state_dict()
+        state = model.rnn.gate_gradient_controller.state_dict()
         assert torch.equal(state["log_thresholds"], torch.full((1, 4), -3.0))
         assert shares(model) == [1.0] * 4
 
@@ -167,20 +144,6 @@ class TestTogether:
             assert float((weight == 0).float().mean()) == pytest.approx(0.75, abs=0.01)
         assert 0.6 < min(shares(model)) <= max(shares(model)) < 0.95
 
-    @pytest.mark.parametrize("layer_class", CLASSES)
-    def test_autocast(self, layer_class):
-        model = make_model(GateGradientSparsity(target=0.8), layer_class)
-        optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-        for step in range(8):
-            tokens, wanted = batch(step)
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), wanted.flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        assert 0.6 < min(shares(model)) <= max(shares(model)) < 0.95
-        assert model.rnn.weight_hh_l0.grad.dtype == torch.float32
-
     def test_grad_scaler_skips_what_is_not_finite(self):
         model = make_model(reference(threshold=0.0))
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=100)
@@ -199,15 +162,6 @@ class TestTogether:
             assert torch.equal(before, model.rnn.weight_hh_l0) == (step == 2)
             assert scaler.get_scale() == (2.0**8 if step < 2 else 2.0**7)
             assert min(shares(model)) > 0.01 if step != 2 else max(shares(model)) < 0.01
-
-    def test_clipping_sees_the_gradients(self):
-        model = make_model(reference(target=0.8))
-        for step in range(2):
-            train(model, range(step, step + 1))
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-        total = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
-        assert float(norm) > 1e-3
-        assert float(total) == pytest.approx(1e-3, rel=1e-2)
 
     def test_accumulated_backwards(self):
         whole, halves = (make_model(reference(threshold=0.01)) for _ in range(2))
@@ -233,7 +187,7 @@ def train_on_rank(rank: int, folder: Path) -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(wrapped(tokens).flatten(0, 1), wanted.flatten()).backward()
         optimizer.step()
-    state = model.rnn.gate_gradient.state_dict()
+    state = model.rnn.gate_gradient_controller.state_dict()
     result = {"model": model.state_dict(), "gate_gradient": state, "zeros": shares(model)}
     torch.save(result, folder / f"rank{rank}.pt")
     distributed.destroy_process_group()

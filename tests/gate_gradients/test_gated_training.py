@@ -95,38 +95,6 @@ class TestAgainstTorch:
         for ours, theirs in zip(*gradients, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
-    @cells
-    def test_gradcheck(self, dense_class, sparse_class):
-        layer = sparse_class(2, 3, 2, bidirectional=True, dtype=torch.float64, gate_gradient=NOTHING)
-        x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
-        h = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
-        c = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
-        leaves = (x, h, c, *layer.parameters())
-        hx = (h, c) if layer.mode == "LSTM" else h
-        assert torch.autograd.gradcheck(lambda *_: (c, *tensors_of(layer(x, hx))), leaves, fast_mode=True)
-
-    @cells
-    def test_what_is_frozen_gets_no_gradient(self, dense_class, sparse_class):
-        pair = make_pair(dense_class, sparse_class, {"num_layers": 2})
-        x, gradients = torch.randn(T, B, I), []
-        for layer in pair:
-            for name in ("weight_ih_l0", "bias_hh_l0", "weight_hh_l1"):
-                getattr(layer, name).requires_grad_(False)
-            layer(x)[0].sin().sum().backward()
-            gradients.append([parameter.grad for parameter in layer.parameters()])
-        for ours, theirs in zip(*gradients, strict=True):
-            assert (ours is None) == (theirs is None)
-            assert ours is None or torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-
-    @cells
-    def test_only_a_state_is_used(self, dense_class, sparse_class):
-        pair, gradients = make_pair(dense_class, sparse_class, {"num_layers": 2, "bidirectional": True}), []
-        for layer in pair:
-            torch.manual_seed(1)
-            tensors_of(layer(torch.randn(T, B, I))[1])[-1].sin().sum().backward()
-            gradients.append([parameter.grad for parameter in layer.parameters()])
-        assert max(error(*gradients)) <= rounding_of(pair[0], torch.float32)
-
 
 class TestWhenItIsTorchs:
     def calls_without_a_gradient(self):

@@ -25,25 +25,22 @@ from torch import Tensor
 class Rule:
     """Which gate gradients of a step become zero.
 
-    They are judged in groups: by themselves ("elements"), in blocks of `units` hidden units with all their gates in
-    `rows` consecutive rows of a step ("blocks", the last of each axis may be smaller), or all of a row ("rows"). The
-    size v of a group is the absolute value of an element, or the root mean square of the group.
+    They are judged in groups: by themselves ("elements"), or in blocks of `units` hidden units with all their gates in
+    `rows` consecutive rows of a step ("blocks", the last of each axis may be smaller). The size v of a group is the
+    absolute value of an element, or the root mean square of the block.
 
     Attributes:
         selection: "small" zeroes groups with v < threshold. "sample" keeps a group with v < threshold with
             probability v / threshold, multiplied by threshold / v, else zeroes it: the expected gradient stays as it
-            was. "top" keeps the largest round(keep * groups), at least one, of each step (of each step and `rows` for
-            blocks), and knows no threshold. A comparison with NaN is false, so NaN and infinity are always kept.
-        group: "elements", "blocks" or "rows".
+            was. A comparison with NaN is false, so NaN and infinity are always kept.
+        group: "elements" or "blocks".
         units, rows: size of a block.
-        keep: of "top": the share of groups that stays.
     """
 
-    selection: Literal["small", "sample", "top"] = "small"
-    group: Literal["elements", "blocks", "rows"] = "elements"
+    selection: Literal["small", "sample"] = "small"
+    group: Literal["elements", "blocks"] = "elements"
     units: int = 16
     rows: int = 16
-    keep: float = 1.0
 
 
 class Steps(NamedTuple):
@@ -67,9 +64,15 @@ class Steps(NamedTuple):
         """The first row of every step."""
         return [0, *itertools.accumulate(self.batch_sizes[:-1])]
 
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """First row and number of rows of every step, in the order in which the direction takes the steps."""
+        ranges = list(zip(self.starts, self.batch_sizes, strict=True))
+        return ranges[::-1] if self.reverse else ranges
 
-class Direction(NamedTuple):
-    """One direction of a layer and what its forward left. G gates in PyTorch's order; R = proj_size or H.
+
+class BackwardDirection(NamedTuple):
+    """One direction of a layer, with what its forward left. G gates in PyTorch's order; R = proj_size or H.
 
     All tensors have one dtype and device, and a last axis that is contiguous; other strides are free.
     """
@@ -125,60 +128,54 @@ class Gradients(NamedTuple):
     gates: Tensor | None  # [N, G, H], as used: zeros are in it
 
 
-class Backward(Protocol):
-    """The backward of one direction: what each backend implements as `direction_gradients`."""
+class Decision(NamedTuple):
+    """What is to become zero in one backward of one direction.
 
-    def __call__(
-        self,
-        direction: Direction,
-        arriving: Arriving,
-        rule: Rule,
-        thresholds: Tensor | None,
-        seed: Tensor,
-        needed: Needed,
-        *,
-        likely_zeros: float,
-        keep_gates: bool,
-    ) -> Gradients:
-        """Go back through time.
-
-        Args:
-            direction: what forward left.
-            arriving: dtype of the direction.
-            rule: what becomes zero.
-            thresholds: float32 on the device, [G] for elements, [1] for other groups; None: nothing becomes zero. It
-                is not read by the host, nor by "top". Nothing is below 0 or NaN.
-            seed: [1], int64 on the device, from 0 to 2^32 - 1, of the random numbers (random.py).
-            needed: which gradients.
-            likely_zeros: the share of zeros to expect, 0 to 1, by which products that skip zeros are chosen; results
-                do not depend on it but in rounding.
-            keep_gates: whether to return the gate gradients themselves.
-        """
-        ...
-
-
-class Choice(NamedTuple):
-    """What a `Control` decides for one backward of one direction; see `Backward` for each."""
+    Attributes:
+        rule: by which.
+        thresholds: float32 on the device, [G] for elements, [1] for blocks; None: nothing becomes zero. The host does
+            not read it. Nothing is below 0 or NaN.
+        seed: [1], int64 on the device, from 0 to 2^32 - 1, of the random numbers (random.py).
+        likely_zeros: the share of zeros to expect, 0 to 1, by which products that skip zeros are chosen; results do not
+            depend on it but in rounding.
+        keep_gates: whether to return the gate gradients themselves.
+    """
 
     rule: Rule
     thresholds: Tensor | None
     seed: Tensor
-    likely_zeros: float
-    keep_gates: bool
+    likely_zeros: float = 0.0
+    keep_gates: bool = False
+
+
+class Backend(Protocol):
+    """What runs the backward of a direction: a module of backends/."""
+
+    def unsupported_reason(self, direction: BackwardDirection, rule: Rule) -> str | None:
+        """Why it cannot run this one, where it can run at all; None if it can. Numbers in tensors do not matter."""
+        ...
+
+    def direction_gradients(
+        self, direction: BackwardDirection, arriving: Arriving, needed: Needed, decision: Decision
+    ) -> Gradients:
+        """Go back through time. There is at least one row; what arrives has the dtype of the direction."""
+        ...
 
 
 class Control(Protocol):
-    """Who decides what becomes zero, and learns what did: nn's GateGradientSparsity of one layer."""
+    """Who decides what becomes zero, and learns what did: the GateGradientController of a layer."""
 
     @property
     def backend(self) -> str | None:
-        """One of dispatch.BACKENDS, or None for the fastest that fits."""
+        """One of BACKENDS, or None for the fastest that fits."""
         ...
 
-    def begin(self, index: int, direction: Direction, arriving: Arriving) -> Choice:
-        """Choose for direction number `index` of nn.RNNBase's order (layer * D + direction)."""
+    def begin(self, index: int, direction: BackwardDirection, arriving: Arriving) -> Decision:
+        """Decide for direction number `index` of nn.RNNBase's order (layer * D + direction)."""
         ...
 
-    def finish(self, index: int, direction: Direction, needed: Needed, choice: Choice, gradients: Gradients) -> None:
+    def finish(
+        self, index: int, direction: BackwardDirection, needed: Needed, decision: Decision, gradients: Gradients
+    ) -> None:
         """Learn what came of it. Must not wait for the device."""
         ...

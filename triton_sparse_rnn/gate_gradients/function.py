@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function
 
-from triton_sparse_rnn.gate_gradients.contract import Arriving, Control, Direction, Gradients, Needed, Steps
+from triton_sparse_rnn.gate_gradients.contract import Arriving, BackwardDirection, Control, Gradients, Needed, Steps
 from triton_sparse_rnn.gate_gradients.dispatch import choose_backward
 from triton_sparse_rnn.gate_gradients.forward import Weights, run_forward
 from triton_sparse_rnn.ops.validation import check_memory
@@ -118,7 +118,9 @@ class _Backward(Function):
             for d, needs_of in enumerate(_per_direction(needs_weights)):
                 states = _part_of((y, h0, c0), d, R)
                 tensors = _as_plain((x, *states, *weights[d]))
-                direction = Direction(layer.mode, Steps(layer.batch_sizes, d == 1), *tensors, workspace=workspaces[d])
+                direction = BackwardDirection(
+                    layer.mode, Steps(layer.batch_sizes, d == 1), *tensors, workspace=workspaces[d]
+                )
                 arriving = Arriving(*_as_plain(_part_of(arrived, d, R)))
                 needed = Needed(needs_x, needs_of[0], needs_of[1], needs_of[2] or needs_of[3], needs_of[4])
                 gradients.append(_direction_gradients(layer, d, direction, arriving, needed))
@@ -155,16 +157,15 @@ def _as_plain_tensor(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _direction_gradients(layer: _Layer, d: int, direction: Direction, arriving: Arriving, needed: Needed) -> Gradients:
-    """Go back through one direction, as the control says."""
+def _direction_gradients(
+    layer: _Layer, d: int, direction: BackwardDirection, arriving: Arriving, needed: Needed
+) -> Gradients:
+    """Go back through one direction, as the control decides."""
     control, index = layer.control, layer.first_index + d
-    choice = control.begin(index, direction, arriving)
-    rule, thresholds, seed, likely_zeros, keep_gates = choice
-    run_backward = choose_backward(control.backend, direction, rule)
-    gradients = run_backward(
-        direction, arriving, rule, thresholds, seed, needed, likely_zeros=likely_zeros, keep_gates=keep_gates
-    )
-    control.finish(index, direction, needed, choice, gradients)
+    decision = control.begin(index, direction, arriving)
+    backend = choose_backward(control.backend, direction, decision.rule)
+    gradients = backend.direction_gradients(direction, arriving, needed, decision)
+    control.finish(index, direction, needed, decision, gradients)
     return gradients
 
 

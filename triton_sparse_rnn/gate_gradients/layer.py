@@ -14,7 +14,8 @@ from torch.nn import LSTM, RNNBase
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_sparse_rnn.gate_gradients.contract import Direction, Steps
+from triton_sparse_rnn.gate_gradients.contract import BackwardDirection, Steps
+from triton_sparse_rnn.gate_gradients.controller import GateGradientController
 from triton_sparse_rnn.gate_gradients.dispatch import choose_backward
 from triton_sparse_rnn.gate_gradients.forward import Weights
 from triton_sparse_rnn.gate_gradients.function import run_layer
@@ -28,9 +29,14 @@ _CALL = inspect.signature(LSTM.forward)
 
 
 class GateGradientLayer(RNNBase):
-    """What SparseLSTM and SparseGRU add to nn.LSTM and nn.GRU, which stand behind it among their bases."""
+    """What SparseLSTM and SparseGRU add to nn.LSTM and nn.GRU, which stand behind it among their bases.
 
-    _gate_gradient: GateGradientSparsity | None = None  # a layer that `sparsify` took never ran __init__ below
+    Attributes:
+        gate_gradient_controller: thresholds and counts, with `state_dict()` and `load_state_dict()`; it comes and goes
+            with `gate_gradient`.
+    """
+
+    gate_gradient_controller: GateGradientController | None = None
 
     def __init__(self, *args: Any, gate_gradient: GateGradientSparsity | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -38,16 +44,16 @@ class GateGradientLayer(RNNBase):
 
     @property
     def gate_gradient(self) -> GateGradientSparsity | None:
-        """What becomes zero in backward, with its state. To set it makes a copy with a new state; None removes it."""
-        return self._gate_gradient
+        """What becomes zero in backward. To set it, also to what it is, begins with a new state; None removes it."""
+        return None if self.gate_gradient_controller is None else self.gate_gradient_controller.options
 
     @gate_gradient.setter
-    def gate_gradient(self, template: GateGradientSparsity | None) -> None:
-        check_gate_gradient(template)
-        if template is None:
-            vars(self).pop("_gate_gradient", None)
+    def gate_gradient(self, options: GateGradientSparsity | None) -> None:
+        check_gate_gradient(options)
+        if options is None:
+            vars(self).pop("gate_gradient_controller", None)
         else:
-            self._gate_gradient = template.copy_for(self)
+            self.gate_gradient_controller = GateGradientController(options, self)
 
     @property
     def gate_gradient_stats(self) -> GateGradientStats | None:
@@ -55,7 +61,7 @@ class GateGradientLayer(RNNBase):
 
         Reading it may wait for the device.
         """
-        return None if self.gate_gradient is None else self.gate_gradient.stats
+        return None if self.gate_gradient_controller is None else self.gate_gradient_controller.stats()
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
@@ -69,14 +75,14 @@ class GateGradientLayer(RNNBase):
         Raises:
             BackendUnavailableError: `gate_gradient` names a backend that cannot run this layer.
         """
-        if self.gate_gradient is not None and self.training and torch.is_grad_enabled():
+        if self.gate_gradient_controller is not None and self.training and torch.is_grad_enabled():
             given = _CALL.bind(self, *args, **kwargs).arguments
-            return self._train_forward(self.gate_gradient, given["input"], given.get("hx"))
+            return self._train_forward(self.gate_gradient_controller, given["input"], given.get("hx"))
         return super().forward(*args, **kwargs)
 
     forward.__signature__ = _CALL  # pyright: ignore[reportFunctionMemberAccess]
 
-    def _train_forward(self, gate_gradient: GateGradientSparsity, input: Any, hx: Any) -> Any:
+    def _train_forward(self, controller: GateGradientController, input: Any, hx: Any) -> Any:
         x = input.data if isinstance(input, PackedSequence) else input
         states = hx if isinstance(hx, (tuple, list)) else (hx,)
         tensors = (x, *states, *self.parameters(), *self._flat_weights)
@@ -90,7 +96,7 @@ class GateGradientLayer(RNNBase):
         # torch.compile leaves torch.nn's recurrent layers alone, and has to leave this one. While it is not loaded it
         # compiles nothing; a decorator would load it with this module.
         run: Any = torch.compiler.disable(_run) if "torch._dynamo" in sys.modules else _run
-        return run(self, gate_gradient, input, hx)
+        return run(self, controller, input, hx)
 
 
 def _is_only_looked_at(x: Tensor) -> bool:
@@ -106,7 +112,7 @@ def check_gate_gradient(value: object) -> None:
         raise TypeError(f"gate_gradient must be a GateGradientSparsity or None, got {got}")
 
 
-def _run(layer: RNNBase, gate_gradient: GateGradientSparsity, input: Tensor | PackedSequence, hx: Any) -> Any:
+def _run(layer: RNNBase, controller: GateGradientController, input: Tensor | PackedSequence, hx: Any) -> Any:
     weights = layer.all_weights  # read once: what parametrizes one may be random
     call = read_call(input, hx, layout_of(LayerConfig.of(layer), layer.mode, weights[0][0].dtype, weights[0][0].device))
     dtype = result_dtype(call, layer.mode, weights[0][0].dtype)
@@ -119,14 +125,14 @@ def _run(layer: RNNBase, gate_gradient: GateGradientSparsity, input: Tensor | Pa
             x = F.dropout(x, layer.dropout)
         own = slice(k * D, k * D + D)
         h0, c0 = states[0][own], states[1][own] if layer.mode == "LSTM" else None
-        x, *end = _run_layer(layer, gate_gradient, call, own.start, x, h0, c0, [cast(w, dtype) for w in weights[own]])
+        x, *end = _run_stacked(layer, controller, call, own.start, x, h0, c0, [cast(w, dtype) for w in weights[own]])
         ends.append(end[: len(states)])
     return call.result(x, [torch.cat(parts) for parts in zip(*ends, strict=True)])
 
 
-def _run_layer(
+def _run_stacked(
     layer: RNNBase,
-    gate_gradient: GateGradientSparsity,
+    controller: GateGradientController,
     call: Call,
     first_index: int,
     x: Tensor,
@@ -138,11 +144,11 @@ def _run_layer(
     mode = cast_to("Literal['LSTM', 'GRU']", layer.mode)
     batch_sizes = (h0.shape[1],) * call.shape[0] if call.batch_sizes is None else tuple(call.batch_sizes.tolist())
     five = [_with_gaps(layer, one) for one in weights]
-    result = run_layer(gate_gradient, first_index, mode, x, batch_sizes, call.packed is not None, h0, c0, five)
-    if gate_gradient.backend is not None:  # a user should hear of it here, and not in the middle of backward
+    result = run_layer(controller, first_index, mode, x, batch_sizes, call.packed is not None, h0, c0, five)
+    if controller.backend is not None:  # a user should hear of it here, and not in the middle of backward
         y, state = result[0][:, : h0.shape[2]], None if c0 is None else c0[0]
-        direction = Direction(mode, Steps(batch_sizes, False), x, y, h0[0], state, *five[0], workspace=None)
-        choose_backward(gate_gradient.backend, direction, gate_gradient.sparse_rule)
+        direction = BackwardDirection(mode, Steps(batch_sizes, False), x, y, h0[0], state, *five[0], workspace=None)
+        choose_backward(controller.backend, direction, controller.rule)
     return result
 
 

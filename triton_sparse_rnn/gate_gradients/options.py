@@ -1,32 +1,20 @@
-"""Training with small gate gradients set to zero: what is zeroed, how thresholds are held, and when."""
+"""Training with small gate gradients set to zero: what is zeroed, by which thresholds, and when."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NoReturn, TypeGuard
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import RNNBase
 
-from triton_sparse_rnn.gate_gradients.contract import Arriving, Choice, Direction, Gradients, Needed, Rule
-from triton_sparse_rnn.gate_gradients.controller import GateGradientState, mix
-from triton_sparse_rnn.gate_gradients.stats import GateGradientStats
-from triton_sparse_rnn.gate_gradients.thresholds import arriving_scale
 from triton_sparse_rnn.ops.dispatch import check_backend
 
-_SELECTIONS: dict[str, Literal["small", "sample", "top"]] = {
-    "deterministic": "small",
-    "stochastic": "sample",
-    "top": "top",
-}
-_STRUCTURES = ("elements", "blocks", "rows")
-_LARGEST = torch.finfo(torch.float32).max
-_LARGEST_SIZE = (1 << 31) - 1
+LARGEST = torch.finfo(torch.float32).max  # threshold
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,26 +54,26 @@ class GateGradientSparsity:
     threshold t is kept with probability |v| / t, as sign(v) t, else becomes zero (a group is kept times t / v). It is
     "unbiased": the expected gradient of every weight is the one of dense training, at the price of noise. On two tasks
     of ours the deterministic rule did as well or better in elements, up to 90 % zeros; in blocks it is the other way
-    round. "top": keep the largest, a sort at every step; slow, plain torch, for comparison. None takes "deterministic"
-    for elements and "stochastic" for blocks and rows.
+    round. None takes "deterministic" for elements and "stochastic" for blocks.
 
     **Structures.** "elements" gives the most zeros for the least accuracy, and on a CPU backward skips them. "blocks"
-    of `units` hidden units, all gates, in `rows` consecutive rows of the batch suit a GPU, "rows" (a row of the batch
-    at a time step) any machine: whole products fall away. A group is as large as the root mean square of its gradients.
+    of `units` hidden units, all gates, in `rows` consecutive rows of the batch suit a GPU: whole products fall away. A
+    block is as large as the root mean square of its gradients.
 
     **Costs.** Backward computes gates and cell states once more, or reads those that oneDNN left, and holds what it
     holds in torch.nn. Where zeros are few it multiplies densely. `layer.gate_gradient_stats` tells how many zeros
     there were, and which share of the multiply-accumulates of training they make redundant.
 
-    **State.** What you pass is a template: every layer makes its own copy, `layer.gate_gradient`, that keeps
-    thresholds, counts and random numbers for all its layers and directions, on the layer's device. None of it is in the
-    layer's state_dict, which stays torch.nn's; save `layer.gate_gradient.state_dict()` beside it, for a model
+    **State.** These are options, and stay what they are; layers may share them. Thresholds, counts and random numbers
+    of a layer are in its `layer.gate_gradient_controller`, on the layer's device. None of it is in the layer's
+    state_dict, which stays torch.nn's; save the controller's beside it, for a model
 
-        layers = {name: layer for name, layer in model.named_modules() if getattr(layer, "gate_gradient", None)}
-        states = {name: layer.gate_gradient.state_dict() for name, layer in layers.items()}
+        modules = model.named_modules()
+        layers = {name: layer for name, layer in modules if getattr(layer, "gate_gradient", None)}
+        states = {name: layer.gate_gradient_controller.state_dict() for name, layer in layers.items()}
         ...
         for name, layer in layers.items():
-            layer.gate_gradient.load_state_dict(states[name])
+            layer.gate_gradient_controller.load_state_dict(states[name])
 
     To set `gate_gradient` again, `sparsify(model, gate_gradient=...)` a second time too, begins with a new state. Each
     rank of DistributedDataParallel has its own; give ranks different seeds if their random numbers should differ. A
@@ -96,10 +84,10 @@ class GateGradientSparsity:
 
     Args:
         threshold: size below which a gate gradient is zeroed, from 0. Give this or `target`.
-        target: share of zeros of every gate (of all together in blocks, rows and with "top"), in [0, 1). At 0.8 nothing
-            was lost on two tasks of ours (studies/results/lstm-training.md), as in the paper.
-        rule: "deterministic", "stochastic", "top" (needs `target`), or None.
-        structure: "elements", "blocks" or "rows".
+        target: share of zeros of every gate (of all together in blocks), in [0, 1). At 0.8 nothing was lost on two
+            tasks of ours (studies/results/lstm-training.md), as in the paper.
+        rule: "deterministic", "stochastic", or None.
+        structure: "elements" or "blocks".
         units, rows: size of a block in hidden units (at most hidden_size) and rows of the batch; the last of each may
             be smaller.
         begin_step, end_step: backward passes through the layer, counted from 0, are sparse from begin_step on and
@@ -111,8 +99,8 @@ class GateGradientSparsity:
             one number. For `threshold`; `target` needs none.
         gain: of the controller, above 0. Up to 2 it cannot swing: when the logarithm of a threshold rises by d, the
             share of zeros rises by d at most, except with the deterministic rule where groups are almost of one size.
-        seed: of the stochastic rule, from 0 to 2^32 - 1. torch's random numbers are not used. Each layer that gets a
-            copy of one template draws other numbers, so for a second run that is to be the same make a new one.
+        seed: of the stochastic rule, from 0 to 2^32 - 1. torch's random numbers are not used. Each layer that these
+            options are given to draws other numbers, so for a second run that is to be the same make them anew.
         backend: "triton", "cpu" or "reference", or None for the fastest that fits.
 
     Raises:
@@ -121,8 +109,8 @@ class GateGradientSparsity:
 
     threshold: float | None = None
     target: float | None = None
-    rule: Literal["deterministic", "stochastic", "top"] | None = None
-    structure: Literal["elements", "blocks", "rows"] = "elements"
+    rule: Literal["deterministic", "stochastic"] | None = None
+    structure: Literal["elements", "blocks"] = "elements"
     units: int = 16
     rows: int = 16
     begin_step: int = 0
@@ -132,220 +120,76 @@ class GateGradientSparsity:
     gain: float = 1.0
     seed: int = 0
     backend: str | None = None
-    _state: GateGradientState | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
-    _copies: int = dataclasses.field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if (self.threshold is None) == (self.target is None):
             raise ValueError(f"give threshold or target, not both, got {self.threshold!r} and {self.target!r}")
-        for name, check in _CHECKS.items():
-            value = getattr(self, name)
-            check(name, value)
-            if _is_real(value):  # of numpy, a Fraction
-                object.__setattr__(self, name, int(value) if _is_integer(value) else float(value))
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        for name, (fits, wanted) in _NUMBERS.items():
+            _check_number(name, getattr(self, name), fits, wanted)
+        if not callable(self.loss_scale):
+            check_positive("loss_scale", self.loss_scale)
         check_backend(self.backend)
-        if self.rule == "top" and self.target is None:
-            raise ValueError("rule 'top' needs target, the share of zeros; it knows no threshold")
         if self.end_step is not None and self.end_step <= self.begin_step:
             raise ValueError(f"end_step must be above begin_step={self.begin_step}, got {self.end_step}")
 
     def __repr__(self) -> str:
-        fields = [field for field in dataclasses.fields(self) if field.init]
-        given = [field.name for field in fields if getattr(self, field.name) != field.default]
+        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in given)})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GateGradientSparsity:
-        """Copy the state and share `loss_scale`: a copied GradScaler would not be the one that scales the loss."""
-        copied = copy.copy(self)
-        object.__setattr__(copied, "_state", copy.deepcopy(self._state, memo))
-        return copied
+        """Nothing in it changes, and a copy of the GradScaler behind `loss_scale` would not scale the loss."""
+        return self
+
+    def is_sparse(self, step: int) -> bool:
+        """Whether a backward is sparse, counted from 0."""
+        if step < self.begin_step or (self.end_step is not None and step >= self.end_step):
+            return False
+        return self.dense_every is None or (step + 1) % self.dense_every != 0
 
     def check_layer(self, layer: RNNBase) -> None:
         """Raise ValueError if a layer has fewer hidden units than a block."""
         if self.structure == "blocks" and self.units > layer.hidden_size:
             raise ValueError(f"units must be at most the layer's hidden_size={layer.hidden_size}, got {self.units}")
 
-    def copy_for(self, layer: RNNBase) -> GateGradientSparsity:
-        """Return a copy with a state of its own for `layer`, an LSTM or GRU: `layer.gate_gradient = self` does it.
 
-        Copies of one template are numbered as they are made, and draw different random numbers. The number is a part of
-        the state, so that what a loaded state draws does not depend on the order.
-
-        Raises:
-            ValueError: blocks of more units than the layer has.
-        """
-        self.check_layer(layer)
-        object.__setattr__(self, "_copies", self._copies + 1)
-        parent = 0 if self._state is None else self._state.stream
-        copied = dataclasses.replace(self)
-        state = GateGradientState(layer, per_gate=self.structure == "elements", stream=mix(parent, self._copies))
-        object.__setattr__(copied, "_state", state)
-        return copied
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return thresholds, counts and the numbers behind the random ones: tensors and plain values, all copies.
-
-        Training that goes on from it with the same arguments, on the same machine, is the same to the bit.
-
-        >>> from triton_sparse_rnn import SparseGRU
-        >>> layer = SparseGRU(4, 8, gate_gradient=GateGradientSparsity(target=0.5))
-        >>> checkpoint = {"layer": layer.state_dict(), "gate_gradient": layer.gate_gradient.state_dict()}
-        >>> layer.gate_gradient.load_state_dict(checkpoint["gate_gradient"])
-
-        Raises:
-            RuntimeError: this is a template; its copies, `layer.gate_gradient`, have a state.
-        """
-        return self._layer_state().state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict()`, on the device of this one. Arguments are not in it, and may be others.
-
-        Raises:
-            RuntimeError: this is a template.
-            TypeError, ValueError: `state` does not fit the layer or the structure, or is damaged. Nothing is loaded.
-        """
-        self._layer_state().load_state_dict(state)
-
-    @property
-    def stats(self) -> GateGradientStats | None:
-        """What was zeroed so far; None before the first backward. It waits for the device."""
-        return self._layer_state().stats()
-
-    @torch.no_grad()
-    def begin(self, index: int, direction: Direction, arriving: Arriving) -> Choice:
-        """Choose for one backward of direction `index`; function.py calls it, see `contract.Control`."""
-        state = self._layer_state()
-        state.move(arriving.y.device)
-        loss_scale = 1.0 if self.threshold is None else self._loss_scale()
-        is_sparse = self._is_sparse(state.count_step(index))
-        seed = state.random_seed(index, self.seed)
-        if not is_sparse:
-            return self._dense_choice(seed)
-        if self.threshold is not None:
-            thresholds = state.filled_thresholds(self.threshold, loss_scale)
-            return Choice(self.sparse_rule, thresholds, seed, state.likely_zeros[index], keep_gates=False)
-        assert self.target is not None
-        if self.rule == "top":
-            return Choice(self.sparse_rule, None, seed, self.target, keep_gates=False)
-        state.scale[index] = arriving_scale(arriving)
-        if not state.calibrated[index]:
-            return self._dense_choice(seed, keep_gates=True)
-        return Choice(self.sparse_rule, state.thresholds(index), seed, self.target, keep_gates=False)
-
-    @torch.no_grad()
-    def finish(self, index: int, direction: Direction, needed: Needed, choice: Choice, gradients: Gradients) -> None:
-        """Count what became zero and move thresholds; function.py calls it, see `contract.Control`."""
-        state = self._layer_state()
-        state.count(index, direction, needed, gradients.zeros)
-        if choice.keep_gates:
-            assert gradients.gates is not None
-            assert self.target is not None
-            state.calibrate(index, gradients.gates, direction.steps, self.sparse_rule, self.target)
-        elif choice.thresholds is not None and self.target is not None:
-            state.move_thresholds(index, gradients.zeros, self.target, self.gain)
-        elif choice.thresholds is not None and gradients.zeros.device.type == "cpu":  # elsewhere reading it would wait
-            state.expect_zeros(index, gradients.zeros)
-
-    @property
-    def sparse_rule(self) -> Rule:
-        """What becomes zero in a sparse step."""
-        rule = self.rule or ("deterministic" if self.structure == "elements" else "stochastic")
-        keep = 1.0 if self.target is None else 1.0 - self.target
-        return Rule(_SELECTIONS[rule], self.structure, self.units, self.rows, keep)
-
-    def _dense_choice(self, seed: Tensor, *, keep_gates: bool = False) -> Choice:
-        rule = dataclasses.replace(self.sparse_rule, selection="small")  # for "top" knows no threshold
-        return Choice(rule, None, seed, likely_zeros=0.0, keep_gates=keep_gates)
-
-    def _is_sparse(self, step: int) -> bool:
-        if step < self.begin_step or (self.end_step is not None and step >= self.end_step):
-            return False
-        return self.dense_every is None or (step + 1) % self.dense_every != 0
-
-    def _loss_scale(self) -> float | Tensor:
-        scale = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
-        if not isinstance(scale, Tensor):
-            _check_positive("loss_scale()", scale)
-        elif scale.numel() != 1:
-            raise ValueError(f"loss_scale() must be one number, got a tensor {list(scale.shape)}")
-        return scale
-
-    def _layer_state(self) -> GateGradientState:
-        if self._state is None:
-            raise RuntimeError(
-                "this GateGradientSparsity is a template and has no state: set it as a layer's gate_gradient, and use "
-                "the copy that layer.gate_gradient then is"
-            )
-        return self._state
+def check_positive(name: str, value: object) -> None:
+    """Raise TypeError or ValueError for what is not a finite number above 0."""
+    _check_number(name, value, *_POSITIVE)
 
 
-def _check_threshold(name: str, value: object) -> None:
-    if value is not None and not (_is_real(value) and 0 <= value <= _LARGEST):
-        _refuse(name, "a number from 0 that float32 holds", value)
+def _check_number(name: str, value: object, fits: Callable[[Any], bool], wanted: str) -> None:
+    if not fits(value):
+        kind = ValueError if isinstance(value, numbers.Number) and not isinstance(value, bool) else TypeError
+        raise kind(f"{name} must be {wanted}, got {value!r}")
 
 
-def _check_target(name: str, value: object) -> None:
-    if value is not None and not (_is_real(value) and 0 <= value < 1):
-        _refuse(name, "a number in [0, 1)", value)
+def _real(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and fits(value)
 
 
-def _check_positive(name: str, value: object) -> None:
-    if not (_is_real(value) and 0 < value < math.inf):
-        _refuse(name, "a finite number above 0", value)
+def _integer(lowest: int, highest: float = math.inf) -> Callable[[Any], bool]:
+    within = _real(lambda value: lowest <= value <= highest)
+    return lambda value: isinstance(value, numbers.Integral) and within(value)
 
 
-def _check_loss_scale(name: str, value: object) -> None:
-    if not callable(value):
-        _check_positive(name, value)
+def _or_none(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
 
 
-def _integer_from(lowest: int, highest: int | None = None, *, or_none: bool = False) -> Callable[[str, object], None]:
-    def check(name: str, value: object) -> None:
-        fits = _is_integer(value) and lowest <= value and (highest is None or value <= highest)
-        if not (fits or (or_none and value is None)):
-            end = "" if highest is None else f" to {highest}"
-            _refuse(name, f"{'None or ' if or_none else ''}an integer from {lowest}{end}", value)
-
-    return check
-
-
-def _one_of(*choices: str | None) -> Callable[[str, object], None]:
-    def check(name: str, value: object) -> None:
-        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-    return check
-
-
-def _check_seed(name: str, value: object) -> None:
-    if not (_is_integer(value) and 0 <= value < 1 << 32):
-        _refuse(name, "an integer from 0 to 2^32 - 1", value)
-
-
-_CHECKS: dict[str, Callable[[str, object], None]] = {
-    "threshold": _check_threshold,
-    "target": _check_target,
-    "rule": _one_of(None, *_SELECTIONS),
-    "structure": _one_of(*_STRUCTURES),
-    "units": _integer_from(1, _LARGEST_SIZE),
-    "rows": _integer_from(1, _LARGEST_SIZE),
-    "begin_step": _integer_from(0),
-    "end_step": _integer_from(0, or_none=True),
-    "dense_every": _integer_from(2, or_none=True),
-    "loss_scale": _check_loss_scale,
-    "gain": _check_positive,
-    "seed": _check_seed,
+_CHOICES = {"rule": (None, "deterministic", "stochastic"), "structure": ("elements", "blocks")}
+_POSITIVE = (_real(lambda value: 0 < value < math.inf), "a finite number above 0")
+_SIZE = (_integer(1, (1 << 31) - 1), f"an integer from 1 to {(1 << 31) - 1}")
+_NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "threshold": (_or_none(_real(lambda value: 0 <= value <= LARGEST)), "a number from 0 that float32 holds"),
+    "target": (_or_none(_real(lambda value: 0 <= value < 1)), "a number in [0, 1)"),
+    "units": _SIZE,
+    "rows": _SIZE,
+    "begin_step": (_integer(0), "an integer from 0"),
+    "end_step": (_or_none(_integer(0)), "None or an integer from 0"),
+    "dense_every": (_or_none(_integer(2)), "None or an integer from 2"),
+    "gain": _POSITIVE,
+    "seed": (_integer(0, (1 << 32) - 1), "an integer from 0 to 2^32 - 1"),
 }
-
-
-def _is_real(value: object) -> TypeGuard[float]:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _refuse(name: str, wanted: str, value: object) -> NoReturn:
-    kind = ValueError if isinstance(value, numbers.Number) and not isinstance(value, bool) else TypeError
-    raise kind(f"{name} must be {wanted}, got {value!r}")

@@ -18,15 +18,15 @@ from torch import Tensor
 
 IntegersT = TypeVar("IntegersT", Tensor, int)
 
-_BITS = 0xFFFFFFFF
+LOW_BITS = 0xFFFFFFFF
 
 
 def hash32(x: IntegersT) -> IntegersT:
     """Hash integers (int64 in a tensor) from 0 to 2^32 - 1, element by element, to such numbers."""
     x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _BITS
+    x = (x * 0x7FEB352D) & LOW_BITS
     x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _BITS  # what int64 loses lies above 32 bits
+    x = (x * 0x846CA68B) & LOW_BITS  # what int64 loses lies above 32 bits
     return x ^ (x >> 16)
 
 
@@ -36,5 +36,17 @@ def uniform(seed: Tensor, n: Tensor, j: Tensor) -> Tensor:
     >>> uniform(torch.tensor(1), torch.tensor([0, 1]), torch.tensor(0)).tolist()
     [0.13681453466415405, 0.6813889145851135]
     """
-    bits = hash32((hash32(((seed ^ n) + 0x9E3779B9) & _BITS) + j) & _BITS) >> 9
+    bits = hash32((hash32(((seed ^ n) + 0x9E3779B9) & LOW_BITS) + j) & LOW_BITS) >> 9
     return (bits.to(torch.float32) + 0.5) * 2.0**-23
+
+
+def mix(*numbers: int) -> int:
+    """Hash integers from 0 to one of 32 bits.
+
+    >>> mix(0, 1) != mix(1, 0)
+    True
+    """
+    key = 0
+    for number in numbers:
+        key = (hash32((key ^ number) & LOW_BITS) + 0x9E3779B9) & LOW_BITS
+    return key

@@ -10,19 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from triton_sparse_rnn.gate_gradients.contract import Direction, Steps
+from triton_sparse_rnn.gate_gradients.contract import BackwardDirection, Steps
 from triton_sparse_rnn.sparse.block_matrix import GATES
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and pointwise functions."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def row_ranges(steps: Steps) -> list[tuple[int, int]]:
-    """First row and number of rows of every step, in the order in which the direction takes the steps."""
-    ranges = list(zip(steps.starts, steps.batch_sizes, strict=True))
-    return ranges[::-1] if steps.reverse else ranges
 
 
 def rows_before(states: Tensor, initial: Tensor, steps: Steps) -> Tensor:
@@ -48,7 +42,7 @@ def rows_before(states: Tensor, initial: Tensor, steps: Steps) -> Tensor:
     return torch.cat(parts)
 
 
-def lstm_gates(direction: Direction, h_before: Tensor) -> Tensor:
+def lstm_gates(direction: BackwardDirection, h_before: Tensor) -> Tensor:
     """Return i, f, g, o of every step, [N, 4, H]."""
     from_x, from_h = _gate_sums(direction, h_before)
     i, f, g, o = (from_x + from_h).unbind(1)
@@ -61,14 +55,14 @@ def lstm_cells(gates: Tensor, c0: Tensor, steps: Steps) -> Tensor:
     added = i * g
     cells = torch.empty_like(added)
     c = c0.to(gates.dtype, copy=True)
-    for first, size in row_ranges(steps):
+    for first, size in steps.ranges:
         rows = slice(first, first + size)
         c[:size] = f[rows] * c[:size] + added[rows]
         cells[rows] = c[:size]
     return cells
 
 
-def gru_gates(direction: Direction, h_before: Tensor) -> tuple[Tensor, Tensor]:
+def gru_gates(direction: BackwardDirection, h_before: Tensor) -> tuple[Tensor, Tensor]:
     """Return r, z, n of every step, [N, 3, H], and what r multiplies, W_hn h + b_hn, [N, H]."""
     from_x, from_h = _gate_sums(direction, h_before)
     r, z = (from_x[:, :2] + from_h[:, :2]).sigmoid().unbind(1)
@@ -76,7 +70,7 @@ def gru_gates(direction: Direction, h_before: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([r, z, n], dim=1), from_h[:, 2]
 
 
-def _gate_sums(direction: Direction, h_before: Tensor) -> tuple[Tensor, Tensor]:
+def _gate_sums(direction: BackwardDirection, h_before: Tensor) -> tuple[Tensor, Tensor]:
     """W_ih x + b_ih and W_hh h + b_hh, each [N, G, H]."""
     wide, G = wide_dtype(direction.x.dtype), GATES[direction.mode]
     H = direction.weight_hh.shape[0] // G

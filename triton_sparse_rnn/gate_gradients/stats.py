@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from triton_sparse_rnn.gate_gradients.contract import Direction, Needed
+from triton_sparse_rnn.gate_gradients.contract import BackwardDirection, Needed
 
 ZerosOfGates = dict[str, dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class GateGradientStats:
-    """What a layer's GateGradientSparsity did; plain numbers, read by `layer.gate_gradient_stats`.
+    """What a layer's `gate_gradient` did; plain numbers, read by `layer.gate_gradient_stats`.
 
     Directions have the names "l0", "l0_reverse", "l1" and so on, gates those of PyTorch ("i" "f" "g" "o" of an LSTM,
     "r" "z" "n" of a GRU). A gate gradient counts as zero if it is exactly 0; infinity and NaN never do. Only backward
@@ -45,7 +45,7 @@ class GateGradientStats:
     mean_redundant_macs: float
 
 
-def macs_of_training(direction: Direction, needed: Needed) -> int:
+def macs_of_training(direction: BackwardDirection, needed: Needed) -> int:
     """Return the multiply-accumulates of one training step of a direction."""
     N, I = direction.x.shape
     GH, R = direction.weight_hh.shape
@@ -55,7 +55,7 @@ def macs_of_training(direction: Direction, needed: Needed) -> int:
     return macs
 
 
-def macs_per_gate_gradient(direction: Direction, needed: Needed) -> int:
+def macs_per_gate_gradient(direction: BackwardDirection, needed: Needed) -> int:
     """Return how many multiply-accumulates have one and the same gate gradient as a factor."""
     I, R = direction.x.shape[1], direction.weight_hh.shape[1]
     return I * (needed.weight_ih + needed.x) + R * (needed.weight_hh + 1)

@@ -35,7 +35,7 @@ def fitting_log_thresholds(gates: Tensor, steps: Steps, rule: Rule, scale: Tenso
         target: 0 to 1.
 
     Returns:
-        [G] for elements, [1] for other groups; float32, from LOWEST to HIGHEST.
+        [G] for elements, [1] for blocks; float32, from LOWEST to HIGHEST.
     """
     if rule.group == "elements":
         stride = gates[:, 0].numel() // _ENOUGH * 2 + 1  # odd, for the most common batch sizes are even

@@ -22,7 +22,7 @@ from triton_sparse_rnn.sparse.layer_config import LayerConfig
 HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
 _NOT_TAKEN = {
     "_compiled_call_impl",  # of module.compile(); torch's own copies leave it out too
-    "_gate_gradient",  # for training only
+    "gate_gradient_controller",  # for training only
     "flatten_parameters",  # some libraries put nothing in its place; it changes no result
 }
 # What PersistentLayer.__init__ sets; its tensors are those of `own_tensors`.

@@ -16,7 +16,7 @@ _Operators = tuple[Callable[..., Tensor], Callable[..., Tensor]]  # inner produc
 _ENOUGH_ROWS = 256  # of inputs in all, to be worth a layout or a compilation
 
 
-def multiply(inputs: Tensor, matrix: Tensor) -> Tensor:
+def multiply_dense(inputs: Tensor, matrix: Tensor) -> Tensor:
     """Return inputs [N, K] times matrix [K, M]; N should be the same in many calls."""
     operators = _inner_product(matrix)
     if operators is None or len(inputs) < _ENOUGH_ROWS:

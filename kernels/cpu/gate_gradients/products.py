@@ -1,4 +1,4 @@
-"""Products of gate gradients with matrices, three ways: with all numbers, of the rows that are not 0, without zeros.
+"""Products of gate gradients with matrices, two ways: with all numbers, and without zeros.
 
     times(X)                 gates X               [N, 4 H] [4 H, I] -> [N, I]     the gradient of the input
     transposed_times(X, Y)   gates^T X, gates^T Y  [4 H, N] [N, I] -> [4 H, I]     those of the weights
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from triton_sparse_rnn.kernels.cpu.addresses import address_of_rows
 from triton_sparse_rnn.kernels.cpu.compilation import kernel_address
-from triton_sparse_rnn.kernels.cpu.gate_gradients.dense_products import multiply
+from triton_sparse_rnn.kernels.cpu.gate_gradients.dense_products import multiply_dense
 from triton_sparse_rnn.kernels.cpu.gate_gradients.sparse_products import (
     PANEL_COLUMNS,
     FactorFields,
@@ -35,14 +35,6 @@ _LINE_BYTES, _LINE_FLOATS = 64, 16
 _THREAD_TERMS = 1 << 26  # of a product, zeros among them, for each thread: half a millisecond at 80 % zeros
 
 
-class Products(Protocol):
-    """See the top of the file."""
-
-    def times(self, matrix: Tensor) -> Tensor: ...
-
-    def transposed_times(self, *inputs: Tensor) -> list[Tensor]: ...
-
-
 class DenseProducts:
     """With all numbers of gates [N, 4 H]."""
 
@@ -51,24 +43,10 @@ class DenseProducts:
         self._gates, self._keeps_shape = gates, keeps_shape
 
     def times(self, matrix: Tensor) -> Tensor:
-        return multiply(self._gates, matrix) if self._keeps_shape else self._gates @ matrix
+        return multiply_dense(self._gates, matrix) if self._keeps_shape else self._gates @ matrix
 
     def transposed_times(self, *inputs: Tensor) -> list[Tensor]:
         return [self._gates.t() @ each for each in inputs]
-
-
-class RowProducts:
-    """Of some rows of gates [N, 4 H], while the others are 0."""
-
-    def __init__(self, gates: Tensor, kept: Tensor) -> None:
-        """`kept` has the numbers of these rows."""
-        self._N, self._kept, self._gates = gates.shape[0], kept, gates.index_select(0, kept)
-
-    def times(self, matrix: Tensor) -> Tensor:
-        return matrix.new_zeros(self._N, matrix.shape[1]).index_copy_(0, self._kept, self._gates @ matrix)
-
-    def transposed_times(self, *inputs: Tensor) -> list[Tensor]:
-        return [self._gates.t() @ each.index_select(0, self._kept) for each in inputs]
 
 
 class SkippingProducts:

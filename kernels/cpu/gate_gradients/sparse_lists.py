@@ -23,7 +23,7 @@ from numba.core import cgutils
 from triton_sparse_rnn.kernels.cpu import target
 from triton_sparse_rnn.kernels.cpu.vector_code import FLOAT_BYTES, INT16, INT32, INT64, Index, VectorCode
 
-WIDTH = 16  # floats of a vector
+VECTOR_FLOATS = 16  # floats of a vector
 PANEL_ROW_BYTES = 256
 TILE_ROWS = 128  # 32 KB in all, which a place counts; 96 to 192 are as fast
 _START_BYTES, _PLACE_BYTES = 4, 2
@@ -52,7 +52,7 @@ def list_of(code: VectorCode, lists: Lists, sums: Index, tile: Index, number: In
 def write_lists(
     code: VectorCode, by_columns: bool, D: Index, D_bytes: Index, rows: Index, columns: Index, lists: Lists
 ) -> None:
-    """Emit what lists D, whose rows lie D_bytes apart; `code` has vectors of WIDTH floats."""
+    """Emit what lists D, whose rows lie D_bytes apart; `code` has vectors of VECTOR_FLOATS floats."""
     (_list_columns if by_columns else _list_rows)(code, D, D_bytes, rows, columns, _Writer(code, lists))
 
 
@@ -133,8 +133,8 @@ class _Writer:
         """
         whole = self.code.index(0)
         if target.vector_path() == "AVX-512":
-            whole = count - count % WIDTH
-            with self.code.loop(self.code.index(0), whole, WIDTH) as i:
+            whole = count - count % VECTOR_FLOATS
+            with self.code.loop(self.code.index(0), whole, VECTOR_FLOATS) as i:
                 if fetched:
                     fetch(self.code, source + i * FLOAT_BYTES + fetched)
                 self._append_vector(source + i * FLOAT_BYTES, i * PANEL_ROW_BYTES)
@@ -149,13 +149,13 @@ class _Writer:
         code, builder = self.code, self.code.builder
         values = code.load(source, code.index(0)).value
         kept = builder.fcmp_unordered("!=", values, values.type(None))
-        packed = code.call_llvm(f"llvm.x86.avx512.mask.compress.v{WIDTH}f32", values.type, values, values, kept)
+        packed = code.call_llvm(f"llvm.x86.avx512.mask.compress.v{VECTOR_FLOATS}f32", values.type, values, values, kept)
         code.store_elements(packed, self.lists.values, self.terms.read())
         places = (code.lane_numbers() * code.integers(PANEL_ROW_BYTES) + code.broadcast_low_bits(place)).value
-        packed = code.call_llvm(f"llvm.x86.avx512.mask.compress.v{WIDTH}i32", places.type, places, places, kept)
-        narrow = builder.trunc(packed, ir.VectorType(INT16, WIDTH))
+        packed = code.call_llvm(f"llvm.x86.avx512.mask.compress.v{VECTOR_FLOATS}i32", places.type, places, places, kept)
+        narrow = builder.trunc(packed, ir.VectorType(INT16, VECTOR_FLOATS))
         code.store_elements(narrow, self.lists.places, self.terms.read())
-        count = builder.ctpop(builder.bitcast(kept, ir.IntType(WIDTH)))
+        count = builder.ctpop(builder.bitcast(kept, ir.IntType(VECTOR_FLOATS)))
         self.terms.add(Index(builder, builder.zext(count, INT64)))
 
     def _append_number(self, source: Index, place: Index) -> None:

@@ -33,7 +33,7 @@ from numba.core import cgutils
 from triton_sparse_rnn.kernels.cpu.gate_gradients.sparse_lists import (
     PANEL_ROW_BYTES,
     TILE_ROWS,
-    WIDTH,
+    VECTOR_FLOATS,
     Lists,
     fetch,
     list_of,
@@ -43,7 +43,7 @@ from triton_sparse_rnn.kernels.cpu.gate_gradients.sparse_lists import (
 from triton_sparse_rnn.kernels.cpu.vector_code import INT16, INT64, Accumulator, Index, VectorCode
 
 PANEL_COLUMNS = PANEL_ROW_BYTES // 4
-_VECTORS = PANEL_COLUMNS // WIDTH  # 4: as many multiply-adds as one takes cycles, so that sums do not wait for them
+_VECTORS = PANEL_COLUMNS // VECTOR_FLOATS  # 4: as many multiply-adds as one takes cycles, so that sums do not wait
 _ROWS_LISTED = {False: 128, True: 2048}  # of D at a time, by rows and by columns
 _LINE_BYTES = 64
 _TILE_BYTES = TILE_ROWS * PANEL_ROW_BYTES
@@ -127,7 +127,7 @@ def lay_out_scratch(by_columns: bool, rows: int, columns: int) -> tuple[tuple[in
 
 def emit_panels(builder: Any, format: PanelFormat, address: Any, first: Any, end: Any) -> None:
     """Emit the kernel for panels first, ..., end - 1."""
-    code = VectorCode(builder, WIDTH)
+    code = VectorCode(builder, VECTOR_FLOATS)
     fields = code.fields(PanelFields, code.index(address))
     with code.loop(code.index(first), code.index(end)) as panel:
         source = _Rows(fields.X + panel * PANEL_ROW_BYTES, fields.X_bytes)
@@ -137,7 +137,7 @@ def emit_panels(builder: Any, format: PanelFormat, address: Any, first: Any, end
 
 def emit_sparse_product(builder: Any, format: SparseProductFormat, address: Any, first: Any, end: Any) -> None:
     """Emit the kernel for rows first, ..., end - 1 of D. By columns these are all that the product consists of."""
-    code = VectorCode(builder, WIDTH)
+    code = VectorCode(builder, VECTOR_FLOATS)
     fields = code.fields(SparseProductFields, code.index(address))
     lists = Lists(fields.starts, fields.values, fields.places)
     begin, stop, at_once = code.index(first), code.index(end), _ROWS_LISTED[format.by_columns]

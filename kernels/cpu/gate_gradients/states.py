@@ -5,7 +5,7 @@
 
 | tensor | shape       | dtype   |                                                                                 |
 |--------|-------------|---------|---------------------------------------------------------------------------------|
-| steps  | [T]         | int64   | read: StepFields of every step, in the order in which the direction takes them  |
+| steps  | [T]         | int64   | read: PlaceFields of every step, in the order in which the direction takes them |
 | gates  | [rows, 4 H] | float32 | read: i, f, g, o                                                                |
 | c0     | [B, H]      | float32 | read                                                                            |
 | y      | [N, H]      | float32 | read                                                                            |
@@ -28,7 +28,7 @@ WIDTH = 16  # units at a time
 INT64_BYTES = 8
 
 
-class StepFields(NamedTuple):
+class PlaceFields(NamedTuple):
     """Where the rows of a step are, in numbers of rows."""
 
     first: Any  # of N
@@ -38,7 +38,7 @@ class StepFields(NamedTuple):
     rows_before: Any  # which were in that step; the states of the others come from c0
 
 
-STEP_BYTES = INT64_BYTES * len(StepFields._fields)
+STEP_BYTES = INT64_BYTES * len(PlaceFields._fields)
 
 
 class CellFields(NamedTuple):
@@ -81,11 +81,11 @@ def emit_cells(builder: Any, format: CellFormat, address: Any, first: Any, end: 
                 part.add_to_int64(wrong.count_zeros(), fields.right)
 
 
-def load_step(code: VectorCode, steps: Index, number: Index) -> StepFields:
-    return code.fields(StepFields, steps + number * STEP_BYTES)
+def load_step(code: VectorCode, steps: Index, number: Index) -> PlaceFields:
+    return code.fields(PlaceFields, steps + number * STEP_BYTES)
 
 
-def cells_of_row(step: StepFields, row: Index, fields: Any) -> tuple[Index, Index]:
+def cells_of_row(step: PlaceFields, row: Index, fields: Any) -> tuple[Index, Index]:
     """Addresses of c after and before a step; `fields` have the units, c, c0 and c0_bytes of CellFields."""
     row_bytes = fields.units * FLOAT_BYTES
     before = fields.c + (step.before + row) * row_bytes

@@ -8,7 +8,7 @@
 
 | tensor     | shape       | dtype   |                                                                             |
 |------------|-------------|---------|-----------------------------------------------------------------------------|
-| steps      | [T]         | int64   | read: StepFields of lstm_states.py                                          |
+| steps      | [T]         | int64   | read: PlaceFields of states.py                                              |
 | activated  | [rows, 4 H] | float32 | read: i, f, g, o                                                            |
 | c, c0      | [N, H]      | float32 | read: the states after the steps, contiguous, and [B, H] before them        |
 | grad_y     | [N, H]      | float32 | read                                                                        |
@@ -18,7 +18,6 @@
 | seed       | [1]         | int64   | read: of random numbers                                                     |
 | gates      | [N, 4 H]    | float32 | written, contiguous                                                         |
 | zeros      | [4]         | int64   | added to: how many of each gate are 0                                       |
-| factors    | [N, groups] | float32 | written: of each group, in its first row, what its gates are multiplied by  |
 
 The rule and its random numbers are those of contract.py and random.py in triton_sparse_rnn/gate_gradients. Groups,
 blocks of units and rows with their four gates, take a second pass over the step.
@@ -33,7 +32,7 @@ from triton_sparse_rnn.kernels.cpu.gate_gradients.states import (
     INT64_BYTES,
     STEP_BYTES,
     WIDTH,
-    StepFields,
+    PlaceFields,
     cells_of_row,
     load_step,
 )
@@ -49,7 +48,7 @@ from triton_sparse_rnn.kernels.cpu.vector_code import (
     VectorCode,
 )
 
-GATES = 4
+LSTM_GATES = 4
 
 
 class GateGradientFields(NamedTuple):
@@ -72,7 +71,6 @@ class GateGradientFields(NamedTuple):
     group_units: Any
     gates: Any
     zeros: Any
-    factors: Any
 
 
 class GateGradientFormat(NamedTuple):
@@ -106,13 +104,13 @@ class _Place:
 
     def __init__(self, fields: GateGradientFields, row: Index, gate: Index, unit: Index):
         self.column = fields.units * gate + unit
-        self.gate = fields.gates + (fields.units * row * GATES + self.column) * FLOAT_BYTES
+        self.gate = fields.gates + (fields.units * row * LSTM_GATES + self.column) * FLOAT_BYTES
         self.zeros = fields.zeros + gate * INT64_BYTES
         self.threshold = fields.thresholds + gate * FLOAT_BYTES
 
 
 def _step_back(
-    code: VectorCode, fields: GateGradientFields, step: StepFields, row: Index, unit: Index
+    code: VectorCode, fields: GateGradientFields, step: PlaceFields, row: Index, unit: Index
 ) -> tuple[Vector, Vector, Vector, Vector]:
     """Return the gate gradients of some units, and carry dc to the step before."""
     zero, place = code.index(0), unit * FLOAT_BYTES
@@ -121,11 +119,11 @@ def _step_back(
     grad_y = fields.grad_y + (step.first + row) * fields.grad_y_bytes + place
     c_after, c_before = (c + place for c in cells_of_row(step, row, fields))
     if code.width == WIDTH:  # the rows of a step are far apart and short: the processor would ask for the next too late
-        for gate in range(GATES):
+        for gate in range(LSTM_GATES):
             code.prefetch(activated + fields.units * gate * FLOAT_BYTES + fields.activated_bytes)
         code.prefetch(c_before + fields.units * FLOAT_BYTES)
         code.prefetch(grad_y + fields.grad_y_bytes)
-    i, f, g, o = (code.load(activated + fields.units * gate * FLOAT_BYTES, zero) for gate in range(GATES))
+    i, f, g, o = (code.load(activated + fields.units * gate * FLOAT_BYTES, zero) for gate in range(LSTM_GATES))
     c = tanh(code.load(c_after, zero))
     dh = code.load(grad_y, zero) + code.load(fields.dh + carried, zero)
     dc = code.load(fields.dc + carried, zero) + dh * o * _one_minus(c * c)
@@ -162,16 +160,15 @@ def _select(
     return sizes.where("<", threshold, chosen, gates)
 
 
-def _select_groups(code: VectorCode, format: GateGradientFormat, fields: GateGradientFields, step: StepFields) -> None:
+def _select_groups(code: VectorCode, format: GateGradientFormat, fields: GateGradientFields, step: PlaceFields) -> None:
     """Make the elements of small groups zero, in all of a step."""
     one = VectorCode(code.builder, 1)
-    unit_groups = _pieces(fields.units, fields.group_units)
     with code.loop(code.index(0), _pieces(step.rows, fields.group_rows)) as row_group:
         first_row = fields.group_rows * row_group
         rows = code.smaller(fields.group_rows, step.rows - first_row)
         first_row = step.first + first_row
         random_row = _hash_row(one, fields, first_row)
-        with code.loop(code.index(0), unit_groups) as unit_group:
+        with code.loop(code.index(0), _pieces(fields.units, fields.group_units)) as unit_group:
             first_unit = fields.group_units * unit_group
             units = code.smaller(fields.group_units, fields.units - first_unit)
             squares = {part: Accumulator(part.constant(0.0)) for part in (code, one)}
@@ -179,10 +176,9 @@ def _select_groups(code: VectorCode, format: GateGradientFormat, fields: GateGra
                 gates = part.load(place.gate, part.index(0))
                 squares[part].add(gates * gates)
             total = one.total(squares[code].read()) + squares[one].read()
-            size = (total / one.broadcast_low_bits(units * rows * GATES).to_floats()).sqrt()
+            size = (total / one.broadcast_low_bits(units * rows * LSTM_GATES).to_floats()).sqrt()
             random = _uniform(random_row, one.broadcast_low_bits(unit_group))
             factor = _factor_of_group(one, format, fields, size, random)
-            one.store(factor, fields.factors, first_row * unit_groups + unit_group)
             for part, place in _places_of_group(code, one, fields, first_row, rows, first_unit, units):
                 gates = part.load(place.gate, part.index(0)) * part.spread(factor)
                 part.store(gates, place.gate, part.index(0))
@@ -203,7 +199,7 @@ def _places_of_group(
     units: Index,
 ) -> Iterator[tuple[VectorCode, _Place]]:
     """Emit the body of the `for` in loops over a group; yields what emits and where its vector is."""
-    with code.loop(first_row, first_row + rows) as row, code.loop(code.index(0), code.index(GATES)) as gate:
+    with code.loop(first_row, first_row + rows) as row, code.loop(code.index(0), code.index(LSTM_GATES)) as gate:
         for part, unit in code.vectors_of(units, one):
             yield part, _Place(fields, row, gate, first_unit + unit)
 
@@ -244,7 +240,7 @@ def make_go_back(fingerprint: str) -> Callable[..., None]:
 
         Args:
             T: steps.
-            steps, step_kernel, step_fields: addresses of StepFields, of the kernel above and of its fields.
+            steps, step_kernel, step_fields: addresses of PlaceFields, of the kernel above and of its fields.
             product_kernel, product_fields: addresses of a kernel of sparse_products.py, by rows, and of its fields, of
                 which the first is overwritten.
             gates, gates_bytes: address of the gates, and the distance between their rows.

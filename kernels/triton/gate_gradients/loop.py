@@ -1,6 +1,6 @@
 """Kernel: back-propagation through time of an LSTM whose small gate gradients become zero, all steps in one launch.
 
-Every step is that of gate_gradients.py, which has the equations and the table of tensors, and then
+Every step is that of step.py, which has the equations and the table of tensors, and then
 
     carried dh = gates W_hh
 
@@ -58,7 +58,7 @@ from torch import Tensor
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED, look, publish, wait
 from triton_sparse_rnn.kernels.triton.gate_gradients.step import (
     Saved,
-    Tile,
+    StepTile,
     Zeroing,
     back_through_step,
     count_zeros,
@@ -238,7 +238,7 @@ def gate_gradient_steps(
 def launch_steps(
     saved: Saved,
     zeroing: Zeroing,
-    tile: Tile,
+    tile: StepTile,
     *,
     weight: Tensor,
     scratch: Tensor | None,

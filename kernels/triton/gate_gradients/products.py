@@ -5,7 +5,7 @@
 
 | tensor      | shape            | dtype          |                                                                  |
 |-------------|------------------|----------------|------------------------------------------------------------------|
-| kept        | [R, T, C + 1, 1] | int32          | read: as gate_gradients.py leaves it                             |
+| kept        | [R, T, C + 1, 1] | int32          | read: as step.py leaves it                                       |
 | gates       | [N, 4, H]        | f32, f16, bf16 | read                                                             |
 | x           | [N, I]           | dtype of gates | read; rows `stride_x` apart                                      |
 | weight      | [4, H, I]        | dtype of gates | read; rows of units `stride_weight` apart                        |
@@ -32,11 +32,11 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
-from triton_sparse_rnn.kernels.triton.gate_gradients.step import Tile
+from triton_sparse_rnn.kernels.triton.gate_gradients.step import StepTile
 from triton_sparse_rnn.kernels.triton.steps import start_of
 from triton_sparse_rnn.kernels.triton.tiles import MOST_REGISTERS
 
-KEPT = tl.constexpr(0x3F800000)  # the bits of 1.0; what has not run holds others
+KEPT_BITS = tl.constexpr(0x3F800000)  # the bits of 1.0; what has not run holds others
 STAGES = 3  # loads under way at a time. With all below, not yet measured on a GPU
 BLOCK_I = {"tf32": 128, "tf32x3": 32}  # columns of a program, by precision
 BLOCK_K = 32  # rows that are multiplied at a time
@@ -50,7 +50,7 @@ class Kept(NamedTuple):
     gates: Tensor
     kept: Tensor
     starts: Tensor | None
-    tile: Tile
+    tile: StepTile
     B: int
 
 
@@ -80,7 +80,7 @@ def list_rows(
         t = tl.minimum(entry, R * T - 1) % T
         first_row = tl.minimum(entry, R * T - 1) // T * ROWS
         size = tl.minimum(tl.maximum(rows_of(t, T, starts_ptr, N, B, RAGGED) - first_row, 0), ROWS).to(tl.int32)
-        size = tl.where(words == KEPT, size, 0)
+        size = tl.where(words == KEPT_BITS, size, 0)
         place = count + tl.cumsum(size, axis=0) - size
         row = (start_of(t, T, starts_ptr, B, RAGGED) + first_row).to(tl.int32)
         tl.store(list_ptr + place[:, None] + inner, row[:, None] + inner, mask=inner < size[:, None])
@@ -95,7 +95,7 @@ def list_chunks(kept_ptr, list_ptr, counts_ptr, C, BLOCK: tl.constexpr):
     count = 0
     for first in range(0, C, BLOCK):
         chunk = first + tl.arange(0, BLOCK)
-        is_kept = tl.load(kept_ptr + rows * (C + 1) + chunk, mask=chunk < C, other=0) == KEPT
+        is_kept = tl.load(kept_ptr + rows * (C + 1) + chunk, mask=chunk < C, other=0) == KEPT_BITS
         place = count + tl.cumsum(is_kept.to(tl.int32), axis=0) - 1
         tl.store(list_ptr + rows * C + place, chunk, mask=is_kept)
         count += tl.sum(is_kept.to(tl.int32), axis=0)

@@ -59,7 +59,7 @@ class Zeroing(NamedTuple):
     rows: int = 1
 
 
-class Tile(NamedTuple):
+class StepTile(NamedTuple):
     """What a program takes, as kernels are compiled for it; all are powers of two."""
 
     rows: int
@@ -310,7 +310,7 @@ def gate_gradient_step(
     publish(kept_ptr + chunk, kept_chunks(gates, active, CHUNK), chunk < chunks)
 
 
-def launch_step(saved: Saved, zeroing: Zeroing, tile: Tile, t: int, T: int, *, reverse: bool) -> None:
+def launch_step(saved: Saved, zeroing: Zeroing, tile: StepTile, t: int, T: int, *, reverse: bool) -> None:
     """Go back through step t of T; the tensors are those at the top of the file, contiguous but for grad_y.
 
     Args:

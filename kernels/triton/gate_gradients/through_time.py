@@ -16,7 +16,7 @@ from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED, new_exchange
 from triton_sparse_rnn.kernels.triton.gate_gradients.loop import launch_steps
-from triton_sparse_rnn.kernels.triton.gate_gradients.step import BLOCKS, Saved, Tile, Zeroing, launch_step
+from triton_sparse_rnn.kernels.triton.gate_gradients.step import BLOCKS, Saved, StepTile, Zeroing, launch_step
 from triton_sparse_rnn.kernels.triton.time_loop import SPIN_LIMIT, device_limits, new_status, programs_per_sm
 
 LARGEST_BLOCK = 1024  # units x rows of a tile: what more of them take in registers does not fit
@@ -25,7 +25,7 @@ _SIZES = (16, 32, 64)  # of a tile, either way: tl.dot takes no less than 16
 _capacities: dict[Any, int] = {}  # programs that are resident at a time, by how the kernel was compiled
 
 
-def choose_tile(hidden_size: int, batch_size: int, zeroing: Zeroing, itemsize: int, sms: int) -> Tile:
+def choose_step_tile(hidden_size: int, batch_size: int, zeroing: Zeroing, itemsize: int, sms: int) -> StepTile:
     """Return the tile with which a program reads least in a step, if all programs are resident at once.
 
     If that is so of none, the tile with the fewest programs. With blocks, a tile has one of them in the batch's axis,
@@ -45,9 +45,9 @@ def choose_tile(hidden_size: int, batch_size: int, zeroing: Zeroing, itemsize: i
                 continue
             narrow = itemsize == 4 or (zeroing.group == BLOCKS.value and zeroing.units <= 16)
             chunk = 16 if narrow else min(units, 32)
-            tiles.append(Tile(rows, units, chunk, num_warps=4 if rows * units == 256 else 8))
+            tiles.append(StepTile(rows, units, chunk, num_warps=4 if rows * units == 256 else 8))
 
-    def programs(tile: Tile) -> int:
+    def programs(tile: StepTile) -> int:
         return -(-hidden_size // tile.units) * -(-batch_size // tile.rows)
 
     fitting = [tile for tile in tiles if programs(tile) <= sms]
@@ -56,17 +56,17 @@ def choose_tile(hidden_size: int, batch_size: int, zeroing: Zeroing, itemsize: i
     return min(tiles, key=programs)
 
 
-def new_kept(tile: Tile, hidden_size: int, batch_size: int, T: int, device: torch.device) -> Tensor:
-    """Return the tensor `kept` of gate_gradients.py, filled for an exchange."""
+def new_kept(tile: StepTile, hidden_size: int, batch_size: int, T: int, device: torch.device) -> Tensor:
+    """Return the tensor `kept` of step.py, filled for an exchange."""
     return new_exchange(-(-batch_size // tile.rows), T - 1, -(-hidden_size // tile.chunk), 1, device)
 
 
-class TimeLoop(NamedTuple):
+class BackwardLoop(NamedTuple):
     """The time loop of one direction.
 
     Attributes:
         zeroing: what becomes zero.
-        tile: of choose_tile.
+        tile: of choose_step_tile.
         skips: whether chunks that became zero are left out of the product.
         batch_sizes: rows of every step.
         reverse: whether the direction goes, forward, from the last step to the first.
@@ -75,7 +75,7 @@ class TimeLoop(NamedTuple):
     """
 
     zeroing: Zeroing
-    tile: Tile
+    tile: StepTile
     skips: bool
     batch_sizes: tuple[int, ...]
     reverse: bool

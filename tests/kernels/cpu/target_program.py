@@ -10,7 +10,7 @@ import torch
 from cpu_layers import Layer, assert_as_accurate_as_torch
 
 from triton_sparse_rnn.gate_gradients.backends import cpu, reference
-from triton_sparse_rnn.gate_gradients.contract import Arriving, Direction, Needed, Rule, Steps
+from triton_sparse_rnn.gate_gradients.contract import Arriving, BackwardDirection, Decision, Needed, Rule, Steps
 from triton_sparse_rnn.kernels.cpu import target
 from triton_sparse_rnn.ops.backends.reference import recurrent_layer
 
@@ -46,12 +46,12 @@ def check_backward(rule: Rule) -> None:
     N, B = sum(sizes), sizes[0]
     x, y, h0, c0 = (torch.randn(rows, size).tanh() for rows, size in ((N, I), (N, H), (B, H), (B, H)))
     weights = (torch.randn(4 * H, I) / I, torch.randn(4 * H, H) / H, torch.randn(4 * H), torch.randn(4 * H))
-    direction = Direction("LSTM", Steps(sizes, True), x, y, h0, c0, *weights, weight_hr=None, workspace=None)
+    direction = BackwardDirection("LSTM", Steps(sizes, True), x, y, h0, c0, *weights, weight_hr=None, workspace=None)
     arriving = Arriving(torch.randn(N, H), torch.randn(B, H), torch.randn(B, H))
     thresholds = torch.full((4 if rule.group == "elements" else 1,), 0.3)
-    call = (direction, arriving, rule, thresholds, torch.tensor([5]), Needed(True, True, True, True, False))
-    ours = cpu.direction_gradients(*call, likely_zeros=0.9, keep_gates=True)
-    expected = reference.direction_gradients(*call, likely_zeros=0.9, keep_gates=True)
+    decision = Decision(rule, thresholds, torch.tensor([5]), likely_zeros=0.9, keep_gates=True)
+    call = (direction, arriving, Needed(True, True, True, True, False), decision)
+    ours, expected = cpu.direction_gradients(*call), reference.direction_gradients(*call)
     assert ours.zeros.sum() > 2 * N * H
     for gradient, right in zip(ours, expected, strict=True):
         torch.testing.assert_close(gradient, right, rtol=1e-5, atol=2e-5)

@@ -10,8 +10,8 @@ import torch
 
 from triton_sparse_rnn.kernels.cpu import addresses
 from triton_sparse_rnn.kernels.cpu.addresses import address_of, address_of_rows
-from triton_sparse_rnn.kernels.cpu.gate_gradients.launcher import GateGradients, lstm_cells, place_steps
 from triton_sparse_rnn.kernels.cpu.gate_gradients.step import GateGradientFormat
+from triton_sparse_rnn.kernels.cpu.gate_gradients.through_time import GateGradients, lstm_cells, place_steps
 from triton_sparse_rnn.kernels.cpu.recurrent_layer import RecurrentLayer
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.layer_weights import LayerWeights

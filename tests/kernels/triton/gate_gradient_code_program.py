@@ -27,7 +27,7 @@ from triton_sparse_rnn.kernels.triton.gate_gradients.products import STAGES as P
 from triton_sparse_rnn.kernels.triton.gate_gradients.states import BLOCK, lstm_states
 from triton_sparse_rnn.kernels.triton.gate_gradients.states import STAGES as STATE_STAGES
 from triton_sparse_rnn.kernels.triton.gate_gradients.step import BLOCKS, DENSE, ELEMENTS, Zeroing, gate_gradient_step
-from triton_sparse_rnn.kernels.triton.gate_gradients.through_time import choose_tile
+from triton_sparse_rnn.kernels.triton.gate_gradients.through_time import choose_step_tile
 from triton_sparse_rnn.kernels.triton.tiles import H200
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -88,7 +88,7 @@ def ways_of_the_loop(dtype, everything):
         zeroings += [Zeroing(BLOCKS.value, True, 16, 64), Zeroing(BLOCKS.value, False, 4, 2)]
         sizes = list(itertools.product((256, 512, 1024, 2048, 8192), (1, 16, 64, 256)))
     for zeroing in zeroings:
-        tiles = dict.fromkeys(choose_tile(H, B, zeroing, BYTES[dtype], H200.sms) for H, B in sizes)
+        tiles = dict.fromkeys(choose_step_tile(H, B, zeroing, BYTES[dtype], H200.sms) for H, B in sizes)
         for tile, precision, ragged in itertools.product(tiles, precisions, (True, False) if everything else (True,)):
             yield zeroing, tile, precision, ragged
 
@@ -114,13 +114,13 @@ def examine_others(arch, dtype, everything) -> dict[str, list[str]]:
     """The kernels beside the loop, ragged: for a rectangle they do less."""
     found = {}
     zeroing = Zeroing(BLOCKS.value, True, 16, 16)
-    tile = choose_tile(2048, 64, zeroing, BYTES[dtype], H200.sms)
+    tile = choose_step_tile(2048, 64, zeroing, BYTES[dtype], H200.sms)
     kernels = {
         "step": (gate_gradient_step, step_constants(zeroing, tile, True), tile.num_warps),
         "states": (lstm_states, {"REVERSE": True, "RAGGED": True, "BLOCK": BLOCK, "STAGES": STATE_STAGES}, 1),
     }
     for units, rows in ((16, 16), (32, 32), (16, 64)) if everything else ((16, 16),):
-        tile = choose_tile(2048, 64, Zeroing(BLOCKS.value, True, units, rows), BYTES[dtype], H200.sms)
+        tile = choose_step_tile(2048, 64, Zeroing(BLOCKS.value, True, units, rows), BYTES[dtype], H200.sms)
         lists = {"ROWS": tile.rows, "RAGGED": True, "BLOCK": ROWS_AT_A_TIME // tile.rows}
         product = {"CHUNK": tile.chunk, "PORTABLE": False}
         kernels[f"list of rows, {tile}"] = list_rows, lists, 4

@@ -10,7 +10,15 @@ from gpu_device import DEVICE
 from torch import Tensor
 
 from triton_sparse_rnn.gate_gradients.backends import reference, triton
-from triton_sparse_rnn.gate_gradients.contract import Arriving, Direction, Gradients, Needed, Rule, Steps
+from triton_sparse_rnn.gate_gradients.contract import (
+    Arriving,
+    BackwardDirection,
+    Decision,
+    Gradients,
+    Needed,
+    Rule,
+    Steps,
+)
 
 ALL = Needed(x=True, weight_ih=True, weight_hh=True, bias=True, weight_hr=False)
 SEED = 12345
@@ -32,7 +40,7 @@ class Layer:
             return torch.randn(*shape).to(DEVICE, dtype)
 
         N, B = sum(batch_sizes), batch_sizes[0]
-        self.direction = Direction(
+        self.direction = BackwardDirection(
             mode="LSTM",
             steps=Steps(tuple(batch_sizes), reverse),
             x=random(N, I),
@@ -60,8 +68,9 @@ class Layer:
     def _by(self, backward: Any, direction: Any, arriving: Any, rule: Rule, thresholds: Any, options: Any) -> Gradients:
         theta = None if thresholds is None else torch.tensor(thresholds, device=DEVICE)
         seed = torch.tensor([SEED], device=DEVICE)
-        options = {"needed": ALL, "likely_zeros": 0.0, "keep_gates": True, **options}
-        return backward(direction, arriving, rule, theta, seed, **options)
+        settings = {"keep_gates": True, **options}
+        needed = settings.pop("needed", ALL)
+        return backward(direction, arriving, needed, Decision(rule, theta, seed, **settings))
 
 
 def _to(dtype: torch.dtype, tensors: Any) -> Any:

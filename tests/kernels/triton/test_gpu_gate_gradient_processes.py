@@ -34,7 +34,7 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> InProcesses:
     torch.manual_seed(0)
     in_processes = InProcesses(gate_gradient_loop.gate_gradient_steps)
     monkeypatch.setattr(gate_gradient_loop, "gate_gradient_steps", in_processes)
-    monkeypatch.setattr(gate_gradient_time.TimeLoop, "_capacity", lambda *arguments: 100)
+    monkeypatch.setattr(gate_gradient_time.BackwardLoop, "_capacity", lambda *arguments: 100)
     gate_gradient_time.status_of(torch.device("cpu")).zero_()
     return in_processes
 

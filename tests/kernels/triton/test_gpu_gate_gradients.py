@@ -17,7 +17,7 @@ from triton_sparse_rnn.gate_gradients.backends import triton as backend
 from triton_sparse_rnn.gate_gradients.contract import Needed, Rule
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 from triton_sparse_rnn.kernels.triton.gate_gradients.step import BLOCKS, DENSE, ELEMENTS, Zeroing, uniform
-from triton_sparse_rnn.kernels.triton.gate_gradients.through_time import LARGEST_BLOCK, choose_tile
+from triton_sparse_rnn.kernels.triton.gate_gradients.through_time import LARGEST_BLOCK, choose_step_tile
 
 SMALL, SAMPLE = Rule("small"), Rule("sample")
 BY_GATE = [0.3, 0.2, 0.6, 0.1]
@@ -182,19 +182,17 @@ def test_tiles_hold_blocks_and_are_resident_where_any_is(group: int, itemsize: i
     for H in (1, 100, 256, 1024, 2048, 8192):
         for B in (1, 16, 33, 64, 500):
             for units, rows in ((1, 1), (16, 16), (64, 16), (16, 64)) if group == BLOCKS.value else ((1, 1),):
-                tile = choose_tile(H, B, Zeroing(group, False, units, rows), itemsize, 132)
+                tile = choose_step_tile(H, B, Zeroing(group, False, units, rows), itemsize, 132)
                 assert tile.rows % rows == tile.units % units == tile.units % tile.chunk == 0
                 assert tile.rows * tile.units <= LARGEST_BLOCK
                 assert group != BLOCKS.value or tile.rows == max(16, rows)
-    assert choose_tile(1024, 64, Zeroing(BLOCKS.value, True, 16, 16), 2, 132).units == 32
-    assert choose_tile(2048, 64, Zeroing(ELEMENTS.value), 2, 132)[:2] == (32, 32)
+    assert choose_step_tile(1024, 64, Zeroing(BLOCKS.value, True, 16, 16), 2, 132).units == 32
+    assert choose_step_tile(2048, 64, Zeroing(ELEMENTS.value), 2, 132)[:2] == (32, 32)
 
 
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        (Rule("top"), "rule 'top' would have all programs wait"),
-        (Rule(group="rows"), "whole rows are judged by all programs together"),
         (blocks("small", 12, 16), "blocks of 12 units x 16 rows are not those it can run"),
         (blocks("small", 128, 1), "blocks of 128 units x 1 rows"),
         (blocks("small", 64, 32), "blocks of 64 units x 32 rows"),

@@ -8,19 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triton_sparse_rnn.gate_gradients.contract import Arriving, Direction, Gradients, Needed, Rule
+from triton_sparse_rnn.gate_gradients.contract import Arriving, BackwardDirection, Decision, Gradients, Needed, Rule
 from triton_sparse_rnn.gate_gradients.states import lstm_gates, rows_before
 
 if TYPE_CHECKING:  # these need numba
-    from triton_sparse_rnn.kernels.cpu.gate_gradients.launcher import GateGradients
-    from triton_sparse_rnn.kernels.cpu.gate_gradients.products import Products
+    from triton_sparse_rnn.kernels.cpu.gate_gradients.products import DenseProducts, SkippingProducts
+    from triton_sparse_rnn.kernels.cpu.gate_gradients.through_time import GateGradients
 
 # Of an AMD Zen4, on as many threads:
 SKIPPING_FROM = 0.3  # of zeros: from there on products without them are faster than dense ones
 _LEAST_TIME = 0.1  # of a dense product, which one takes even if nearly all are zeros
 
 
-def unsupported_reason(direction: Direction, rule: Rule) -> str | None:
+def unsupported_reason(direction: BackwardDirection, rule: Rule) -> str | None:
     """Why the kernels cannot run this backward; None if they can."""
     x = direction.x
     if not x.is_cpu:
@@ -31,45 +31,33 @@ def unsupported_reason(direction: Direction, rule: Rule) -> str | None:
         return f"it computes in torch.float32, the layer's dtype is {x.dtype}"
     if direction.weight_hr is not None:
         return "it does not run an LSTM with proj_size"
-    if rule.selection not in ("small", "sample"):
-        return f"it does not select {rule.selection!r} gate gradients"
     return None
 
 
 def direction_gradients(
-    direction: Direction,
-    arriving: Arriving,
-    rule: Rule,
-    thresholds: Tensor | None,
-    seed: Tensor,
-    needed: Needed,
-    *,
-    likely_zeros: float,
-    keep_gates: bool,
+    direction: BackwardDirection, arriving: Arriving, needed: Needed, decision: Decision
 ) -> Gradients:
-    """Go back through time; see `contract.Backward`."""
-    from triton_sparse_rnn.kernels.cpu.gate_gradients.launcher import GateGradients
+    """Go back through time; see `contract.Backend`."""
     from triton_sparse_rnn.kernels.cpu.gate_gradients.step import GateGradientFormat
+    from triton_sparse_rnn.kernels.cpu.gate_gradients.through_time import GateGradients
 
     assert direction.c0 is not None
     assert arriving.c is not None
+    rule, thresholds, seed, likely_zeros, keep_gates = decision
     h_before = rows_before(direction.y, direction.h0, direction.steps)
     steps, activated, c = _states(direction, h_before)
     N, H = c.shape
-    kernel, group = GateGradientFormat("all"), (1, 1)
+    kernel = GateGradientFormat("all")
     if thresholds is not None:
-        kernel = GateGradientFormat(rule.selection, grouped=rule.group != "elements")
-        group = (1, H) if rule.group == "rows" else (rule.rows, rule.units)
-    back = GateGradients(
-        kernel, steps, activated, c, direction.c0, arriving.y, arriving.h, arriving.c, thresholds, seed, group
-    )
-    keeps_rows = thresholds is not None and rule.group == "rows"
-    if _skipping_pays(likely_zeros, torch.get_num_threads()) and not keeps_rows:
+        kernel = GateGradientFormat(rule.selection, grouped=rule.group == "blocks")
+    grads, block = (arriving.y, arriving.h, arriving.c), (rule.rows, rule.units)
+    back = GateGradients(kernel, steps, activated, c, direction.c0, *grads, thresholds, seed, block)
+    if _skipping_pays(likely_zeros, torch.get_num_threads()):
         back.go_back_skipping(direction.weight_hh)
     else:
         back.go_back(direction.weight_hh)
 
-    gates, products = back.gates, _products(back, direction, keeps_rows)
+    gates, products = back.gates, _products(back, direction)
     inputs = {"weight_ih": direction.x, "weight_hh": h_before}
     inputs = {name: rows for name, rows in inputs.items() if getattr(needed, name)}
     weights = dict(zip(inputs, products.transposed_times(*inputs.values()), strict=True))
@@ -88,13 +76,11 @@ def direction_gradients(
     )
 
 
-def _products(back: GateGradients, direction: Direction, keeps_rows: bool) -> Products:
+def _products(back: GateGradients, direction: BackwardDirection) -> DenseProducts | SkippingProducts:
     """Return the fastest way to multiply the gates of all steps."""
-    from triton_sparse_rnn.kernels.cpu.gate_gradients.products import DenseProducts, RowProducts, SkippingProducts
+    from triton_sparse_rnn.kernels.cpu.gate_gradients.products import DenseProducts, SkippingProducts
 
     gates, zeros, threads = back.gates, back.zeros.sum().item(), torch.get_num_threads()
-    if keeps_rows:
-        return RowProducts(gates, back.kept_rows(0, len(gates)))
     skipping = SkippingProducts(gates, threads)
     more_threads = threads / skipping.threads_for(direction.x.shape[1])
     if zeros > 0 and _skipping_pays(zeros / gates.numel(), more_threads):
@@ -111,9 +97,9 @@ def _skipping_pays(zeros: float, more_threads: float) -> bool:
     return time * more_threads <= 1
 
 
-def _states(direction: Direction, h_before: Tensor) -> tuple[np.ndarray, Tensor, Tensor]:
+def _states(direction: BackwardDirection, h_before: Tensor) -> tuple[np.ndarray, Tensor, Tensor]:
     """Return StepFields, activated gates [rows, 4 H] and c [N, H]: with the gates that forward kept, if it did."""
-    from triton_sparse_rnn.kernels.cpu.gate_gradients.launcher import lstm_cells, place_steps
+    from triton_sparse_rnn.kernels.cpu.gate_gradients.through_time import lstm_cells, place_steps
 
     assert direction.c0 is not None
     (sizes, reverse), y = direction.steps, direction.y
@@ -128,7 +114,7 @@ def _states(direction: Direction, h_before: Tensor) -> tuple[np.ndarray, Tensor,
     return steps, gates, lstm_cells(steps, gates, direction.c0, y)[0]
 
 
-def _saved_gates(direction: Direction) -> Tensor | None:
+def _saved_gates(direction: BackwardDirection) -> Tensor | None:
     """Return where oneDNN 3 keeps i, f, g, o of every row, [N, 4 H], in the order in which it takes the steps.
 
     That is written down nowhere, so `lstm_cells` must find it right.

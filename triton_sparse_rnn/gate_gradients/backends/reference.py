@@ -20,13 +20,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from triton_sparse_rnn.gate_gradients.contract import Arriving, Direction, Gradients, Needed, Rule, Steps
+from triton_sparse_rnn.gate_gradients.contract import (
+    Arriving,
+    BackwardDirection,
+    Decision,
+    Gradients,
+    Needed,
+    Rule,
+    Steps,
+)
 from triton_sparse_rnn.gate_gradients.random import uniform
 from triton_sparse_rnn.gate_gradients.states import (
     gru_gates,
     lstm_cells,
     lstm_gates,
-    row_ranges,
     rows_before,
     wide_dtype,
 )
@@ -34,21 +41,17 @@ from triton_sparse_rnn.gate_gradients.states import (
 ZeroSmall = Callable[[Tensor, int], Tensor]  # gate gradients of a step [B_t, G, H] and its first row -> the same
 
 
+def unsupported_reason(direction: BackwardDirection, rule: Rule) -> None:
+    """None: it runs all there is."""
+
+
 def direction_gradients(
-    direction: Direction,
-    arriving: Arriving,
-    rule: Rule,
-    thresholds: Tensor | None,
-    seed: Tensor,
-    needed: Needed,
-    *,
-    likely_zeros: float,
-    keep_gates: bool,
+    direction: BackwardDirection, arriving: Arriving, needed: Needed, decision: Decision
 ) -> Gradients:
-    """Go back through time; see `contract.Backward`. Products are always dense."""
+    """Go back through time; see `contract.Backend`. Products are always dense."""
 
     def zero_small(gates: Tensor, first_row: int) -> Tensor:
-        return apply_rule(gates, first_row, rule, thresholds, seed)
+        return apply_rule(gates, first_row, decision.rule, decision.thresholds, decision.seed)
 
     h_before = rows_before(direction.y, direction.h0, direction.steps)
     if direction.mode == "LSTM":
@@ -69,12 +72,12 @@ def direction_gradients(
         bias_hh=hidden_rows.sum(0) if needs_bias else None,
         weight_hr=weight_hr if needed.weight_hr else None,
         zeros=(gates == 0).sum((0, 2)),
-        gates=gates if keep_gates else None,
+        gates=gates if decision.keep_gates else None,
     )
 
 
 def _lstm_through_time(
-    direction: Direction, arriving: Arriving, h_before: Tensor, zero_small: ZeroSmall
+    direction: BackwardDirection, arriving: Arriving, h_before: Tensor, zero_small: ZeroSmall
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the gradients of the linear gates [N, 4, H], of h0 and c0, and with proj_size of weight_hr."""
     steps, weight_hr, dtype = direction.steps, direction.weight_hr, direction.x.dtype
@@ -91,7 +94,7 @@ def _lstm_through_time(
     gates = torch.empty_like(activated, dtype=dtype)
     output_grads = torch.empty_like(direction.y)  # filled with proj_size only
     dh, dc = arriving.h.to(wide, copy=True), arriving.c.to(wide, copy=True)
-    for first, size in reversed(row_ranges(steps)):
+    for first, size in reversed(steps.ranges):
         rows = slice(first, first + size)
         step_dh = dh[:size] + arriving.y[rows]
         if weight_hr is not None:
@@ -107,7 +110,7 @@ def _lstm_through_time(
 
 
 def _gru_through_time(
-    direction: Direction, arriving: Arriving, h_before: Tensor, zero_small: ZeroSmall
+    direction: BackwardDirection, arriving: Arriving, h_before: Tensor, zero_small: ZeroSmall
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the linear gates and of W_hh h + b_hh, each [N, 3, H], and of h0."""
     steps, dtype = direction.steps, direction.x.dtype
@@ -119,7 +122,7 @@ def _gru_through_time(
     gates = torch.empty_like(activated, dtype=dtype)
     hidden_gates = torch.empty_like(gates)
     dh = arriving.h.to(activated.dtype, copy=True)
-    for first, size in reversed(row_ranges(steps)):
+    for first, size in reversed(steps.ranges):
         rows = slice(first, first + size)
         step_dh = dh[:size] + arriving.y[rows]
         gates[rows] = zero_small(step_dh[:, None] * gates_by_h[rows], first)
@@ -135,12 +138,10 @@ def apply_rule(gates: Tensor, first_row: int, rule: Rule, thresholds: Tensor | N
     Args:
         gates: [B_t, G, H], float32 or float64.
         first_row: where the step starts among all rows, for `random.uniform`.
-        rule, thresholds, seed: see `contract.Backward`.
+        rule, thresholds, seed: see `contract.Decision`.
     Returns:
         [B_t, G, H], of the dtype of gates.
     """
-    if rule.selection == "top":
-        return gates.where(_spread(_largest(_step_sizes(gates, rule), rule), gates, rule), 0)
     if thresholds is None:
         return gates
     sizes = _step_sizes(gates, rule)
@@ -163,7 +164,7 @@ def group_sizes(gates: Tensor, steps: Steps, rule: Rule) -> Tensor:
         rule: its groups.
     Returns:
         float32, or float64 for such gates. elements: [N, G, H]. blocks: [blocks of rows, ceil(H / units)], of all steps
-        one behind the other. rows: [N, 1].
+        one behind the other.
     """
     return torch.cat([_step_sizes(step, rule) for step in gates.split(list(steps.batch_sizes))])
 
@@ -173,8 +174,6 @@ def _step_sizes(gates: Tensor, rule: Rule) -> Tensor:
     gates = gates.to(wide_dtype(gates.dtype))
     if rule.group == "elements":
         return gates.abs()
-    if rule.group == "rows":
-        return gates.square().mean((1, 2))[:, None].sqrt()
     B, G, H = gates.shape
     rows, units = min(B, rule.rows), min(H, rule.units)
     squares = F.pad(gates.square().sum(1), (0, -H % units, 0, -B % rows))
@@ -192,29 +191,17 @@ def _spread(values: Tensor, gates: Tensor, rule: Rule) -> Tensor:
     """Give each gate gradient of a step what its group has: [groups...] -> what broadcasts to [B_t, G, H]."""
     if rule.group == "elements":
         return values
-    if rule.group == "blocks":
-        B, _, H = gates.shape
-        values = values.repeat_interleave(min(B, rule.rows), dim=0)[:B]
-        values = values.repeat_interleave(min(H, rule.units), dim=1)[:, :H]
-    return values[:, None]
-
-
-def _largest(sizes: Tensor, rule: Rule) -> Tensor:
-    """Where the groups of a step are that rule "top" keeps."""
-    ranked = sizes if rule.group == "blocks" else sizes.reshape(1, -1)
-    groups = ranked.shape[1]
-    chosen = ranked.topk(min(groups, max(1, round(rule.keep * groups))), dim=1).indices
-    kept = torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, chosen, True)
-    return kept.view_as(sizes) | ~sizes.isfinite()
+    B, _, H = gates.shape
+    values = values.repeat_interleave(min(B, rule.rows), dim=0)[:B]
+    return values.repeat_interleave(min(H, rule.units), dim=1)[:, None, :H]
 
 
 def _random_numbers(gates: Tensor, first_row: int, rule: Rule, seed: Tensor) -> Tensor:
     """The numbers u of all groups of a step, of the shape of `_step_sizes`."""
     B, G, H = gates.shape
-    rows, units = (rule.rows, rule.units) if rule.group == "blocks" else (1, 1)
     like = {"dtype": torch.int64, "device": gates.device}
-    n = first_row + torch.arange(0, B, rows, **like)[:, None]
     if rule.group == "elements":
+        n = first_row + torch.arange(B, **like)[:, None]
         return uniform(seed, n, torch.arange(G * H, **like)).view(B, G, H)
-    groups = 1 if rule.group == "rows" else -(-H // units)
-    return uniform(seed, n, torch.arange(groups, **like))
+    n = first_row + torch.arange(0, B, rule.rows, **like)[:, None]
+    return uniform(seed, n, torch.arange(-(-H // rule.units), **like))

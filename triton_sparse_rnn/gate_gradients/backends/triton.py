@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from triton_sparse_rnn.gate_gradients.contract import Arriving, Direction, Gradients, Needed, Rule, Steps
+from triton_sparse_rnn.gate_gradients.contract import (
+    Arriving,
+    BackwardDirection,
+    Decision,
+    Gradients,
+    Needed,
+    Rule,
+    Steps,
+)
 from triton_sparse_rnn.gate_gradients.states import rows_before
 from triton_sparse_rnn.ops.backends import triton
 
@@ -38,7 +46,7 @@ _MOST_ROWS = 64  # of a block, and most units
 _setting = threading.Lock()  # torch's setting is the whole process's
 
 
-def unsupported_reason(direction: Direction, rule: Rule) -> str | None:
+def unsupported_reason(direction: BackwardDirection, rule: Rule) -> str | None:
     """Why the kernels cannot run this backward, where Triton can run at all; None if they can."""
     from triton_sparse_rnn.kernels.triton.gate_gradients.through_time import LARGEST_BLOCK
 
@@ -48,10 +56,6 @@ def unsupported_reason(direction: Direction, rule: Rule) -> str | None:
         return f"its kernels are those of an LSTM, and this is a {direction.mode}"
     if direction.weight_hr is not None:
         return "the layer has proj_size, which would take two exchanges between programs at every step, not one"
-    if rule.selection == "top":
-        return "rule 'top' would have all programs wait for each other to compare sizes; 'sample' and 'small' do not"
-    if rule.group == "rows":
-        return "whole rows are judged by all programs together; structure 'blocks' is what a GPU can skip"
     if rule.group == "blocks":
         sizes = rule.units, rule.rows
         if any(size > _MOST_ROWS or size & (size - 1) for size in sizes) or rule.units * rule.rows > LARGEST_BLOCK:
@@ -63,17 +67,9 @@ def unsupported_reason(direction: Direction, rule: Rule) -> str | None:
 
 
 def direction_gradients(
-    direction: Direction,
-    arriving: Arriving,
-    rule: Rule,
-    thresholds: Tensor | None,
-    seed: Tensor,
-    needed: Needed,
-    *,
-    likely_zeros: float,
-    keep_gates: bool,
+    direction: BackwardDirection, arriving: Arriving, needed: Needed, decision: Decision
 ) -> Gradients:
-    """Go back through time; see `contract.Backward`. There is at least one row.
+    """Go back through time; see `contract.Backend`.
 
     Raises:
         RuntimeError: in an earlier call a program waited in vain; its gradients were NaN.
@@ -86,9 +82,9 @@ def direction_gradients(
     raise_if_failed(device)
     with on(device), precision_of_cudnn(direction.x) as precision:
         h_before = rows_before(direction.y, direction.h0, direction.steps)
-        saved, found = _through_time(direction, arriving, h_before, rule, thresholds, seed, precision)
+        saved, found = _through_time(direction, arriving, h_before, decision, precision)
         rows = saved.gates.flatten(1)
-        zeros_from_blocks = likely_zeros if rule.group == "blocks" and thresholds is not None else 0.0
+        zeros_from_blocks = decision.likely_zeros if _in_blocks(decision) else 0.0
         inputs = [direction.x] * needed.weight_ih + [h_before] * needed.weight_hh
         if zeros_from_blocks >= WEIGHT_PRODUCTS_SKIP_FROM:
             by_weight = weight_gradients(found, inputs, precision)
@@ -110,24 +106,22 @@ def direction_gradients(
         bias_hh=None if bias is None else bias.clone(),
         weight_hr=None,
         zeros=saved.zeros,
-        gates=saved.gates if keep_gates else None,
+        gates=saved.gates if decision.keep_gates else None,
     )
 
 
 def _through_time(
-    direction: Direction,
+    direction: BackwardDirection,
     arriving: Arriving,
     h_before: Tensor,
-    rule: Rule,
-    thresholds: Tensor | None,
-    seed: Tensor,
+    decision: Decision,
     precision: str,
 ) -> tuple[Saved, Kept]:
     """Return gate gradients and those of the first states, and which chunks of them are not zero."""
     from triton_sparse_rnn.kernels.triton.gate_gradients.products import Kept
     from triton_sparse_rnn.kernels.triton.gate_gradients.states import activate_gates
     from triton_sparse_rnn.kernels.triton.gate_gradients.step import Saved
-    from triton_sparse_rnn.kernels.triton.gate_gradients.through_time import TimeLoop, choose_tile, new_kept
+    from triton_sparse_rnn.kernels.triton.gate_gradients.through_time import BackwardLoop, choose_step_tile, new_kept
     from triton_sparse_rnn.kernels.triton.recurrent_layer import dense_product
     from triton_sparse_rnn.kernels.triton.time_loop import device_limits
 
@@ -135,12 +129,12 @@ def _through_time(
     assert arriving.c is not None
     (B, H), (sizes, reverse), device = direction.c0.shape, direction.steps, direction.x.device
     starts, lengths = _ragged(direction.steps, device)
-    gates = _gate_sums(direction, h_before).view(-1, 4, H)
+    gates = _linear_gates(direction, h_before).view(-1, 4, H)
     c0 = direction.c0.float().contiguous()
     c = torch.empty(len(gates), H, dtype=torch.float32, device=device)
     activate_gates(gates, c0, c, starts, lengths, len(sizes), reverse=reverse)
-    zeroing = _zeroing(rule, thresholds)
-    tile = choose_tile(H, B, zeroing, gates.element_size(), device_limits(device).sms)
+    zeroing = _zeroing(decision)
+    tile = choose_step_tile(H, B, zeroing, gates.element_size(), device_limits(device).sms)
     dh, dc = (
         state.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for state in (arriving.h, arriving.c)
     )
@@ -151,22 +145,22 @@ def _through_time(
         grad_y=arriving.y if arriving.y.stride(1) == 1 else arriving.y.contiguous(),
         dh=dh,
         dc=dc,
-        thresholds=thresholds,
-        seed=seed,
+        thresholds=decision.thresholds,
+        seed=decision.seed,
         zeros=torch.zeros(4, dtype=torch.int64, device=device),
         kept=new_kept(tile, H, B, len(sizes), device),
         starts=starts,
         lengths=lengths,
     )
-    loop = TimeLoop(
-        zeroing, tile, skips=rule.group == "blocks" and thresholds is not None, batch_sizes=sizes, reverse=reverse,
+    loop = BackwardLoop(
+        zeroing, tile, skips=_in_blocks(decision), batch_sizes=sizes, reverse=reverse,
         precision=precision, multiply=lambda rows, weight: dense_product(rows, weight.t()),
     )  # fmt: skip
     loop.run(saved, direction.weight_hh)
     return saved, Kept(gates, saved.kept, starts, tile, B)
 
 
-def _gate_sums(direction: Direction, h_before: Tensor) -> Tensor:
+def _linear_gates(direction: BackwardDirection, h_before: Tensor) -> Tensor:
     """W_ih x + W_hh h_before + biases, [N, 4 H]."""
     bias = None
     if direction.bias_ih is not None and direction.bias_hh is not None:
@@ -174,15 +168,20 @@ def _gate_sums(direction: Direction, h_before: Tensor) -> Tensor:
     return F.linear(direction.x, direction.weight_ih, bias).addmm_(h_before, direction.weight_hh.t())
 
 
-def _zeroing(rule: Rule, thresholds: Tensor | None) -> Zeroing:
+def _in_blocks(decision: Decision) -> bool:
+    """Whether whole blocks become zero."""
+    return decision.rule.group == "blocks" and decision.thresholds is not None
+
+
+def _zeroing(decision: Decision) -> Zeroing:
     from triton_sparse_rnn.kernels.triton.gate_gradients.step import BLOCKS, DENSE, ELEMENTS, Zeroing
 
-    if thresholds is None:
+    rule = decision.rule
+    if decision.thresholds is None:
         return Zeroing(DENSE.value)
-    sample = rule.selection == "sample"
     if rule.group == "elements":
-        return Zeroing(ELEMENTS.value, sample)
-    return Zeroing(BLOCKS.value, sample, rule.units, rule.rows)
+        return Zeroing(ELEMENTS.value, rule.selection == "sample")
+    return Zeroing(BLOCKS.value, rule.selection == "sample", rule.units, rule.rows)
 
 
 def _ragged(steps: Steps, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

@@ -15,12 +15,12 @@ from triton_sparse_rnn.kernels.cpu.addresses import address_of, address_of_rows
 from triton_sparse_rnn.kernels.cpu.compilation import compiled_go_back, kernel_address, kernel_function
 from triton_sparse_rnn.kernels.cpu.gate_gradients.dense_products import prepare_product
 from triton_sparse_rnn.kernels.cpu.gate_gradients.products import SkippingProduct, lay_out, row_bytes
-from triton_sparse_rnn.kernels.cpu.gate_gradients.states import CellFields, CellFormat, StepFields
-from triton_sparse_rnn.kernels.cpu.gate_gradients.step import GATES, GateGradientFields, GateGradientFormat
+from triton_sparse_rnn.kernels.cpu.gate_gradients.states import CellFields, CellFormat, PlaceFields
+from triton_sparse_rnn.kernels.cpu.gate_gradients.step import LSTM_GATES, GateGradientFields, GateGradientFormat
 
 
 def place_steps(batch_sizes: Sequence[int], *, reverse: bool, gates_as_taken: bool) -> np.ndarray:
-    """Return StepFields of every step, in the order in which the direction takes them, [T, 5].
+    """Return PlaceFields of every step, in the order in which the direction takes them, [T, 5].
 
     Args:
         batch_sizes: rows of each step, never more than before it.
@@ -34,7 +34,7 @@ def place_steps(batch_sizes: Sequence[int], *, reverse: bool, gates_as_taken: bo
     before, rows_before = np.roll(first, 1), np.minimum(np.roll(rows, 1), rows)
     rows_before[0] = 0
     gates = np.cumsum(rows) - rows if gates_as_taken else first
-    return np.ascontiguousarray(np.stack(StepFields(first, rows, gates, before, rows_before), axis=1))
+    return np.ascontiguousarray(np.stack(PlaceFields(first, rows, gates, before, rows_before), axis=1))
 
 
 def lstm_cells(steps: np.ndarray, gates: Tensor, c0: Tensor, y: Tensor) -> tuple[Tensor, bool]:
@@ -54,7 +54,7 @@ def lstm_cells(steps: np.ndarray, gates: Tensor, c0: Tensor, y: Tensor) -> tuple
     fields = CellFields(
         steps=steps.ctypes.data,
         units=y.shape[1],
-        gates=address_of_rows("gates", gates, N, GATES * H),
+        gates=address_of_rows("gates", gates, N, LSTM_GATES * H),
         gates_bytes=row_bytes(gates),
         c0=address_of_rows("c0", c0, B, H),
         c0_bytes=row_bytes(c0),
@@ -103,20 +103,18 @@ class GateGradients:
             grad_y, grad_h, grad_c: [N, H], [B, H] and [B, H].
             thresholds: [4] or, for groups, [1]; None where `format` selects all.
             seed: [1], int64.
-            group: rows and units of a group; (1, H) for whole rows.
+            group: rows and units of a block, of which H may be fewer.
         """
         N, H = c.shape
-        self.gates = _scratch(N, GATES * H)
-        self.zeros = torch.zeros(GATES, dtype=torch.int64, device="cpu")
-        self._has_rows = format.grouped and group == (1, H)
-        self._factors = _scratch(N, -(-H // group[1])) if format.grouped else None
+        self.gates = _scratch(N, LSTM_GATES * H)
+        self.zeros = torch.zeros(LSTM_GATES, dtype=torch.int64, device="cpu")
         self.dh, self.dc = (grad.clone(memory_format=torch.contiguous_format) for grad in (grad_h, grad_c))
         thresholds = None if thresholds is None else thresholds.contiguous()
-        needed, B = 1 if format.grouped else GATES, int(steps[:, 1].max())
+        needed, B = 1 if format.grouped else LSTM_GATES, int(steps[:, 1].max())
         fields = GateGradientFields(
             steps=steps.ctypes.data,
             units=H,
-            activated=address_of_rows("activated", activated, N, GATES * H),
+            activated=address_of_rows("activated", activated, N, LSTM_GATES * H),
             activated_bytes=row_bytes(activated),
             c=address_of("c", c, torch.float32, N * H),
             c0=address_of_rows("c0", c0, B, H),
@@ -129,9 +127,8 @@ class GateGradients:
             seed=address_of("seed", seed, torch.int64, 1),
             group_rows=group[0],
             group_units=group[1],
-            gates=address_of_rows("gates", self.gates, N, GATES * H),
-            zeros=address_of("zeros", self.zeros, torch.int64, GATES),
-            factors=0 if self._factors is None else address_of_rows("factors", self._factors, N, 1),
+            gates=address_of_rows("gates", self.gates, N, LSTM_GATES * H),
+            zeros=address_of("zeros", self.zeros, torch.int64, LSTM_GATES),
         )
         self._read = (steps, activated, c, c0, grad_y, thresholds, seed)  # these must stay where they are
         self._steps, self._format = steps, format
@@ -139,20 +136,13 @@ class GateGradients:
         self.fields = self._words.ctypes.data
 
     def go_back(self, weight_hh: Tensor) -> None:
-        """Go back through all steps with dense products; where groups are rows, of those that are not made zero."""
-        T, B = len(self._steps), len(self.dh)
+        """Go back through all steps with dense products."""
         step_back = kernel_function(self._format)
-        multiply = prepare_product(weight_hh, B, T)
-        for number in reversed(range(T)):
+        multiply = prepare_product(weight_hh, len(self.dh), len(self._steps))
+        for number in reversed(range(len(self._steps))):
             step_back(self.fields, number, number + 1)
             first, rows = self._steps[number, :2].tolist()
-            gates, dh = self.gates[first : first + rows], self.dh[:rows]
-            if not self._has_rows:
-                dh.copy_(multiply(gates))
-                continue
-            dh.zero_()
-            if len(kept := self.kept_rows(first, first + rows)):
-                dh.index_copy_(0, kept, multiply(gates.index_select(0, kept)))
+            self.dh[:rows] = multiply(self.gates[first : first + rows])
 
     def go_back_skipping(self, weight_hh: Tensor) -> None:
         """The same with products that leave out zeros."""
@@ -162,11 +152,6 @@ class GateGradients:
             product.kernel, product.fields,
             address_of_rows("gates", self.gates, *self.gates.shape), row_bytes(self.gates),
         )  # fmt: skip
-
-    def kept_rows(self, first: int, end: int) -> Tensor:
-        """Which of rows first, ..., end - 1 are not made zero, counted from `first`; where groups are rows."""
-        assert self._factors is not None
-        return self._factors[first:end, 0].nonzero()[:, 0]
 
 
 def _scratch(*shape: int) -> Tensor:

@@ -1,6 +1,7 @@
-"""GateGradientSparsity itself: when it is sparse, by which thresholds, its copies and their states."""
+"""What a layer with a gate_gradient holds: when it is sparse, by which thresholds, its copies and their states."""
 
 import copy
+import gc
 import io
 import math
 import pickle
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn import GateGradientSparsity, SparseGRU, SparseLSTM
-from triton_sparse_rnn.gate_gradients.contract import Choice
-from triton_sparse_rnn.gate_gradients.options import GateGradientSparsity as Sparsity
+from triton_sparse_rnn.gate_gradients.contract import Decision
+from triton_sparse_rnn.gate_gradients.controller import GateGradientController, _layers_given
 
 T, B, I, H = 5, 3, 4, 7
 
@@ -38,46 +39,28 @@ def lstm(gate_gradient: GateGradientSparsity | None = None, **options: Any) -> S
     return SparseLSTM(I, H, gate_gradient=gate_gradient, **options)
 
 
-def own(layer: SparseLSTM | SparseGRU) -> GateGradientSparsity:
-    """The layer's own copy, which it has."""
-    assert layer.gate_gradient is not None
-    return layer.gate_gradient
+def own(layer: SparseLSTM | SparseGRU) -> GateGradientController:
+    """The layer's controller, which it has."""
+    assert layer.gate_gradient_controller is not None
+    return layer.gate_gradient_controller
 
 
 @pytest.fixture
-def choices(monkeypatch) -> list[Choice]:
-    """Every choice that is made in the test."""
-    made: list[Choice] = []
-    begin = Sparsity.begin
+def decisions(monkeypatch) -> list[Decision]:
+    """Every decision that is made in the test."""
+    made: list[Decision] = []
+    begin = GateGradientController.begin
 
     def begin_and_note(self, index, direction, arriving):
         made.append(begin(self, index, direction, arriving))
         return made[-1]
 
-    monkeypatch.setattr(Sparsity, "begin", begin_and_note)
+    monkeypatch.setattr(GateGradientController, "begin", begin_and_note)
     return made
 
 
 class TestSteps:
-    def sparse_steps(self, choices, count=9, **arguments) -> list[int]:
-        layer = lstm(sparsity(threshold=0.1, **arguments), num_layers=2)
-        for _ in range(count):
-            step(layer)
-        pairs = [choices[k : k + 2] for k in range(0, len(choices), 2)]
-        assert all((one.thresholds is None) == (other.thresholds is None) for one, other in pairs)
-        assert all(one.rule.selection == "small" for one in choices if one.thresholds is None)
-        return [k for k, (one, _) in enumerate(pairs) if one.thresholds is not None]
-
-    def test_all(self, choices):
-        assert self.sparse_steps(choices) == list(range(9))
-
-    def test_begin_and_end(self, choices):
-        assert self.sparse_steps(choices, begin_step=2, end_step=5) == [2, 3, 4]
-
-    def test_every_third_is_dense(self, choices):
-        assert self.sparse_steps(choices, dense_every=3, rule="stochastic", end_step=8) == [0, 1, 3, 4, 6, 7]
-
-    def test_only_backward_counts(self, choices):
+    def test_only_backward_counts(self, decisions):
         layer = lstm(sparsity(threshold=0.1, begin_step=1))
         x = torch.randn(T, B, I)
         layer(x)
@@ -88,49 +71,44 @@ class TestSteps:
         y = layer(x)[0].sum()
         y.backward(retain_graph=True)
         y.backward()
-        assert [choice.thresholds is None for choice in choices] == [True, False]
+        assert [decision.thresholds is None for decision in decisions] == [True, False]
 
-    def test_first_of_a_target_is_dense(self, choices):
+    def test_first_of_a_target_is_dense(self, decisions):
         layer = lstm(sparsity(target=0.5, begin_step=2))
         for _ in range(5):
             step(layer)
-        assert [choice.thresholds is None for choice in choices] == [True, True, True, False, False]
-        assert [choice.keep_gates for choice in choices] == [False, False, True, False, False]
-
-    def test_top_has_no_thresholds_and_dense_steps(self, choices):
-        layer = lstm(sparsity(target=0.5, rule="top", begin_step=1))
-        for _ in range(2):
-            step(layer)
-        assert [(choice.rule.selection, choice.thresholds) for choice in choices] == [("small", None), ("top", None)]
-        assert choices[1].likely_zeros == 0.5
+        assert [decision.thresholds is None for decision in decisions] == [True, True, True, False, False]
+        assert [decision.keep_gates for decision in decisions] == [False, False, True, False, False]
 
 
 class TestLossScale:
-    def test_number(self, choices):
+    def test_number(self, decisions):
         step(lstm(sparsity(threshold=0.25, loss_scale=8)))
-        assert choices[0].thresholds is not None
-        assert choices[0].thresholds.tolist() == [2.0] * 4
+        assert decisions[0].thresholds is not None
+        assert decisions[0].thresholds.tolist() == [2.0] * 4
 
-    def test_function(self, choices):
+    def test_function(self, decisions):
         scales: list[Any] = [4.0, torch.tensor(2.0), torch.tensor([0.5], dtype=torch.float64)]
         waiting = list(scales)
-        layer = lstm(sparsity(threshold=0.25, loss_scale=lambda: waiting.pop(0), structure="rows"))
+        layer = lstm(sparsity(threshold=0.25, loss_scale=lambda: waiting.pop(0), structure="blocks", units=H, rows=1))
         for _ in scales:
             step(layer)
-        assert [choice.thresholds.tolist() for choice in choices if choice.thresholds is not None] == [
+        assert [decision.thresholds.tolist() for decision in decisions if decision.thresholds is not None] == [
             [1.0],
             [0.5],
             [0.125],
         ]
-        assert all(choice.thresholds is not None and choice.thresholds.dtype == torch.float32 for choice in choices)
+        assert all(
+            decision.thresholds is not None and decision.thresholds.dtype == torch.float32 for decision in decisions
+        )
 
     @pytest.mark.parametrize("scale", [0.0, math.nan, -1.0, math.inf])
-    def test_function_gives_no_scale(self, scale, choices):
+    def test_function_gives_no_scale(self, scale, decisions):
         with pytest.raises(ValueError, match=r"loss_scale\(\) must be a finite number above 0"):
             step(lstm(sparsity(threshold=0.25, loss_scale=lambda: scale)))
         step(lstm(sparsity(threshold=0.25, loss_scale=lambda: torch.tensor(scale))))
-        assert choices[0].thresholds is not None
-        assert choices[0].thresholds.tolist() == [0.0] * 4
+        assert decisions[0].thresholds is not None
+        assert decisions[0].thresholds.tolist() == [0.0] * 4
 
     def test_function_gives_several(self):
         with pytest.raises(ValueError, match=r"loss_scale\(\) must be one number, got a tensor \[2\]"):
@@ -146,43 +124,37 @@ class TestLossScale:
         assert 0.05 < counts[0].zeros["l0"]["i"] < 0.95
 
 
-class TestCopies:
-    def test_a_layer_has_its_own(self):
-        template = sparsity(target=0.5)
-        layers = [lstm(template), lstm(template)]
+class TestLayers:
+    def test_layers_share_options_and_no_state(self):
+        options = sparsity(target=0.5)
+        layers = [lstm(options), lstm(options)]
         step(layers[0])
-        assert own(layers[0]) is not template
-        assert own(layers[0]) == own(layers[1]) == template
+        assert layers[0].gate_gradient is layers[1].gate_gradient is options
+        assert own(layers[0]) is not own(layers[1])
         assert layers[0].gate_gradient_stats is not None
         assert layers[1].gate_gradient_stats is None
 
-    def test_a_template_has_no_state(self):
-        template = sparsity(target=0.5)
-        for use in (template.state_dict, lambda: template.load_state_dict({}), lambda: template.stats):
-            with pytest.raises(RuntimeError, match="this GateGradientSparsity is a template and has no state"):
-                use()
-
-    def test_copies_draw_different_numbers(self, choices):
-        template = sparsity(threshold=0.5, rule="stochastic")
-        layers = [lstm(template, num_layers=2, bidirectional=True) for _ in range(2)]
-        layers.append(lstm(own(layers[0]), num_layers=2, bidirectional=True))  # a copy of a copy
+    def test_layers_draw_different_numbers(self, decisions):
+        options = sparsity(threshold=0.5, rule="stochastic")
+        layers = [lstm(options, num_layers=2, bidirectional=True) for _ in range(2)]
+        layers.append(lstm(copy.deepcopy(layers[0]).gate_gradient, num_layers=2, bidirectional=True))
         for layer in layers:
             step(layer)
             step(layer)
-        seeds = [int(choice.seed) for choice in choices]
+        seeds = [int(decision.seed) for decision in decisions]
         assert len(set(seeds)) == len(seeds) == 24
         assert all(0 <= seed < 2**32 for seed in seeds)
 
-    def test_numbers_depend_on_order_and_seed_alone(self, choices):
+    def test_numbers_depend_on_order_and_seed_alone(self, decisions):
         for seed in (0, 0, 1):
-            template = sparsity(threshold=0.5, rule="stochastic", seed=seed)
+            options = sparsity(threshold=0.5, rule="stochastic", seed=seed)
             for _ in range(2):
                 before = torch.get_rng_state()
-                layer = lstm(template)
+                layer = lstm(options)
                 torch.set_rng_state(before)
                 step(layer)
                 assert torch.equal(torch.get_rng_state(), before)
-        first, second, other = ([int(choice.seed) for choice in choices[k : k + 2]] for k in (0, 2, 4))
+        first, second, other = ([int(decision.seed) for decision in decisions[k : k + 2]] for k in (0, 2, 4))
         assert first == second
         assert not set(first) & set(other)
 
@@ -225,14 +197,20 @@ class TestCopies:
     def test_a_deep_copy_shares_the_function_of_the_scale(self):
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         twin = copy.deepcopy(lstm(sparsity(threshold=0.1, loss_scale=scaler.get_scale)))
-        assert own(twin).loss_scale.__self__ is scaler  # type: ignore[union-attr]
+        assert own(twin).options.loss_scale.__self__ is scaler  # type: ignore[union-attr]
+
+    def test_options_that_are_gone_are_forgotten(self):
+        kept = len(_layers_given)
+        lstm(sparsity(threshold=0.1))
+        gc.collect()
+        assert len(_layers_given) == kept
 
 
 class TestState:
     @pytest.mark.parametrize("arguments", [{}, {"rule": "stochastic"}, {"structure": "blocks", "units": 2, "rows": 2}])
     def test_exact_resume(self, arguments):
-        template = sparsity(target=0.7, dense_every=3, **arguments)
-        whole, resumed = lstm(template, num_layers=2, bidirectional=True), None
+        options = sparsity(target=0.7, dense_every=3, **arguments)
+        whole, resumed = lstm(options, num_layers=2, bidirectional=True), None
         for seed in range(4):
             step(whole, seed)
         buffer = io.BytesIO()
@@ -242,8 +220,8 @@ class TestState:
             step(whole, seed)
             expected.append(gradients(whole))
         buffer.seek(0)
-        lstm(template)
-        resumed = lstm(template, num_layers=2, bidirectional=True)  # the third copy of the template
+        lstm(options)
+        resumed = lstm(options, num_layers=2, bidirectional=True)  # the third layer with these options
         own(resumed).load_state_dict(torch.load(buffer, weights_only=True))
         for seed, parts in zip(range(4, 10), expected, strict=True):
             step(resumed, seed)
@@ -251,14 +229,14 @@ class TestState:
         assert resumed.gate_gradient_stats == whole.gate_gradient_stats
         assert_states_equal(own(resumed).state_dict(), own(whole).state_dict())
 
-    def test_a_fixed_threshold_resumes_what_it_expects(self, choices):
+    def test_a_fixed_threshold_resumes_what_it_expects(self, decisions):
         layer, resumed = (lstm(sparsity(threshold=0.1)) for _ in range(2))
         step(layer)
         own(resumed).load_state_dict(own(layer).state_dict())
-        choices.clear()
+        decisions.clear()
         step(layer)
         step(resumed)
-        assert choices[0].likely_zeros == choices[1].likely_zeros > 0
+        assert decisions[0].likely_zeros == decisions[1].likely_zeros > 0
 
     def test_a_state_is_a_copy(self):
         layer = lstm(sparsity(target=0.7))
@@ -272,31 +250,31 @@ class TestState:
         step(layer)
         assert_states_equal(saved, kept)
 
-    def test_other_arguments_may_go_on(self, choices):
+    def test_other_arguments_may_go_on(self, decisions):
         layer = lstm(sparsity(target=0.7))
         step(layer)
         state = own(layer).state_dict()
         layer.gate_gradient = sparsity(target=0.9, rule="stochastic", gain=1.0)
         own(layer).load_state_dict(state)
         step(layer)
-        assert choices[1].thresholds is not None  # is not dense again
+        assert decisions[1].thresholds is not None  # is not dense again
 
     @pytest.mark.parametrize(
         ("other", "message"),
         [
-            (lambda template: lstm(template, num_layers=2), r"of a layer with .*\['l0'\].*, but this layer has .*'l1'"),
-            (lambda template: lstm(template, bidirectional=True), r"but this layer has .*'l0_reverse'"),
-            (lambda template: SparseGRU(I, H, gate_gradient=template), r"'gates': 'ifgo'.* has .*'gates': 'rzn'"),
-            (lambda template: SparseLSTM(I, H + 1, gate_gradient=template), r"'hidden_size': 7.* 'hidden_size': 8"),
+            (lambda options: lstm(options, num_layers=2), r"of a layer with .*\['l0'\].*, but this layer has .*'l1'"),
+            (lambda options: lstm(options, bidirectional=True), r"but this layer has .*'l0_reverse'"),
+            (lambda options: SparseGRU(I, H, gate_gradient=options), r"'gates': 'ifgo'.* has .*'gates': 'rzn'"),
+            (lambda options: SparseLSTM(I, H + 1, gate_gradient=options), r"'hidden_size': 7.* 'hidden_size': 8"),
         ],
     )
     def test_of_another_layer(self, other, message):
-        template = sparsity(target=0.7)
+        options = sparsity(target=0.7)
         with pytest.raises(ValueError, match=message):
-            own(other(template)).load_state_dict(own(lstm(template)).state_dict())
+            own(other(options)).load_state_dict(own(lstm(options)).state_dict())
 
     def test_of_another_structure(self):
-        state = own(lstm(sparsity(target=0.7, structure="rows"))).state_dict()
+        state = own(lstm(sparsity(target=0.7, structure="blocks", units=H, rows=1))).state_dict()
         with pytest.raises(
             ValueError, match=r"\['log_thresholds'\] must be torch.float32 \[1, 4\], got .* \[1, 1\]; .*structure"
         ):
@@ -329,14 +307,14 @@ class TestState:
         assert_states_equal(own(layer).state_dict(), state)
 
     def test_incomplete_or_no_state(self):
-        gate_gradient = own(lstm(sparsity(target=0.7)))
-        state = gate_gradient.state_dict()
+        controller = own(lstm(sparsity(target=0.7)))
+        state = controller.state_dict()
         del state["steps"]
         with pytest.raises(ValueError, match="missing steps; unexpected none"):
-            gate_gradient.load_state_dict(state)
+            controller.load_state_dict(state)
         no_state: Any = [1]
         with pytest.raises(TypeError, match="state_dict must be a mapping, got list"):
-            gate_gradient.load_state_dict(no_state)
+            controller.load_state_dict(no_state)
 
 
 def assert_states_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
