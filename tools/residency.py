@@ -90,8 +90,7 @@ def variants(case: TileCase) -> dict[str, dict[str, bool]]:
     ways: dict[str, dict[str, bool]] = {"": {}}
     if case.dtype == "float16":  # it differs from bfloat16 in how weights are widened, and in nothing else
         return ways
-    if not case.tile.tied:
-        ways["ragged"] = {"RAGGED": True}
+    ways["ragged"] = {"RAGGED": True}
     if case.tile.groups == 1 and not case.tile.tied:
         ways["wavefront"] = {"RAGGED": True, "WAVEFRONT": True}
     return ways

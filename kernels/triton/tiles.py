@@ -150,7 +150,7 @@ TABLE: tuple[ResidentTile, ...] = (
     ResidentTile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=2, registers=168),
     ResidentTile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=5, registers=255, elsewhere=(4, 3)),
     ResidentTile(slots=4, itemsize=2, groups=1, rows=1, num_warps=8, ko=8, tiles=5, registers=255, elsewhere=(4, 3)),
-    ResidentTile(slots=4, itemsize=2, groups=1, rows=2, num_warps=4, ko=4, tiles=4, registers=255, elsewhere=(4, 3)),
+    ResidentTile(slots=4, itemsize=2, groups=1, rows=2, num_warps=4, ko=4, tiles=4, registers=255, elsewhere=(4, 2)),
     ResidentTile(slots=4, itemsize=2, groups=1, rows=4, num_warps=4, ko=4, tiles=3, registers=255, elsewhere=(3, 2)),
     ResidentTile(slots=4, itemsize=2, groups=1, rows=4, num_warps=8, ko=8, tiles=3, registers=255, elsewhere=(3, 2)),
     ResidentTile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=6, registers=255, tied=True),
