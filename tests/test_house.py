@@ -30,6 +30,24 @@ ORDER = [
 ]
 # An annotation, in a circle that stays: each attachment calls the methods of the pruner that made it.
 ALLOWED_BACK = ("triton_sparse_rnn.pruning.attachment", "triton_sparse_rnn.pruning.pruner")
+NOT_INSTALLED = {"bench", "examples", "studies", "tests", "tools"}
+# Names that two files or more define, because what they name is the same. Any other public name means one thing.
+TWINS = {
+    "PrunerCallback": "of each trainer",
+    "RecurrentLayer": "a layer ready to run, of each backend's kernels",
+    "availability": "of each backend",
+    "direction_gradients": "of each backend",
+    "gru_cell": "the cell of ops/reference.py's equations, in each kernel language",
+    "hash32": "the random numbers of gate_gradients/random.py, in each kernel language",
+    "load_step": "what a step of backward reads, in each kernel language",
+    "lstm_cell": "as gru_cell",
+    "lstm_cells": "the cells that backward needs again, in torch and in a CPU kernel",
+    "prepare_layer": "of each backend",
+    "recurrent_layer": "the operator, and its reference in plain torch",
+    "tanh": "as gru_cell",
+    "uniform": "as hash32",
+    "unsupported_reason": "of each backend, and of the one that is asked for",
+}
 RANK = {name: len(ORDER) - line for line, names in enumerate(ORDER) for name in names}
 
 
@@ -68,6 +86,8 @@ def import_faults(part: str, tree: ast.AST) -> list[str]:
         top, _, rest = module.partition(".")
         if top == "kernels":
             faults.append("kernels is imported only as triton_sparse_rnn.kernels")
+        elif top in NOT_INSTALLED:
+            faults.append(f"{top} is not installed with the package")
         elif top == PACKAGE:
             target = rest.partition(".")[0] or "__init__"
             if target != part and RANK.get(target, len(ORDER)) >= RANK[part]:
@@ -88,6 +108,7 @@ def test_imports_point_one_way(path):
         ("ops", "import kernels.cpu"),
         ("nn", "from kernels import cpu"),
         ("nn", "from triton_sparse_rnn import to_sparse"),
+        ("kernels", "from tools.machine_code import compile_for"),
     ],
 )
 def test_a_wrong_import_is_found(part, line):
@@ -125,6 +146,15 @@ def test_no_files_import_each_other_in_a_circle():
 def test_a_circle_is_found(back):
     with pytest.raises(graphlib.CycleError):
         check_no_circle({"p.a": "import p.b", "p.b": "import p.c", "p.c": back})
+
+
+def test_a_public_name_means_one_thing():
+    files: dict[str, set[Path]] = {}
+    for path in source_files():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                files.setdefault(node.name, set()).add(path)
+    assert sorted(name for name, where in files.items() if len(where) > 1) == sorted(TWINS)
 
 
 def test_kernels_is_one_folder_under_two_paths():

@@ -21,7 +21,15 @@ from dataclasses import dataclass
 
 from tools.machine_code import ARCHITECTURES, MachineCode, compile_for, uncompilable
 from tools.sass import Access
-from triton_sparse_rnn.kernels.triton.tiles import H200, RESERVED_BYTES, SLOTS, TABLE, UNITS, Tile, choose_tile
+from triton_sparse_rnn.kernels.triton.tiles import (
+    H200,
+    RESERVED_BYTES,
+    SLOTS,
+    TABLE,
+    UNITS,
+    ResidentTile,
+    choose_residency,
+)
 from triton_sparse_rnn.tables import align
 
 DTYPES = {4: ("float32",), 2: ("float16", "bfloat16")}  # by bytes of a weight
@@ -45,10 +53,10 @@ INTEGERS = ("spin_limit", "first_slice", "first", "S", "T", "B", "H")
 
 
 @dataclass(frozen=True)
-class Row:
+class TileCase:
     """One line of the table: a tile of one cell and weight dtype, for one target."""
 
-    tile: Tile
+    tile: ResidentTile
     mode: str
     dtype: str
     arch: int
@@ -60,59 +68,58 @@ class Row:
 
 @dataclass(frozen=True)
 class Finding:
-    """A row, its machine code where the compiler gave one, and what is wrong with it."""
+    """A case, its machine code where the compiler gave one, and what is wrong with it."""
 
-    row: Row
+    case: TileCase
     code: MachineCode | None
     problems: tuple[str, ...]
 
 
-def rows(architectures: Sequence[int] = ARCHITECTURES) -> Iterator[Row]:
+def cases(architectures: Sequence[int] = ARCHITECTURES) -> Iterator[TileCase]:
     """Every row of the tile table, for every cell, dtype and target; an RNN's relu is a part of its tanh."""
     for tile in TABLE:
         for mode, slots in SLOTS.items():
             if slots == tile.slots and mode != "RNN_RELU":
                 for dtype in DTYPES[tile.itemsize]:
                     for arch in architectures:
-                        yield Row(tile, mode, dtype, arch)
+                        yield TileCase(tile, mode, dtype, arch)
 
 
-def variants(row: Row) -> dict[str, dict[str, bool]]:
-    """Ways in which a row is launched, each with constants of its own; the first is the one that the table shows."""
+def variants(case: TileCase) -> dict[str, dict[str, bool]]:
+    """Ways in which a tile is launched, each with constants of its own; the first is the one that the table shows."""
     ways: dict[str, dict[str, bool]] = {"": {}}
-    if row.dtype == "float16":  # it differs from bfloat16 in how weights are widened, and in nothing else
+    if case.dtype == "float16":  # it differs from bfloat16 in how weights are widened, and in nothing else
         return ways
-    if not row.tile.tied:
-        ways["ragged, skips"] = {"RAGGED": True, "SKIPS": True}
-    if row.tile.groups == 1 and not row.tile.tied:
+    ways["ragged"] = {"RAGGED": True}
+    if case.tile.groups == 1 and not case.tile.tied:
         ways["wavefront"] = {"RAGGED": True, "WAVEFRONT": True}
     return ways
 
 
-def compile_tile(row: Row, **constants: bool) -> MachineCode:
+def compile_tile(case: TileCase, **constants: bool) -> MachineCode:
     """Compile the kernel as it is launched for layers of that tile, with as many columns as fit.
 
     Args:
-        row: what to compile.
-        constants: RAGGED, SKIPS and WAVEFRONT of the kernel; False if not given.
+        case: what to compile.
+        constants: RAGGED and WAVEFRONT of the kernel; False if not given.
     """
     from triton_sparse_rnn.kernels.triton.cells import CELLS
     from triton_sparse_rnn.kernels.triton.resident import resident_steps
 
-    tile = row.tile
-    flags = {"RAGGED": False, "SKIPS": False, "WAVEFRONT": False} | constants
+    tile = case.tile
+    flags = {"RAGGED": False, "WAVEFRONT": False} | constants
     absent = [] if flags["WAVEFRONT"] else ["bias_ptr"]
     absent += [] if flags["RAGGED"] else ["starts_ptr", "lengths_ptr"]
-    pointers = {name: kind or f"*{TRITON_DTYPES[row.dtype]}" for name, kind in POINTERS.items() if name not in absent}
+    pointers = {name: kind or f"*{TRITON_DTYPES[case.dtype]}" for name, kind in POINTERS.items() if name not in absent}
     return compile_for(
         resident_steps,
         {**pointers, **dict.fromkeys(INTEGERS, "i32")},
         {
             **dict.fromkeys(absent),
             **flags,
-            "CELL": CELLS[row.mode],
+            "CELL": CELLS[case.mode],
             "GROUPS": tile.groups,
-            "TILES": tile.most_tiles(row.arch, skips=flags["SKIPS"]),
+            "TILES": tile.most_tiles(case.arch),
             "KO": tile.ko,
             "ROWS": tile.rows,
             "EXCHANGE": exchange_of(tile),
@@ -120,20 +127,20 @@ def compile_tile(row: Row, **constants: bool) -> MachineCode:
             "PACK": tile.pack,
             "PORTABLE": False,
         },
-        arch=row.arch,
+        arch=case.arch,
         num_warps=tile.num_warps,
         maxnreg=tile.registers,
     )
 
 
-def exchange_of(tile: Tile) -> int:
+def exchange_of(tile: ResidentTile) -> int:
     """How programs of a tile hand over h: a program of several unit groups holds a layer alone."""
     from triton_sparse_rnn.kernels.triton.exchange import BETWEEN, WITHIN
 
     return WITHIN.value if tile.groups > 1 else BETWEEN.value
 
 
-def problems(code: MachineCode, tile: Tile, words: int | None = None) -> list[str]:
+def problems(code: MachineCode, tile: ResidentTile, words: int | None = None) -> list[str]:
     """Say what is wrong with the machine code of a tile: what the kernel's proof or its speed relies on and is not so.
 
     Args:
@@ -194,59 +201,47 @@ def _exchange_problems(code: MachineCode, *, between: bool) -> list[str]:
     return found
 
 
-def examine(row: Row) -> Finding:
-    """Compile a row in all variants and hold each against the rules."""
+def examine(case: TileCase) -> Finding:
+    """Compile a case in all variants and hold each against the rules."""
     codes, found = [], []
-    for name, constants in variants(row).items():
+    for name, constants in variants(case).items():
         try:
-            codes.append(compile_tile(row, **constants))
-            tiles = row.tile.most_tiles(row.arch, skips="SKIPS" in constants)
-            words = row.tile.pack * tiles * row.tile.rows
+            codes.append(compile_tile(case, **constants))
+            words = case.tile.pack * case.tile.most_tiles(case.arch) * case.tile.rows
         except Exception as error:
             while error.__cause__:  # Triton's errors of a call hold the error of what was called
                 error = error.__cause__
             return Finding(
-                row, None, (f"{name or 'it'} does not compile: {type(error).__name__}: {str(error).strip()}",)
+                case, None, (f"{name or 'it'} does not compile: {type(error).__name__}: {str(error).strip()}",)
             )
-        found += [f"{name}: {problem}" if name else problem for problem in problems(codes[-1], row.tile, words)]
-    return Finding(row, codes[0], tuple(found))
+        found += [f"{name}: {problem}" if name else problem for problem in problems(codes[-1], case.tile, words)]
+    return Finding(case, codes[0], tuple(found))
 
 
-def findings(table: Sequence[Row], processes: int | None = None) -> list[Finding]:
-    """Examine rows, in processes of their own: Triton compiles on one core."""
+def findings(table: Sequence[TileCase], processes: int | None = None) -> list[Finding]:
+    """Examine cases, in processes of their own: Triton compiles on one core."""
     processes = min(processes or len(os.sched_getaffinity(0)), len(table))
     if processes <= 1:
-        return [examine(row) for row in table]
+        return [examine(case) for case in table]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(examine, table))
 
 
 def code_table(results: Sequence[Finding]) -> list[list[str]]:
     """Cells of the table of machine code, its head first."""
-    head = [
-        "tile",
-        "cell",
-        "weights",
-        "target",
-        "registers",
-        "spilled",
-        "shared",
-        "instructions",
-        "barriers",
-        "shuffles",
-    ]
-    table = [head]
+    code_columns = ["registers", "spilled", "shared", "instructions", "barriers", "shuffles"]
+    table = [["tile", "cell", "weights", "target", *code_columns]]
     for result in results:
-        cells = result.row.cells()
+        cells = result.case.cells()
         if code := result.code:
-            steps = steps_in_loop(code, result.row.tile)
+            steps = steps_in_loop(code, result.case.tile)
             a_step = [n // steps for n in (len(code.step), code.count("BAR"), code.count("SHFL"))]
             cells += [f"{n:,}" for n in (code.registers, code.spilled_bytes, code.shared_bytes, *a_step)]
         table.append(cells)
     return table
 
 
-def steps_in_loop(code: MachineCode, tile: Tile) -> int:
+def steps_in_loop(code: MachineCode, tile: ResidentTile) -> int:
     """How many time steps the loop's body holds: more than one where the compiler has unrolled it."""
     published = sum(a.writes and a.in_time_loop and "exchange_ptr" in a.arguments for a in code.accesses)
     words = tile.groups * UNITS * tile.rows
@@ -275,7 +270,7 @@ def largest_hidden_size(mode: str, itemsize: int, sparsity: float, batch_size: i
         lists = H // UNITS * gates
         longer = 0 if balanced else math.sqrt(2 * math.log(lists) * H * density * sparsity)
         columns = min(H, math.ceil(H * density + longer))
-        if choose_tile(mode, H, columns, itemsize, batch_size=batch_size):
+        if choose_residency(mode, H, columns, itemsize, batch_size=batch_size):
             return H
     return 0
 
@@ -290,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason := uncompilable():
         print(f"kernels cannot be compiled here: {reason}", file=sys.stderr)
         return 2
-    results = findings(list(rows(options.arch)))
+    results = findings(list(cases(options.arch)))
     show = _markdown if options.markdown else align
     print("Machine code: registers and spilled bytes of a thread, shared bytes of a program; in one time step,")
     print("instructions, barriers and shuffles (a waiting loop counted once).\n")
@@ -300,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     broken = [result for result in results if result.problems]
     for result in broken:
         for problem in result.problems:
-            print(f"PROBLEM: {', '.join(result.row.cells())}: {problem}", file=sys.stderr)
+            print(f"PROBLEM: {', '.join(result.case.cells())}: {problem}", file=sys.stderr)
     return 1 if broken else 0
 
 

@@ -41,13 +41,13 @@ LAYERS = [
 ]
 
 
-def candidates(work: Workload) -> Iterator[tiles.Tile]:
+def candidates(work: Workload) -> Iterator[tiles.ResidentTile]:
     """Yield tiles that hold the layer in programs of one unit group, those with few warps first."""
     weight = work.layer.get_parameter("weight_hh_l0")
     blocks = row_blocks(BlockMatrix.from_dense(weight, work.block_size, gates=GATES[work.cell]))
     longest, tied, slots = tiles.longest_list(blocks), tiles.gates_are_tied(blocks), tiles.SLOTS[work.cell]
     for num_warps, ko, rows, share in itertools.product((2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 4), {tied, False}):
-        tile = tiles.Tile(
+        tile = tiles.ResidentTile(
             slots=slots, itemsize=work.dtype.itemsize, groups=1, rows=rows, num_warps=num_warps, ko=ko, tiles=1,
             registers=min(255, 65536 // (32 * num_warps)), tied=share,
         )  # fmt: skip
@@ -55,7 +55,7 @@ def candidates(work: Workload) -> Iterator[tiles.Tile]:
         weights = slots * tile.columns * tiles.UNITS * tile.itemsize // 4 // (32 * num_warps)  # registers of a thread
         if rows <= work.B and slots * ko >= num_warps and weights < tile.registers:
             with only((tile,)):
-                fits = tiles.choose_tile(work.cell, work.H, longest, tile.itemsize, batch_size=work.B, tied=tied)
+                fits = tiles.choose_residency(work.cell, work.H, longest, tile.itemsize, batch_size=work.B, tied=tied)
             if fits is not None:
                 yield tile
 

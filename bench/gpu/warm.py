@@ -26,7 +26,7 @@ from triton_sparse_rnn.kernels.triton import tiles
 WORKERS = 12
 
 
-Table = tuple[tiles.Tile, ...]
+Table = tuple[tiles.ResidentTile, ...]
 
 
 class Job(NamedTuple):

@@ -33,13 +33,13 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
-from triton_sparse_rnn.kernels.triton.steps import NOT_STORED, UNITS, side_by_side
+from triton_sparse_rnn.kernels.triton.steps import UNITS, side_by_side
 from triton_sparse_rnn.sparse.row_blocks import RowBlocks
 
 LISTS = tl.constexpr(4)  # of stored blocks, that a program works on side by side
 
 
-class Tile(NamedTuple):
+class ProductTile(NamedTuple):
     """How the kernel is compiled."""
 
     rows: int  # of x in a program
@@ -51,21 +51,20 @@ class Tile(NamedTuple):
 
 # By rows. Not yet measured on a GPU.
 TILES = (
-    Tile(rows=1, block_k=128, num_warps=8),
-    Tile(rows=2, block_k=64, num_warps=8),
-    Tile(rows=4, block_k=32, num_warps=8),
-    Tile(rows=8, block_k=16, num_warps=4, maxnreg=255),
-    Tile(rows=16, block_k=64, num_warps=4, dot=True),
-    Tile(rows=32, block_k=64, num_warps=4, dot=True, maxnreg=255),
-    Tile(rows=64, block_k=32, num_warps=4, dot=True, maxnreg=255),
+    ProductTile(rows=1, block_k=128, num_warps=8),
+    ProductTile(rows=2, block_k=64, num_warps=8),
+    ProductTile(rows=4, block_k=32, num_warps=8),
+    ProductTile(rows=8, block_k=16, num_warps=4, maxnreg=255),
+    ProductTile(rows=16, block_k=64, num_warps=4, dot=True),
+    ProductTile(rows=32, block_k=64, num_warps=4, dot=True, maxnreg=255),
+    ProductTile(rows=64, block_k=32, num_warps=4, dot=True, maxnreg=255),
 )
 _TRANSPOSED_FROM = 32  # rows in a tile: then a column of it is a whole line of the cache, if they lie side by side
 
 
-def choose_tile(rows: int, skips: bool) -> Tile:
-    """The smallest tile that holds all rows, or else the largest; a product that skips weights is no tl.dot."""
-    usable = [tile for tile in TILES if not (skips and tile.dot)]
-    return next((tile for tile in usable if tile.rows >= rows), usable[-1])
+def choose_product_tile(rows: int) -> ProductTile:
+    """The smallest tile that holds all rows, or else the largest."""
+    return next((tile for tile in TILES if tile.rows >= rows), TILES[-1])
 
 
 @triton.jit
@@ -129,11 +128,9 @@ def load_blocks(values_ptr, columns_ptr, first, count, done, padding, shape: tl.
 
 
 @triton.jit
-def multiply_add(sums, weights, words, SKIPS: tl.constexpr):
+def multiply_add(sums, weights, words):
     """Add to a row's sums the products of weights, of the same shape, with words [KO * 4, KI * BO], one a column."""
     words = tl.reshape(words, weights.shape[:4])[:, :, :, :, None]
-    if SKIPS:
-        words = tl.where(weights.to(tl.int32, bitcast=True) == NOT_STORED, 0.0, words)
     return sums + weights * words
 
 
@@ -162,7 +159,7 @@ def sum_columns(sums, GATES: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 def product_of_rows(
     x_ptr, stride_x_n, stride_x_c, rows, N, C, values_ptr, columns_ptr, starts_ptr, group,
-    GATES: tl.constexpr, EMPTY: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SKIPS: tl.constexpr,
+    GATES: tl.constexpr, EMPTY: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """W x for ROWS rows of x, multiplied and added: [16, ROWS, SLOTS]."""
     first, count = stored_lists(starts_ptr, group, GATES, EMPTY)
@@ -173,7 +170,7 @@ def product_of_rows(
         for i in tl.static_range(ROWS):
             row = tl.minimum(rows + i, N - 1)
             words = tl.load(x_ptr + row * stride_x_n + columns.to(tl.int64) * stride_x_c, mask=columns < C, other=0.0)
-            new = new + (multiply_add(sums[i], weights, words.to(tl.float32), SKIPS),)
+            new = new + (multiply_add(sums[i], weights, words.to(tl.float32)),)
         sums = new
     return sum_columns(sums, GATES, ROWS)
 
@@ -223,16 +220,15 @@ def product_by_dot(
 
 
 @triton.jit
-def gate_products(
+def unit_group_products(
     x_ptr, stride_x_n, stride_x_c, rows, N, C, values_ptr, columns_ptr, starts_ptr, group,
     GATES: tl.constexpr, SLOTS: tl.constexpr, EMPTY: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr, SKIPS: tl.constexpr, PORTABLE: tl.constexpr,
+    DOT: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """W x of the gates of a unit group, for the rows of x from `rows` on: [16, ROWS, SLOTS].
 
     rows: int64; rows past the last are that row again. group: of all directions.
     """
-    tl.static_assert(not (DOT and SKIPS))
     if DOT:
         product = product_by_dot(
             x_ptr, stride_x_n, stride_x_c, rows, N, values_ptr, columns_ptr, starts_ptr, group,
@@ -241,7 +237,7 @@ def gate_products(
     else:
         product = product_of_rows(
             x_ptr, stride_x_n, stride_x_c, rows, N, C, values_ptr, columns_ptr, starts_ptr, group,
-            GATES, EMPTY, ROWS, BLOCK_K, SKIPS,
+            GATES, EMPTY, ROWS, BLOCK_K,
         )  # fmt: skip
     return product
 
@@ -275,7 +271,6 @@ def block_product_kernel(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
-    SKIPS: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
     """See the top of the file.
@@ -285,9 +280,9 @@ def block_product_kernel(
     """
     group = tl.program_id(0) % groups
     rows = (tl.program_id(0) // groups).to(tl.int64) * ROWS
-    product = gate_products(
+    product = unit_group_products(
         x_ptr, stride_x_n, stride_x_c, rows, N, C, values_ptr, columns_ptr, starts_ptr, group,
-        GATES, SLOTS, EMPTY, ROWS, BLOCK_K, DOT, SKIPS, PORTABLE,
+        GATES, SLOTS, EMPTY, ROWS, BLOCK_K, DOT, PORTABLE,
     )  # fmt: skip
     groups_of_one = (H + UNITS - 1) // UNITS
     d = (group // groups_of_one).to(tl.int64)
@@ -337,7 +332,7 @@ def _launch(x: Tensor, weight: RowBlocks, bias: Tensor | None, y: Tensor, empty:
     N, groups = len(x), weight.groups * weight.directions
     if N == 0:
         return
-    tile = choose_tile(N, weight.skips)
+    tile = choose_product_tile(N)
     SLOTS = 1 if weight.gates == 1 else 4
     if tile.rows >= _TRANSPOSED_FROM and x.stride(0) != 1:
         x = x.t().contiguous().t()
@@ -364,7 +359,6 @@ def _launch(x: Tensor, weight: RowBlocks, bias: Tensor | None, y: Tensor, empty:
         ROWS=tile.rows,
         BLOCK_K=tile.block_k,
         DOT=tile.dot,
-        SKIPS=weight.skips,
         PORTABLE=INTERPRETED,
         grid=grid,
         warmup=False,

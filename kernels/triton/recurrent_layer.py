@@ -26,8 +26,8 @@ from torch import Tensor
 from triton_sparse_rnn.kernels.triton.block_product import project_inputs
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED, NONE
 from triton_sparse_rnn.kernels.triton.streamed import choose_streamed_tile, launch_streamed
-from triton_sparse_rnn.kernels.triton.tiles import stack_layers
-from triton_sparse_rnn.kernels.triton.time_loop import Call, TimeLoop
+from triton_sparse_rnn.kernels.triton.tiles import chain_layers
+from triton_sparse_rnn.kernels.triton.time_loop import LoopCall, TimeLoop
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 from triton_sparse_rnn.sparse.row_blocks import RowBlocks, row_blocks, stack_directions
 
@@ -117,9 +117,8 @@ class RecurrentLayer:
         (D, B, H), weights = states[0].shape, self.time_loop.weights
         h, c = states[0].float(), written_in_place(states)
         y, h_n = x.new_empty(B, D * H, dtype=torch.float32 if INTERPRETED else x.dtype), torch.empty_like(h)
-        skips = weights.skips or self.input.skips  # type: ignore[union-attr]
         launch_streamed(
-            self.mode, choose_streamed_tile(B, NONE.value, skips), NONE.value,
+            self.mode, choose_streamed_tile(B, NONE.value), NONE.value,
             weight_hh=weights, x=x, weight_ih=self.input, slot_bias=self.slot_bias, sums=None, h_in=h, c=c,
             exchange=None, y=y, h_n=h_n, starts=None, lengths=None, status=self.time_loop.status,
             spin_limit=self.time_loop.spin_limit, first=0, steps=1, T=1,
@@ -148,7 +147,7 @@ class RecurrentStack:
         self._shapes: set[Any] = set()
         self._refused: set[tuple[int, bool]] = set()  # batch size, and whether ragged: not all programs can be resident
         with on(first.device):
-            weights = stack_layers(
+            weights = chain_layers(
                 [layer.time_loop.weights for layer in layers], [layer.input for layer in layers[1:] if layer.input]
             )
             bias = torch.cat([layer.slot_bias for layer in layers])
@@ -190,7 +189,9 @@ def can_be_stacked(layers: list[RecurrentLayer]) -> bool:
     return len(layers) > 1 and all(w is not None and w.directions == 1 and w.values.dtype == dtype for w in weights)
 
 
-def new_call(layer: RecurrentLayer, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None, *, width: int) -> Call:
+def new_call(
+    layer: RecurrentLayer, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None, *, width: int
+) -> LoopCall:
     """Project x, and prepare what the time loop writes.
 
     Args:
@@ -216,7 +217,7 @@ def new_call(layer: RecurrentLayer, x: Tensor, states: list[Tensor], batch_sizes
         lengths = ends.to(layer.device, torch.int32)
     # The interpreter truncates to bfloat16 where a GPU rounds.
     y = x.new_empty(len(x), width, dtype=torch.float32 if INTERPRETED else x.dtype)
-    return Call(layer.project(x), y, written_in_place(states), starts, lengths, T)
+    return LoopCall(layer.project(x), y, written_in_place(states), starts, lengths, T)
 
 
 def refuse_first_in_capture(shapes: set[Any], x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> None:
@@ -242,7 +243,7 @@ def written_in_place(states: list[Tensor]) -> Tensor:
     return states[1].to(torch.float32, copy=True) if len(states) == 2 else states[0].float()
 
 
-def results(call: Call, h_n: Tensor, states: list[Tensor]) -> list[Tensor]:
+def results(call: LoopCall, h_n: Tensor, states: list[Tensor]) -> list[Tensor]:
     """Return y, h_n and, for an LSTM, c_n in the dtype of the states."""
     return [result.to(states[0].dtype) for result in (call.y, h_n, call.c)[: 1 + len(states)]]
 

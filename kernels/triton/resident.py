@@ -55,8 +55,8 @@ from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton.cells import CELLS, GRU, LSTM
 from triton_sparse_rnn.kernels.triton.exchange import BETWEEN, INTERPRETED, NONE, WITHIN, look, publish, wait
-from triton_sparse_rnn.kernels.triton.steps import NOT_STORED, UNITS, advance, side_by_side, start_of
-from triton_sparse_rnn.kernels.triton.tiles import Choice
+from triton_sparse_rnn.kernels.triton.steps import UNITS, advance, side_by_side, start_of
+from triton_sparse_rnn.kernels.triton.tiles import Residency
 
 
 @triton.jit(do_not_specialize=["spin_limit", "first_slice", "first", "S", "T", "B", "H"])
@@ -88,14 +88,13 @@ def resident_steps(
     EXCHANGE: tl.constexpr,
     RAGGED: tl.constexpr,
     WAVEFRONT: tl.constexpr,
-    SKIPS: tl.constexpr,
     TIED: tl.constexpr,
     PACK: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
     """Run S steps; see the top of the file.
 
-    SKIPS: some weights are NOT_STORED. TIED: all gates of a unit group have the same columns. PACK: of exchange.look.
+    TIED: all gates of a unit group have the same columns. PACK: of exchange.look.
     """
     p = tl.program_id(0)
     d = tl.program_id(1)
@@ -180,9 +179,9 @@ def resident_steps(
                 read_ptr = h_in_ptr + (d * B + row).to(tl.int64) * H
             else:
                 read_ptr = exchange_ptr + row
-            product = multiply(
+            product = resident_product(
                 weights, columns, read_ptr, B, H, status_ptr, spin_limit,
-                GROUPS, SLOTS, TILES, EXCHANGE, SKIPS, TIED, PACK, PORTABLE,
+                GROUPS, SLOTS, TILES, EXCHANGE, TIED, PACK, PORTABLE,
             )  # fmt: skip
             products = products + (product,)
         gates = side_by_side(products, ROWS) + now  # [U, ROWS, SLOTS]
@@ -209,7 +208,7 @@ def load_tiles(
     weights_ptr, columns_ptr, program, GROUPS: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr,
     KO: tl.constexpr, TIED: tl.constexpr,
 ):  # fmt: skip
-    """Load a program's weights and columns: TILES tensors of each, of the shapes that `multiply` gives.
+    """Load a program's weights and columns: TILES tensors of each, of the shapes that `resident_product` gives.
 
     They are loaded as matrices, of which a warp takes a row: its threads 16 bytes of weights each, and one column. So
     both come in layouts that fit each other, and are only named anew by the reshape.
@@ -245,10 +244,10 @@ def name_rows_below(columns, H, below, TILES: tl.constexpr):
 
 
 @triton.jit
-def multiply(
+def resident_product(
     weights, columns, read_ptr, B, H, status_ptr, spin_limit,
     GROUPS: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr, EXCHANGE: tl.constexpr,
-    SKIPS: tl.constexpr, TIED: tl.constexpr, PACK: tl.constexpr, PORTABLE: tl.constexpr,
+    TIED: tl.constexpr, PACK: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """W_hh h for one row of the batch: [U, SLOTS].
 
@@ -271,10 +270,7 @@ def multiply(
         else:
             v = words[i].to(tl.float32, bitcast=True)
         w = widen(weights[i], PORTABLE)
-        product = w * tl.expand_dims(v, -1)  # TIED: v is broadcast to all slots
-        if SKIPS:
-            product = tl.where(w.to(tl.int32, bitcast=True) == NOT_STORED, 0.0, product)
-        acc += product
+        acc += w * tl.expand_dims(v, -1)  # TIED: v is broadcast to all slots
     KO_AXIS: tl.constexpr = 1 if TIED else 0
     acc = tl.sum(tl.sum(acc, axis=KO_AXIS), axis=1)  # [GROUPS * SLOTS, 16 / SUB, SUB]
     if SLOTS == 1:
@@ -313,12 +309,11 @@ def widen(weights, PORTABLE: tl.constexpr):
 
 def launch_resident(
     mode: str,
-    choice: Choice,
+    choice: Residency,
     exchange_mode: int,
     *,
     weights: Tensor,
     columns: Tensor,
-    skips: bool,
     sums: Tensor,
     bias: Tensor | None,
     h_in: Tensor,
@@ -342,9 +337,8 @@ def launch_resident(
 
     Args:
         mode: of CELLS.
-        choice: of tiles.choose_tile.
+        choice: of tiles.choose_residency.
         exchange_mode: exchange.NONE, for one step, WITHIN for a single program, or BETWEEN.
-        skips: some weights are NOT_STORED.
         only_compile: launch nothing.
     """
     tile, (D, B, H) = choice.tile, h_in.shape
@@ -378,7 +372,6 @@ def launch_resident(
             EXCHANGE=exchange_mode,
             RAGGED=starts is not None,
             WAVEFRONT=bias is not None,
-            SKIPS=skips,
             TIED=tile.tied,
             PACK=tile.pack,
             PORTABLE=INTERPRETED,

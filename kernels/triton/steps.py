@@ -10,7 +10,6 @@ from triton_sparse_rnn.kernels.triton.cells import GRU, LSTM, RNN_RELU, gru_cell
 from triton_sparse_rnn.sparse.row_blocks import UNITS as _UNITS
 
 UNITS = tl.constexpr(_UNITS)  # hidden units of a unit group
-NOT_STORED = tl.constexpr(-(2**31))  # the bits of -0.0: a weight whose input is not read (row_blocks.py)
 
 
 @triton.jit

@@ -44,13 +44,13 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton.block_product import (
-    Tile,
-    choose_tile,
-    gate_products,
+    ProductTile,
+    choose_product_tile,
     load_blocks,
     multiply_add,
     stored_lists,
     sum_columns,
+    unit_group_products,
     zero_sums,
 )
 from triton_sparse_rnn.kernels.triton.cells import CELLS, GRU, LSTM
@@ -60,27 +60,26 @@ from triton_sparse_rnn.sparse.row_blocks import RowBlocks
 
 # For EXCHANGE BETWEEN, where all programs must be resident at once: by rows. Not yet measured on a GPU.
 BETWEEN_TILES = (
-    Tile(rows=1, block_k=64, num_warps=8),
-    Tile(rows=2, block_k=32, num_warps=8),
-    Tile(rows=4, block_k=16, num_warps=4, maxnreg=168),
+    ProductTile(rows=1, block_k=64, num_warps=8),
+    ProductTile(rows=2, block_k=32, num_warps=8),
+    ProductTile(rows=4, block_k=16, num_warps=4, maxnreg=168),
 )
 
 _MOST_ROWS = 32  # of a program: the state of more, beside their products, fills the registers
 _PACK = 1  # words that a thread reads together
 
 
-def choose_streamed_tile(rows: int, exchange: int, skips: bool) -> Tile:
+def choose_streamed_tile(rows: int, exchange: int) -> ProductTile:
     """The smallest tile that holds all rows of the batch, or else the largest."""
     if exchange == NONE.value:
-        return choose_tile(min(rows, _MOST_ROWS), skips)
+        return choose_product_tile(min(rows, _MOST_ROWS))
     return next((tile for tile in BETWEEN_TILES if tile.rows >= rows), BETWEEN_TILES[-1])
 
 
 @triton.jit
 def products_of_exchange(
     slot_ptr, first_row, B, H, values_ptr, columns_ptr, begins, counts, most, status_ptr, spin_limit,
-    GATES: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SKIPS: tl.constexpr, PACK: tl.constexpr,
-    PORTABLE: tl.constexpr,
+    GATES: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PACK: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """W_hh h for ROWS rows of a slot of the exchange, each word read when it is there: [16, ROWS, SLOTS].
 
@@ -97,7 +96,7 @@ def products_of_exchange(
         for i in tl.static_range(ROWS):
             row_ptr = slot_ptr + tl.minimum(first_row + i, B - 1)
             h = wait(words[i], row_ptr, columns, B * 4, status_ptr, spin_limit, PACK, PORTABLE)
-            new = new + (multiply_add(sums[i], weights, h, SKIPS),)
+            new = new + (multiply_add(sums[i], weights, h),)
         sums = new
     return sum_columns(sums, GATES, ROWS)
 
@@ -135,15 +134,12 @@ def streamed_steps(
     EXCHANGE: tl.constexpr,
     RAGGED: tl.constexpr,
     FUSED_INPUT: tl.constexpr,
-    SKIPS: tl.constexpr,
-    IH_SKIPS: tl.constexpr,
     PACK: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
     """Run S steps; see the top of the file.
 
-    BLOCK_K: columns of a gate at a time. DOT: by tl.dot, for EXCHANGE NONE. SKIPS, IH_SKIPS: of row_blocks.py. PACK: of
-    exchange.look.
+    BLOCK_K: columns of a gate at a time. DOT: by tl.dot, for EXCHANGE NONE. PACK: of exchange.look.
     """
     groups = (H + UNITS - 1) // UNITS
     p = tl.program_id(0) % groups
@@ -193,9 +189,9 @@ def streamed_steps(
     slots = tl.arange(0, SLOTS)[None, None, :]
     gate_place = (d * H + units[:, :, None]) * SLOTS + slots  # [16, 1, SLOTS]
     if FUSED_INPUT:
-        now = gate_products(
+        now = unit_group_products(
             x_ptr, I, 1, first_row.to(tl.int64), B, I, ih_values_ptr, ih_columns_ptr, ih_starts_ptr, group,
-            GATES, SLOTS, IH_EMPTY, ROWS, BLOCK_K, DOT, IH_SKIPS, PORTABLE,
+            GATES, SLOTS, IH_EMPTY, ROWS, BLOCK_K, DOT, PORTABLE,
         )  # fmt: skip
         now += tl.load(slot_bias_ptr + gate_place, mask=units[:, :, None] < H, other=0.0)
     else:
@@ -218,13 +214,13 @@ def streamed_steps(
             later = tl.load(sums_ptr + next_row[:, :, None] * (D * H * SLOTS), mask=wanted[:, :, None], other=0.0)
             product = products_of_exchange(
                 exchange_ptr, first_row, B, H, hh_values_ptr, hh_columns_ptr, begins, counts, most,
-                status_ptr, spin_limit, GATES, ROWS, BLOCK_K, SKIPS, PACK, PORTABLE,
+                status_ptr, spin_limit, GATES, ROWS, BLOCK_K, PACK, PORTABLE,
             )  # fmt: skip
         else:
-            product = gate_products(
+            product = unit_group_products(
                 h_in_ptr + d.to(tl.int64) * B * H, H, 1, first_row.to(tl.int64), B, H,
                 hh_values_ptr, hh_columns_ptr, hh_starts_ptr, group,
-                GATES, SLOTS, HH_EMPTY, ROWS, BLOCK_K, DOT, SKIPS, PORTABLE,
+                GATES, SLOTS, HH_EMPTY, ROWS, BLOCK_K, DOT, PORTABLE,
             )  # fmt: skip
         h_new, c_new = advance(product + now, h, c, CELL)
         h = tl.where(active, h_new, h)
@@ -244,7 +240,7 @@ def streamed_steps(
 
 def launch_streamed(
     mode: str,
-    tile: Tile,
+    tile: ProductTile,
     exchange_mode: int,
     *,
     weight_hh: RowBlocks,
@@ -311,8 +307,6 @@ def launch_streamed(
         EXCHANGE=exchange_mode,
         RAGGED=starts is not None,
         FUSED_INPUT=x is not None,
-        SKIPS=weight_hh.skips,
-        IH_SKIPS=weight_ih is not None and weight_ih.skips,
         PACK=_PACK,
         PORTABLE=INTERPRETED,
         grid=grid,

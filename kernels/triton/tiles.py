@@ -12,8 +12,8 @@ have the same columns (`Pruner(tie_gates=True)`), they can share them:
 
     TIED (P = unit groups): weights [D, P, TILES, SLOTS, KO, LANES, 16]       columns [D, P, TILES, KO, LANES]
 
-`choose_tile` is a plain function of the layer, the batch and the device; nothing is tried out. Registers were read from
-machine code (`residency.py`); no GPU has measured these rows yet.
+`choose_residency` is a plain function of the layer, the batch and the device; nothing is tried out. Registers were read
+from machine code (tools/residency.py); no GPU has measured these rows yet.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from triton_sparse_rnn.sparse.row_blocks import UNITS, RowBlocks, without_minus_zero
+from triton_sparse_rnn.sparse.row_blocks import UNITS, RowBlocks
 
 MOST_ROUNDS = 4  # launches one after another of slices that are not resident together, before streaming is chosen
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200: those whose machine code was read
@@ -60,7 +60,7 @@ H200 = Device(sms=132)
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
+class ResidentTile:
     """A way to lay out programs; one row of the table.
 
     Attributes:
@@ -102,12 +102,9 @@ class Tile:
         """Columns of a slot that fit, on sm_90."""
         return self.tiles * self.tile_columns
 
-    def most_tiles(self, target: int = 90, *, skips: bool = False) -> int:
-        """Tiles that fit on one of TARGETS; to look for weights that are not stored takes registers too."""
-        tiles = (
-            {80: self.elsewhere[0], 90: self.tiles, 100: self.elsewhere[1]}[target] if self.elsewhere else self.tiles
-        )
-        return tiles - 1 if skips and self.registers == MOST_REGISTERS else tiles
+    def most_tiles(self, target: int = 90) -> int:
+        """Tiles that fit on one of TARGETS."""
+        return {80: self.elsewhere[0], 90: self.tiles, 100: self.elsewhere[1]}[target] if self.elsewhere else self.tiles
 
     @property
     def pack(self) -> int:
@@ -131,51 +128,51 @@ class Tile:
 
 
 # The best first. Many unit groups are for a program that holds a layer alone.
-TABLE: tuple[Tile, ...] = (
-    Tile(slots=4, itemsize=4, groups=2, rows=1, num_warps=4, ko=1, tiles=8, registers=168),
-    Tile(slots=4, itemsize=4, groups=4, rows=1, num_warps=4, ko=1, tiles=7, registers=255),
-    Tile(slots=4, itemsize=4, groups=8, rows=1, num_warps=8, ko=1, tiles=7, registers=255),
-    Tile(slots=4, itemsize=4, groups=16, rows=1, num_warps=8, ko=1, tiles=3, registers=255),
-    Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=4, tiles=2, registers=96),
-    Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=4, tiles=4, registers=168),
-    Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=4, tiles=8, registers=255),
-    Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=8, ko=8, tiles=8, registers=255),
-    Tile(slots=4, itemsize=4, groups=1, rows=2, num_warps=4, ko=4, tiles=7, registers=255),
-    Tile(slots=4, itemsize=4, groups=1, rows=2, num_warps=8, ko=8, tiles=6, registers=255, elsewhere=(6, 5)),
-    Tile(slots=4, itemsize=4, groups=1, rows=4, num_warps=4, ko=4, tiles=6, registers=255, elsewhere=(6, 5)),
-    Tile(slots=4, itemsize=4, groups=1, rows=4, num_warps=8, ko=8, tiles=6, registers=255, elsewhere=(6, 5)),
-    Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=8, tiles=5, registers=255, tied=True),
-    Tile(slots=4, itemsize=2, groups=2, rows=1, num_warps=4, ko=1, tiles=8, registers=168),
-    Tile(slots=4, itemsize=2, groups=4, rows=1, num_warps=4, ko=1, tiles=6, registers=255),
-    Tile(slots=4, itemsize=2, groups=8, rows=1, num_warps=8, ko=1, tiles=6, registers=255),
-    Tile(slots=4, itemsize=2, groups=16, rows=1, num_warps=8, ko=1, tiles=2, registers=255),
-    Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=1, registers=96),
-    Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=2, registers=168),
-    Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=5, registers=255, elsewhere=(4, 3)),
-    Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=8, ko=8, tiles=5, registers=255, elsewhere=(4, 3)),
-    Tile(slots=4, itemsize=2, groups=1, rows=2, num_warps=4, ko=4, tiles=4, registers=255, elsewhere=(4, 3)),
-    Tile(slots=4, itemsize=2, groups=1, rows=4, num_warps=4, ko=4, tiles=3, registers=255, elsewhere=(3, 2)),
-    Tile(slots=4, itemsize=2, groups=1, rows=4, num_warps=8, ko=8, tiles=3, registers=255, elsewhere=(3, 2)),
-    Tile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=6, registers=255, tied=True),
-    Tile(slots=1, itemsize=4, groups=4, rows=1, num_warps=4, ko=1, tiles=8, registers=88),
-    Tile(slots=1, itemsize=4, groups=8, rows=1, num_warps=4, ko=1, tiles=14, registers=255),
-    Tile(slots=1, itemsize=4, groups=16, rows=1, num_warps=8, ko=1, tiles=14, registers=255),
-    Tile(slots=1, itemsize=4, groups=1, rows=1, num_warps=4, ko=16, tiles=2, registers=112),
-    Tile(slots=1, itemsize=4, groups=1, rows=1, num_warps=4, ko=16, tiles=6, registers=255),
-    Tile(slots=1, itemsize=4, groups=1, rows=2, num_warps=4, ko=16, tiles=6, registers=255, elsewhere=(6, 5)),
-    Tile(slots=1, itemsize=4, groups=1, rows=4, num_warps=4, ko=16, tiles=4, registers=255),
-    Tile(slots=1, itemsize=2, groups=4, rows=1, num_warps=4, ko=1, tiles=4, registers=88),
-    Tile(slots=1, itemsize=2, groups=8, rows=1, num_warps=4, ko=1, tiles=8, registers=200),
-    Tile(slots=1, itemsize=2, groups=16, rows=1, num_warps=8, ko=1, tiles=8, registers=255),
-    Tile(slots=1, itemsize=2, groups=1, rows=1, num_warps=4, ko=16, tiles=1, registers=88),
-    Tile(slots=1, itemsize=2, groups=1, rows=1, num_warps=4, ko=16, tiles=3, registers=255),
-    Tile(slots=1, itemsize=2, groups=1, rows=2, num_warps=4, ko=8, tiles=4, registers=255),
-    Tile(slots=1, itemsize=2, groups=1, rows=4, num_warps=4, ko=8, tiles=3, registers=255, elsewhere=(3, 2)),
+TABLE: tuple[ResidentTile, ...] = (
+    ResidentTile(slots=4, itemsize=4, groups=2, rows=1, num_warps=4, ko=1, tiles=8, registers=168),
+    ResidentTile(slots=4, itemsize=4, groups=4, rows=1, num_warps=4, ko=1, tiles=7, registers=255),
+    ResidentTile(slots=4, itemsize=4, groups=8, rows=1, num_warps=8, ko=1, tiles=7, registers=255),
+    ResidentTile(slots=4, itemsize=4, groups=16, rows=1, num_warps=8, ko=1, tiles=3, registers=255),
+    ResidentTile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=4, tiles=2, registers=96),
+    ResidentTile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=4, tiles=4, registers=168),
+    ResidentTile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=4, tiles=8, registers=255),
+    ResidentTile(slots=4, itemsize=4, groups=1, rows=1, num_warps=8, ko=8, tiles=8, registers=255),
+    ResidentTile(slots=4, itemsize=4, groups=1, rows=2, num_warps=4, ko=4, tiles=7, registers=255),
+    ResidentTile(slots=4, itemsize=4, groups=1, rows=2, num_warps=8, ko=8, tiles=6, registers=255, elsewhere=(6, 5)),
+    ResidentTile(slots=4, itemsize=4, groups=1, rows=4, num_warps=4, ko=4, tiles=6, registers=255, elsewhere=(6, 5)),
+    ResidentTile(slots=4, itemsize=4, groups=1, rows=4, num_warps=8, ko=8, tiles=6, registers=255, elsewhere=(6, 5)),
+    ResidentTile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=8, tiles=5, registers=255, tied=True),
+    ResidentTile(slots=4, itemsize=2, groups=2, rows=1, num_warps=4, ko=1, tiles=8, registers=168),
+    ResidentTile(slots=4, itemsize=2, groups=4, rows=1, num_warps=4, ko=1, tiles=6, registers=255),
+    ResidentTile(slots=4, itemsize=2, groups=8, rows=1, num_warps=8, ko=1, tiles=6, registers=255),
+    ResidentTile(slots=4, itemsize=2, groups=16, rows=1, num_warps=8, ko=1, tiles=2, registers=255),
+    ResidentTile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=1, registers=96),
+    ResidentTile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=2, registers=168),
+    ResidentTile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=5, registers=255, elsewhere=(4, 3)),
+    ResidentTile(slots=4, itemsize=2, groups=1, rows=1, num_warps=8, ko=8, tiles=5, registers=255, elsewhere=(4, 3)),
+    ResidentTile(slots=4, itemsize=2, groups=1, rows=2, num_warps=4, ko=4, tiles=4, registers=255, elsewhere=(4, 2)),
+    ResidentTile(slots=4, itemsize=2, groups=1, rows=4, num_warps=4, ko=4, tiles=3, registers=255, elsewhere=(3, 2)),
+    ResidentTile(slots=4, itemsize=2, groups=1, rows=4, num_warps=8, ko=8, tiles=3, registers=255, elsewhere=(3, 2)),
+    ResidentTile(slots=4, itemsize=2, groups=1, rows=1, num_warps=4, ko=4, tiles=6, registers=255, tied=True),
+    ResidentTile(slots=1, itemsize=4, groups=4, rows=1, num_warps=4, ko=1, tiles=8, registers=88),
+    ResidentTile(slots=1, itemsize=4, groups=8, rows=1, num_warps=4, ko=1, tiles=14, registers=255),
+    ResidentTile(slots=1, itemsize=4, groups=16, rows=1, num_warps=8, ko=1, tiles=14, registers=255),
+    ResidentTile(slots=1, itemsize=4, groups=1, rows=1, num_warps=4, ko=16, tiles=2, registers=112),
+    ResidentTile(slots=1, itemsize=4, groups=1, rows=1, num_warps=4, ko=16, tiles=6, registers=255),
+    ResidentTile(slots=1, itemsize=4, groups=1, rows=2, num_warps=4, ko=16, tiles=6, registers=255, elsewhere=(6, 5)),
+    ResidentTile(slots=1, itemsize=4, groups=1, rows=4, num_warps=4, ko=16, tiles=4, registers=255),
+    ResidentTile(slots=1, itemsize=2, groups=4, rows=1, num_warps=4, ko=1, tiles=4, registers=88),
+    ResidentTile(slots=1, itemsize=2, groups=8, rows=1, num_warps=4, ko=1, tiles=8, registers=200),
+    ResidentTile(slots=1, itemsize=2, groups=16, rows=1, num_warps=8, ko=1, tiles=8, registers=255),
+    ResidentTile(slots=1, itemsize=2, groups=1, rows=1, num_warps=4, ko=16, tiles=1, registers=88),
+    ResidentTile(slots=1, itemsize=2, groups=1, rows=1, num_warps=4, ko=16, tiles=3, registers=255),
+    ResidentTile(slots=1, itemsize=2, groups=1, rows=2, num_warps=4, ko=8, tiles=4, registers=255),
+    ResidentTile(slots=1, itemsize=2, groups=1, rows=4, num_warps=4, ko=8, tiles=3, registers=255, elsewhere=(3, 2)),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Residency:
     """How one layer runs at one batch size with its weights on chip.
 
     Attributes:
@@ -187,7 +184,7 @@ class Choice:
         resident_slices: how many of them are on the device at a time; the others follow in launches of their own.
     """
 
-    tile: Tile
+    tile: ResidentTile
     tiles: int
     programs: int
     directions: int
@@ -201,7 +198,7 @@ class Choice:
         return weights * self.tile.itemsize * self.programs * self.directions * self.resident_slices
 
 
-def choose_tile(
+def choose_residency(
     mode: str,
     hidden_size: int,
     columns: int,
@@ -210,10 +207,9 @@ def choose_tile(
     directions: int = 1,
     batch_size: int = 1,
     tied: bool = False,
-    skips: bool = False,
     chains_wait: bool = False,
     device: Device = H200,
-) -> Choice | None:
+) -> Residency | None:
     """Return how to keep a layer's weights on chip, or None where they do not fit: they are then read at every step.
 
     Args:
@@ -224,7 +220,6 @@ def choose_tile(
         directions: D, side by side.
         batch_size: B.
         tied: all gates of each unit group have the same columns.
-        skips: there are weights in the blocks that are not stored.
         chains_wait: directions are layers that wait for each other.
         device: where it runs.
     """
@@ -233,9 +228,9 @@ def choose_tile(
     for tile in TABLE:
         alone = not chains_wait and (tile.groups > 1 or groups == 1)
         tiles = max(1, -(-columns // tile.tile_columns))
-        if tile.slots != SLOTS[mode] or tile.itemsize != itemsize or tile.tied > (tied and not skips):
+        if tile.slots != SLOTS[mode] or tile.itemsize != itemsize or tile.tied > tied:
             continue
-        if tiles > tile.most_tiles(device.target, skips=skips):
+        if tiles > tile.most_tiles(device.target):
             continue
         if tile.groups > 1 and (chains_wait or tile.groups < groups):
             continue
@@ -245,7 +240,7 @@ def choose_tile(
         resident = min(slices, MOST_SLICES if alone else resident)  # who waits for nobody may come later
         if slices > MOST_ROUNDS * resident:
             continue
-        choice = Choice(tile, tiles, programs, directions, slices, resident)
+        choice = Residency(tile, tiles, programs, directions, slices, resident)
         if resident == slices:
             return choice
         choices.append(choice)
@@ -267,7 +262,7 @@ def gates_are_tied(blocks: RowBlocks) -> bool:
     return bool((blocks.columns == blocks.columns[blocks.starts[first_gate] + place]).all())
 
 
-def stack_layers(recurrent: Sequence[RowBlocks], inputs: Sequence[RowBlocks]) -> RowBlocks:
+def chain_layers(recurrent: Sequence[RowBlocks], inputs: Sequence[RowBlocks]) -> RowBlocks:
     """Return the weights of layers of one direction as chains of a wavefront (resident.py): a gate for each slot.
 
     Args:
@@ -288,19 +283,17 @@ def stack_layers(recurrent: Sequence[RowBlocks], inputs: Sequence[RowBlocks]) ->
     row = torch.cat(rows)
     order = torch.argsort(row, stable=True)
     counts = torch.bincount(row, minlength=len(recurrent) * groups * slots)
-    skips = any(blocks.skips for _, blocks, _ in parts)
     return RowBlocks(
-        values=torch.cat([without_minus_zero(blocks) if skips else blocks.values for _, blocks, _ in parts])[order],
+        values=torch.cat([blocks.values for _, blocks, _ in parts])[order],
         columns=torch.cat(columns)[order],
         starts=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32),
         shape=(slots * H, 2 * H + 1),
         gates=slots,
-        skips=skips,
         directions=len(recurrent),
     )
 
 
-def pack_tiles(blocks: RowBlocks, tile: Tile, tiles: int) -> tuple[Tensor, Tensor]:
+def pack_tiles(blocks: RowBlocks, tile: ResidentTile, tiles: int) -> tuple[Tensor, Tensor]:
     """Return weights and columns as at the top of the file.
 
     Args:

@@ -25,9 +25,9 @@ from triton_sparse_rnn.kernels.triton.tiles import (
     H200,
     RESERVED_BYTES,
     TARGETS,
-    Choice,
     Device,
-    choose_tile,
+    Residency,
+    choose_residency,
     gates_are_tied,
     longest_list,
     pack_tiles,
@@ -39,7 +39,7 @@ MOST_PROGRAMS_PER_SM = 16  # 32 on some GPUs, but not on all
 _EXCHANGE_BYTES = 2**26  # of one launch: longer sequences take several
 
 
-class Call(NamedTuple):
+class LoopCall(NamedTuple):
     """What all launches of a call share; see resident.py."""
 
     sums: Tensor
@@ -76,7 +76,7 @@ class TimeLoop:
 
         Args:
             mode: nn.RNNBase.mode.
-            weights: of all directions; or of all layers, from tiles.stack_layers.
+            weights: of all directions; or of all layers, from tiles.chain_layers.
             device: where the tensors are.
             bias: [D, H, SLOTS] of a stack, whose chains are layers (WAVEFRONT in resident.py); else None.
         """
@@ -89,11 +89,11 @@ class TimeLoop:
         self._device = device
         self.status = new_status(device)
         self._packed: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
-        self._choices: dict[int, Choice | None] = {}
+        self._choices: dict[int, Residency | None] = {}
         self._taken: dict[int, str] = {}  # text of the way that the last call took, by batch size
         self._is_resident: dict[Any, bool] = {}
 
-    def run(self, call: Call, h: Tensor) -> Tensor | None:
+    def run(self, call: LoopCall, h: Tensor) -> Tensor | None:
         """Run all steps and write y, and c of an LSTM in place.
 
         Returns h_n [D, B, H]; None, and nothing has run, if a stack's programs cannot all be resident.
@@ -107,10 +107,10 @@ class TimeLoop:
                 self._is_resident[_compiled_as(way, call, h)] = False
         return None
 
-    def choose(self, batch_size: int) -> Choice | None:
+    def choose(self, batch_size: int) -> Residency | None:
         """Return how the weights are kept on chip; None if they are not."""
         if batch_size not in self._choices:
-            self._choices[batch_size] = choose_tile(
+            self._choices[batch_size] = choose_residency(
                 self._mode,
                 self.weights.hidden_size,
                 self._longest,
@@ -118,7 +118,6 @@ class TimeLoop:
                 directions=self.weights.directions,
                 batch_size=batch_size,
                 tied=self._tied,
-                skips=self.weights.skips,
                 chains_wait=self._bias is not None,
                 device=self._limits,
             )
@@ -158,7 +157,7 @@ class TimeLoop:
             ways += [self._on_chip(choice, NONE.value)]
         return ways[-1:] if T == 1 else ways
 
-    def _on_chip(self, choice: Choice, exchange_mode: int) -> Way:
+    def _on_chip(self, choice: Residency, exchange_mode: int) -> Way:
         programs, tile = choice.programs * choice.directions * choice.resident_slices, choice.tile
         text = f"{_count(programs)} of {tile.named(choice.tiles)}"
         if exchange_mode == NONE.value:
@@ -167,13 +166,13 @@ class TimeLoop:
             text = f"on chip: {text}, {choice.on_chip_bytes / 1e6:.2g} MB of weights"
         return Way(text, functools.partial(self._launch_resident, choice), exchange_mode, programs, tile.num_warps)
 
-    def _launch_resident(self, choice: Choice, exchange_mode: int, **arguments: Any) -> Any:
+    def _launch_resident(self, choice: Residency, exchange_mode: int, **arguments: Any) -> Any:
         weights, columns = self._pack(choice)
-        more = {"weights": weights, "columns": columns, "skips": self.weights.skips, "bias": self._bias}
+        more = {"weights": weights, "columns": columns, "bias": self._bias}
         return launch_resident(self._mode, choice, exchange_mode, **more, **arguments)
 
     def _streamed(self, B: int, exchange_mode: int) -> Way:
-        tile = choose_streamed_tile(B, exchange_mode, self.weights.skips)
+        tile = choose_streamed_tile(B, exchange_mode)
         programs = self.weights.groups * self.weights.directions * -(-B // tile.rows)
         how = "step by step" if exchange_mode == NONE.value else "streamed"
         rows = f" x {tile.rows} rows" if tile.rows > 1 else ""
@@ -181,7 +180,7 @@ class TimeLoop:
         launch = functools.partial(launch_streamed, self._mode, tile, weight_hh=self.weights)
         return Way(text, launch, exchange_mode, programs, tile.num_warps)
 
-    def _can_be_resident(self, way: Way, call: Call, h: Tensor) -> bool:
+    def _can_be_resident(self, way: Way, call: LoopCall, h: Tensor) -> bool:
         """Whether all programs of a launch that exchange h are on the device at a time; if not, some wait for ever."""
         if way.exchange_mode != BETWEEN.value:
             return True
@@ -196,7 +195,7 @@ class TimeLoop:
             )
         return self._is_resident[key]
 
-    def _run_steps(self, way: Way, call: Call, h: Tensor) -> Tensor | None:
+    def _run_steps(self, way: Way, call: LoopCall, h: Tensor) -> Tensor | None:
         """Launch for as many steps as the exchange may hold, until all are done.
 
         Returns h_n; None, and nothing has run, if the driver refuses a cooperative launch: it counts programs too.
@@ -217,14 +216,22 @@ class TimeLoop:
         return h
 
     def _launch(
-        self, way: Way, call: Call, h: Tensor, h_n: Tensor, exchange: Tensor | None, first: int, steps: int, **rest: Any
+        self,
+        way: Way,
+        call: LoopCall,
+        h: Tensor,
+        h_n: Tensor,
+        exchange: Tensor | None,
+        first: int,
+        steps: int,
+        **rest: Any,
     ) -> Any:
         return way.launch(
             way.exchange_mode, **call._asdict(), h_in=h, h_n=h_n, exchange=exchange, status=self.status,
             spin_limit=self.spin_limit, first=first, steps=steps, **rest,
         )  # fmt: skip
 
-    def _pack(self, choice: Choice) -> tuple[Tensor, Tensor]:
+    def _pack(self, choice: Residency) -> tuple[Tensor, Tensor]:
         """Return the weights in the order of a tile; made at the first call of a batch size that takes this tile."""
         tile, device = choice.tile, self.weights.values.device
         key = tile.groups, tile.ko, tile.tied, choice.tiles
@@ -252,7 +259,7 @@ def new_status(device: torch.device) -> Tensor:
 
 @functools.cache
 def device_limits(device: torch.device) -> Device:
-    """What `choose_tile` needs to know; of an H200 where Triton interprets."""
+    """What `choose_residency` needs to know; of an H200 where Triton interprets."""
     if device.type != "cuda":
         return H200
     properties = torch.cuda.get_device_properties(device)
@@ -279,6 +286,6 @@ def _count(programs: int) -> str:
     return "1 program" if programs == 1 else f"{programs} programs"
 
 
-def _compiled_as(way: Way, call: Call, h: Tensor) -> tuple[Any, ...]:
+def _compiled_as(way: Way, call: LoopCall, h: Tensor) -> tuple[Any, ...]:
     """What a compiled kernel depends on, in one layer."""
     return way.text, call.starts is not None, call.y.dtype

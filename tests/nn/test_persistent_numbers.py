@@ -71,25 +71,27 @@ def test_conversion_of_a_converted_module(cell, weight_dtype, dtype):
 @every_cell_and_backend
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_pruned_block_does_not_read_its_input(cell, backend, value):
-    """Blocks of 4 x 1, H = 8. Only units 4..7 read x[1], and no unit reads another but itself."""
-    layer = cell(3, 8).requires_grad_(False)
-    gates = len(layer.weight_hh_l0) // 8
-    eye, column = torch.eye(8).repeat(gates, 1), torch.zeros(gates, 8, 3)
-    for block in (slice(0, 4), slice(4, 8)):
-        eye.view(gates, 8, 8)[:, block, block] = 1
-    column[:, :, 0], column[:, 4:, 1] = 1, 1
+    """Two blocks of BR x 1. Only the second half of the units reads x[1], and none reads units of the other half."""
+    BR = 16 if backend == "triton" else 4
+    H = 2 * BR
+    layer = cell(3, H).requires_grad_(False)
+    gates = len(layer.weight_hh_l0) // H
+    eye, column = torch.eye(H).repeat(gates, 1), torch.zeros(gates, H, 3)
+    for block in (slice(0, BR), slice(BR, H)):
+        eye.view(gates, H, H)[:, block, block] = 1 / BR
+    column[:, :, 0], column[:, BR:, 1] = 1, 1
     layer.weight_hh_l0.copy_(eye)
     layer.weight_ih_l0.copy_(column.flatten(0, 1))
-    ours = convert(layer, backend)
+    ours = convert(layer, backend, storage=(BR, 1))
     x = torch.randn(5, 2, 3)
     clean = ours(x)[0]
     x[2, 1, 1] = value
     y = ours(x)[0]
     torch.testing.assert_close(y[:, 0], clean[:, 0])
-    torch.testing.assert_close(y[:, 1, :4], clean[:, 1, :4])
+    torch.testing.assert_close(y[:, 1, :BR], clean[:, 1, :BR])
     torch.testing.assert_close(y[:2], clean[:2])
     if value != value:
-        assert y[2:, 1, 4:].isnan().all()
+        assert y[2:, 1, BR:].isnan().all()
     x[:, :, 2] = value  # no stored block at all
     assert_same_bits(ours(x)[0].nan_to_num(), y.nan_to_num())
 

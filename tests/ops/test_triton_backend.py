@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from triton_sparse_rnn.errors import BackendUnavailableError
 from triton_sparse_rnn.kernels.triton import exchange, recurrent_layer
-from triton_sparse_rnn.nn.persistent import PersistentGRU, PersistentLSTM
+from triton_sparse_rnn.nn.persistent import PersistentGRU, PersistentLSTM, PersistentRNN
 from triton_sparse_rnn.ops.backends import triton
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.ops.validation import check_not_capturing
@@ -151,6 +151,15 @@ def test_refusals_of_a_module():
         convert(make_gru(), weight_dtype=torch.int8)
     with pytest.raises(BackendUnavailableError, match=r"cannot run this layer: it computes in float32"):
         convert(make_gru().double())
+
+
+def test_a_block_of_fewer_than_16_rows_reads_its_input_for_16_units():
+    dense: Any = nn.RNN(8, 20, nonlinearity="relu").requires_grad_(False)
+    for weight in (dense.weight_ih_l0, dense.weight_hh_l0):
+        weight.zero_()[4:8, 1] = 1
+    x = torch.full((1, 1, 8), float("nan"), device=DEVICE)
+    y = PersistentRNN.from_dense(dense.to(DEVICE), backend="triton", storage=(4, 1))(x)[0]
+    assert y.isnan().flatten().nonzero().flatten().tolist() == [*range(16)]
 
 
 def test_prepared_once_for_the_same_tensors(made):

@@ -28,7 +28,7 @@ def main() -> None:
     for arch in ARCHITECTURES:
         code = compile_for(steps, types, {"BLOCK": 512}, arch=arch, num_warps=4, divisible=("stride",))
         found.append(dataclasses.asdict(code) | {"barriers": code.count("BAR"), "exponentials": code.count("MUFU")})
-    limited = compile_for(steps, types, {"BLOCK": 16384}, arch=90, num_warps=4, maxnreg=32)
+    limited = compile_for(steps, types, {"BLOCK": 4096}, arch=90, num_warps=4, maxnreg=32)
     found.append(dataclasses.asdict(limited))
     try:
         compile_for(steps, types, {}, arch=90, num_warps=4)

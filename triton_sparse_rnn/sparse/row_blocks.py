@@ -3,14 +3,12 @@
     blocks of 8 x 2, H = 24                        the same weights as 16 x 1
 
     units  0-7   A A . .                           units  0-15   A A C C
-    units  8-15  . . C C            ->                           - - C C          - : not stored, the bits of -0.0
+    units  8-15  . . C C            ->                           0 0 C C
     units 16-23  . D D .      (say)                units 16-23   D D
-                                                                 0 0              0 : units that do not exist
+                                                                 0 0
 
-A weight that was never stored does not read its input: 0 times infinity would be NaN. A 16 x 1 block whose rows are
-not all stored (BR is no multiple of 16) marks the others by the bits of -0.0; a stored -0.0 becomes 0.0, so that the
-marker has one meaning. Kernels compiled with SKIPS leave products of marked weights out; where `skips` is False there
-are none, and -0.0 is a number.
+Where BR is no multiple of 16, rows of a 16 x 1 block that were not stored are filled up with zeros. These read their
+input, as every weight of a 16 x 1 block does, and 0 times infinity is NaN.
 """
 
 from __future__ import annotations
@@ -31,12 +29,11 @@ class RowBlocks(NamedTuple):
     """Blocks of 16 x 1 of one or more matrices [G * H, C] of one shape, in the order of sparse/block_matrix.py.
 
     Attributes:
-        values: [NB, 16], float32, float16 or bfloat16; -0.0 is a weight that is not stored, if `skips`.
+        values: [NB, 16], float32, float16 or bfloat16.
         columns: [NB], int32, ascending within a row of blocks.
         starts: [D * ceil(H / 16) * G + 1], int32, where each row of blocks (direction, unit group, gate) begins.
         shape: (G * H, C).
         gates: G.
-        skips: whether a block holds weights that are not stored.
         directions: D, the number of matrices, one after another.
     """
 
@@ -45,7 +42,6 @@ class RowBlocks(NamedTuple):
     starts: Tensor
     shape: tuple[int, int]
     gates: int
-    skips: bool
     directions: int = 1
 
     @property
@@ -60,7 +56,7 @@ class RowBlocks(NamedTuple):
 
 
 def row_blocks(matrix: BlockMatrix) -> RowBlocks:
-    """Return the same stored weights, on the same device, as 16 x 1 blocks.
+    """Return the same weights, on the same device, as 16 x 1 blocks: all that hold a stored one.
 
     Blocks of 16 x BC are not copied where BC divides the columns of the matrix. Otherwise the temporary memory is 9
     bytes for 16 weights of the dense matrix, and a little more.
@@ -70,8 +66,8 @@ def row_blocks(matrix: BlockMatrix) -> RowBlocks:
 
     >>> matrix = BlockMatrix.from_dense(torch.tensor([[1.0, 0.0], [2.0, 3.0]]), (1, 1))
     >>> blocks = row_blocks(matrix)
-    >>> blocks.values[:, :2].tolist(), blocks.columns.tolist(), blocks.starts.tolist(), blocks.skips
-    ([[1.0, 2.0], [-0.0, 3.0]], [0, 1], [0, 2], True)
+    >>> blocks.values[:, :2].tolist(), blocks.columns.tolist(), blocks.starts.tolist()
+    ([[1.0, 2.0], [0.0, 3.0]], [0, 1], [0, 2])
     """
     assert matrix.values.is_floating_point()
     (BR, BC), columns = matrix.block_size, matrix.shape[1]
@@ -83,7 +79,6 @@ def row_blocks(matrix: BlockMatrix) -> RowBlocks:
             starts=matrix.starts * BC if BC > 1 else matrix.starts,
             shape=matrix.shape,
             gates=matrix.gates,
-            skips=False,
         )
     return _regrouped(matrix)
 
@@ -95,19 +90,12 @@ def stack_directions(parts: Sequence[RowBlocks]) -> RowBlocks:
     starts = [parts[0].starts[:1]]
     for part in parts:
         starts.append(starts[-1][-1] + part.starts[1:])
-    skips = any(part.skips for part in parts)
     return parts[0]._replace(
-        values=torch.cat([without_minus_zero(part) if skips else part.values for part in parts]),
+        values=torch.cat([part.values for part in parts]),
         columns=torch.cat([part.columns for part in parts]),
         starts=torch.cat(starts),
-        skips=skips,
         directions=len(parts),
     )
-
-
-def without_minus_zero(part: RowBlocks) -> Tensor:
-    """Return values in which -0.0 can only mean that a weight is not stored."""
-    return part.values if part.skips else part.values.masked_fill(part.values == 0, 0.0)
 
 
 def _regrouped(matrix: BlockMatrix) -> RowBlocks:
@@ -120,18 +108,15 @@ def _regrouped(matrix: BlockMatrix) -> RowBlocks:
     places = stored.cumsum(0) - 1
     ends = stored.view(groups * G, C).sum(1).cumsum(0)
     starts = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
-    values = matrix.values.new_full((int(starts[-1]), UNITS), -0.0)
+    values = matrix.values.new_zeros(int(starts[-1]), UNITS)
     for block, row, weights in _stored_weights(matrix):
-        values[places[block], row] = weights.masked_fill(weights == 0, 0.0)
-    if H % UNITS:
-        values[int(starts[-1 - G]) :, H % UNITS :] = 0.0  # units that do not exist have nothing to skip
+        values[places[block], row] = weights
     return RowBlocks(
         values=values,
         columns=(stored.nonzero().flatten() % C if C else ends.new_zeros(0)).to(torch.int32),
         starts=starts,
         shape=matrix.shape,
         gates=G,
-        skips=bool(((values == 0) & values.signbit()).any()),
     )
 
 

@@ -1,9 +1,9 @@
 """Compiles the kernels of gate gradients for a target; prints JSON: what is wrong with each, by name.
 
-    python gate_gradient_code_program.py 90 some|all
+    python gate_gradient_code_program.py 90 loop|some|all
 
-Each kernel takes the registers and the stack that it needs, so a spill anywhere is seen; of the time loop, the order of
-what hands over gate gradients is held against loop.py's argument.
+"loop" is the time loop in bfloat16 alone. Each kernel takes the registers and the stack that it needs, so a spill
+anywhere is seen; of the time loop, the order of what hands over gate gradients is held against loop.py's argument.
 """
 
 import itertools
@@ -149,10 +149,10 @@ def spills(code: MachineCode) -> list[str]:
 
 if __name__ == "__main__":
     arch, everything = int(sys.argv[1]), sys.argv[2] == "all"
-    dtypes = BYTES if everything else ("fp32", "bf16")
+    dtypes = {"all": tuple(BYTES), "some": ("fp32", "bf16"), "loop": ("bf16",)}[sys.argv[2]]
     examined = {}
     for dtype in dtypes:
         examined |= examine_loop(arch, dtype, everything)
-    for dtype in dtypes if everything else ("bf16",):
+    for dtype in {"all": dtypes, "some": ("bf16",), "loop": ()}[sys.argv[2]]:
         examined |= examine_others(arch, dtype, everything)
     json.dump(examined, sys.stdout)

@@ -35,6 +35,11 @@ def random_matrix(
     return BlockMatrix.from_dense(weight.to(DEVICE), block_size, gates=gates, dtype=dtype)
 
 
+def in_columns_of_16(matrix: BlockMatrix) -> BlockMatrix:
+    """The same weights as they are read: where one is not 0, so are the others of its column in the unit group."""
+    return BlockMatrix.from_dense(matrix.to_dense(), (16, 1), gates=matrix.gates)
+
+
 class Layer:
     """A layer with its inputs, for T = len(batch_sizes) steps."""
 
@@ -69,9 +74,16 @@ class Layer:
         self.h, self.c = torch.randn(2, D, self.B, H, device=DEVICE)
 
     def exact(self) -> list[Tensor]:
-        """y, h_n and, for an LSTM, c_n, in float64; what is not stored does not read its input."""
+        """y, h_n and, for an LSTM, c_n, in float64, each column of 16 read where one of its weights is stored."""
         states = [self.h.double(), self.c.double()] if self.mode == "LSTM" else [self.h.double()]
-        return recurrent_layer(self.x.double(), states, self.weights, self.batch_sizes, self.mode)
+        weights = [
+            each._replace(
+                weight_ih=in_columns_of_16(each.weight_ih),  # type: ignore[arg-type]
+                weight_hh=in_columns_of_16(each.weight_hh),
+            )
+            for each in self.weights
+        ]
+        return recurrent_layer(self.x.double(), states, weights, self.batch_sizes, self.mode)
 
     def slot_bias(self) -> Tensor:
         """[D, H, SLOTS], as the recurrent kernels want it."""
@@ -104,7 +116,7 @@ class Layer:
             h_n = torch.full_like(h, torch.nan)
             launch_streamed(
                 self.mode,
-                choose_streamed_tile(self.B, exchange_mode, weight_hh.skips or (fused and weight_ih.skips)),
+                choose_streamed_tile(self.B, exchange_mode),
                 exchange_mode,
                 weight_hh=weight_hh,
                 h_in=h,

@@ -35,18 +35,17 @@ def jobs(architectures: list[int]) -> Iterator[tuple[str, Any, dict[str, Any], s
         tiles = [(tile, True) for tile in streamed.BETWEEN_TILES]
         tiles += [(tile, False) for tile in block_product.TILES if tile.rows <= streamed._MOST_ROWS]
         for tile, between in tiles:
-            skips = between and mode == "GRU"
             constants = {
                 "CELL": CELLS[mode], "ROWS": tile.rows, "BLOCK_K": tile.block_k, "DOT": tile.dot,
                 "EXCHANGE": (BETWEEN if between else NONE).value, "RAGGED": between, "FUSED_INPUT": not between,
-                "SKIPS": skips, "IH_SKIPS": skips, "PACK": streamed._PACK, "PORTABLE": False,
+                "PACK": streamed._PACK, "PORTABLE": False,
             }  # fmt: skip
             name = f"streamed {mode} {weights} {'between' if between else 'one step'} {tile.rows} rows sm_{arch}"
             yield name, streamed.streamed_steps, constants, weights, arch, tile, between
     for arch, (G, weights), tile in itertools.product(architectures, ((1, "bf16"), (3, "fp32")), block_product.TILES):
         constants = {
             "GATES": G, "SLOTS": 1 if G == 1 else 4, "EMPTY": 2 if G == 3 else 4, "USED": 1 if G == 1 else 4,
-            "HAS_BIAS": True, "ROWS": tile.rows, "BLOCK_K": tile.block_k, "DOT": tile.dot, "SKIPS": False,
+            "HAS_BIAS": True, "ROWS": tile.rows, "BLOCK_K": tile.block_k, "DOT": tile.dot,
             "PORTABLE": False, "stride_x_c": 1, "stride_y_s": 1, "stride_bias_s": 1,
         }  # fmt: skip
         yield f"product {G} {weights} {tile.rows} rows sm_{arch}", block_product.block_product_kernel, constants, \

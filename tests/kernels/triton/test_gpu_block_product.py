@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 import torch
 from gpu_device import DEVICE
-from gpu_layers import assert_close, random_matrix
+from gpu_layers import assert_close, in_columns_of_16, random_matrix
 from torch import Tensor
 
-from triton_sparse_rnn.kernels.triton.block_product import TILES, block_product, choose_tile, project_inputs
+from triton_sparse_rnn.kernels.triton.block_product import TILES, block_product, choose_product_tile, project_inputs
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.row_blocks import row_blocks, stack_directions
 
@@ -84,7 +84,7 @@ def test_nan_and_infinity_travel_along_stored_weights_only(block_size: tuple[int
     matrix = random_matrix(3, 24, 20, block_size, 0.3)
     x = torch.randn(N, 20, device=DEVICE)
     x[0, 3], x[-1, 7], x[-1, 11] = torch.nan, torch.inf, -torch.inf
-    exact = exact_product(x, matrix)
+    exact = exact_product(x, in_columns_of_16(matrix))
     assert not exact.isfinite().all()
     assert exact.isfinite().any(dim=1).all()
     assert_close([block_product(x, row_blocks(matrix))], [exact])
@@ -123,10 +123,8 @@ def test_offsets_of_weights_pass_2_to_the_31(N: int) -> None:
     assert_close([y], [exact_product(x, rounded)])
 
 
-@pytest.mark.parametrize("skips", [False, True])
-def test_the_smallest_tile_that_holds_all_rows_is_chosen(skips: bool) -> None:
-    chosen = [choose_tile(rows, skips) for rows in range(1, 200)]
+def test_the_smallest_tile_that_holds_all_rows_is_chosen() -> None:
+    chosen = [choose_product_tile(rows) for rows in range(1, 200)]
     assert all(tile.rows >= rows or tile.rows == chosen[-1].rows for rows, tile in enumerate(chosen, 1))
     assert [tile.rows for tile in chosen] == sorted(tile.rows for tile in chosen)
-    assert not any(skips and tile.dot for tile in chosen)
-    assert {tile for tile in TILES if not (skips and tile.dot)} == set(chosen)
+    assert set(TILES) == set(chosen)

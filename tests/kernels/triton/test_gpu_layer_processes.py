@@ -14,7 +14,7 @@ from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton import resident, streamed, time_loop
 from triton_sparse_rnn.kernels.triton.recurrent_layer import Direction, RecurrentLayer, RecurrentStack
-from triton_sparse_rnn.kernels.triton.tiles import SLOTS, TABLE, Choice
+from triton_sparse_rnn.kernels.triton.tiles import SLOTS, TABLE, Residency
 from triton_sparse_rnn.ops.backends.reference import recurrent_layer
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
@@ -22,7 +22,7 @@ from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 CPU = torch.device("cpu")
 I = 3
 IMPATIENT = 500  # polls, a second or so
-RAGGED = torch.tensor([5, 4, 4, 2, 1])
+RAGGED = torch.tensor([5, 4, 1])
 SENTINEL_NAN = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
 
 
@@ -91,21 +91,21 @@ def rows(request: pytest.FixtureRequest) -> int | None:
 def kernels(rows: int | None, monkeypatch: pytest.MonkeyPatch) -> InProcesses:
     """Both kernels, in processes where they exchange h, which they then always do; `how` and `outcomes` are shared."""
 
-    def choose_tile(
+    def choose_residency(
         mode: str, hidden_size: int, columns: int, itemsize: int, *, directions: int, batch_size: int, **others: Any
-    ) -> Choice | None:
+    ) -> Residency | None:
         if rows is None:
             return None
         tile = dataclasses.replace(TABLE[0], slots=SLOTS[mode], itemsize=4, groups=1, rows=rows, ko=1, tied=False)
         slices = -(-batch_size // rows)
-        return Choice(tile, -(-columns // tile.tile_columns), -(-hidden_size // 16), directions, slices, slices)
+        return Residency(tile, -(-columns // tile.tile_columns), -(-hidden_size // 16), directions, slices, slices)
 
     torch.manual_seed(0)
     on_chip, from_l2 = InProcesses(resident.resident_steps), InProcesses(streamed.streamed_steps)
     from_l2.how, from_l2.outcomes = on_chip.how, on_chip.outcomes
     monkeypatch.setattr(resident, "resident_steps", on_chip)
     monkeypatch.setattr(streamed, "streamed_steps", from_l2)
-    monkeypatch.setattr(time_loop, "choose_tile", choose_tile)
+    monkeypatch.setattr(time_loop, "choose_residency", choose_residency)
     monkeypatch.setattr(time_loop.TimeLoop, "_can_be_resident", lambda *arguments: True)
     return on_chip
 
@@ -129,11 +129,11 @@ def delays(outcome: Outcome, seed: int) -> dict[ProgramId, Conduct]:
     return dict.fromkeys(outcome.exit_codes, Conduct(delay_s=0.003, seed=seed))
 
 
-@pytest.mark.parametrize(("mode", "P"), [("RNN_TANH", 2), ("RNN_RELU", 4), ("GRU", 3), ("LSTM", 6)])
+@pytest.mark.parametrize(("mode", "P"), [("RNN_TANH", 2), ("RNN_RELU", 2), ("GRU", 3), ("LSTM", 4)])
 def test_every_cell_with_several_programs(kernels: InProcesses, mode: str, P: int):
     layer = Layers(mode, P)
-    x, states = layer.random_inputs(rectangle(4))
-    assert_right(layer.run(x, states, None), layer.expected(x, states, rectangle(4)))
+    x, states = layer.random_inputs(rectangle(3))
+    assert_right(layer.run(x, states, None), layer.expected(x, states, rectangle(3)))
     (outcome,) = kernels.outcomes
     assert len(outcome.writes) == P
     assert (outcome.writes.sum(0)[:, :, : layer.H] == 1).all()
@@ -141,9 +141,8 @@ def test_every_cell_with_several_programs(kernels: InProcesses, mode: str, P: in
 
 
 @pytest.mark.parametrize("rows", [2, None], ids=["resident", "streamed"])
-@pytest.mark.parametrize("mode", ["GRU", "LSTM"])
-def test_directions_side_by_side_and_slices_of_a_ragged_batch(kernels: InProcesses, mode: str, rows: int | None):
-    layer = Layers(mode, 2, D=2, block_rows=4)
+def test_directions_side_by_side_and_slices_of_a_ragged_batch(kernels: InProcesses, rows: int | None):
+    layer = Layers("LSTM", 2, D=2, block_rows=4)
     x, states = layer.random_inputs(RAGGED)
     assert_right(layer.run(x, states, RAGGED), layer.expected(x, states, RAGGED))
     (outcome,) = kernels.outcomes
@@ -152,9 +151,7 @@ def test_directions_side_by_side_and_slices_of_a_ragged_batch(kernels: InProcess
 
 
 @pytest.mark.parametrize("rows", [2], ids=["resident"])
-@pytest.mark.parametrize(
-    ("mode", "batch_sizes"), [("RNN_TANH", [1, 1, 1, 1]), ("GRU", [2, 2, 1, 1]), ("LSTM", [2, 1, 1])]
-)
+@pytest.mark.parametrize(("mode", "batch_sizes"), [("RNN_TANH", [1, 1, 1]), ("GRU", [2, 2, 1]), ("LSTM", [2, 1, 1])])
 def test_layers_as_a_wavefront(kernels: InProcesses, mode: str, batch_sizes: list[int]):
     sizes = torch.tensor(batch_sizes)
     layers = Layers(mode, 2, L=3)
@@ -201,6 +198,10 @@ def test_nan_and_infinity_are_handed_over(kernels: InProcesses, value: Tensor):
     assert_right(layer.run(x, states, None), expected)
 
 
+# The bound takes seconds each time.
+@pytest.mark.parametrize(
+    "rows", [1, pytest.param(None, marks=pytest.mark.slow("processes"))], ids=["resident", "streamed"]
+)
 def test_a_program_that_dies_ends_no_call_and_is_told_at_the_next(kernels: InProcesses):
     layer = Layers("GRU", 3, density=1.0)
     x, states = layer.random_inputs(rectangle(8))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from gpu_device import DEVICE
-from gpu_layers import assert_close, random_matrix
+from gpu_layers import assert_close, in_columns_of_16, random_matrix
 from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton import tiles, time_loop
@@ -25,7 +25,7 @@ from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 
 MODES = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")
-RAGGED = (4, 3, 3, 1)
+RAGGED = (4, 3, 1)
 
 
 def random_directions(
@@ -66,8 +66,11 @@ def random_call(
 
 
 def expected(mode: str, directions: list[Direction], x: Tensor, states: list[Tensor], sizes: Tensor) -> list[Tensor]:
-    """By the reference in float64."""
-    weights = [LayerWeights(*direction) for direction in directions]
+    """By the reference in float64, each column of 16 read where one of its weights is stored."""
+    weights = [
+        LayerWeights(ih if isinstance(ih, Tensor) else in_columns_of_16(ih), in_columns_of_16(hh), bias_ih, bias_hh)
+        for ih, hh, bias_ih, bias_hh in directions
+    ]
     return recurrent_layer(x.double(), [state.double() for state in states], weights, sizes, mode)
 
 
@@ -75,11 +78,11 @@ def expected(mode: str, directions: list[Direction], x: Tensor, states: list[Ten
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """One program holds the layer; many do, a step a launch if they are interpreted; or weights are streamed."""
     if request.param == "streamed":
-        monkeypatch.setattr(time_loop, "choose_tile", lambda *arguments, **options: None)
+        monkeypatch.setattr(time_loop, "choose_residency", lambda *arguments, **options: None)
     elif request.param == "many":
-        choose = time_loop.choose_tile
+        choose = time_loop.choose_residency
         monkeypatch.setattr(
-            time_loop, "choose_tile", lambda *a, **options: choose(*a, **{**options, "chains_wait": True})
+            time_loop, "choose_residency", lambda *a, **options: choose(*a, **{**options, "chains_wait": True})
         )
     return request.param
 
@@ -87,8 +90,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("mode", MODES)
 def test_cells_in_both_directions_of_a_ragged_batch(way: str, mode: str):
     torch.manual_seed(0)
-    directions = random_directions(mode, 5, 37, D=2)
-    x, states, sizes = random_call(mode, 5, 37, 2, RAGGED)
+    directions = random_directions(mode, 5, 20, D=2)
+    x, states, sizes = random_call(mode, 5, 20, 2, RAGGED)
     layer = RecurrentLayer(mode, directions, device=DEVICE)
     assert_close(layer(x, states, sizes), expected(mode, directions, x, states, sizes))
     interpreted = "step by step: " if INTERPRETED else "on chip: "
@@ -166,8 +169,8 @@ def test_a_dense_input_weight_makes_sums_in_float32(dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_weights_are_read_as_they_are(way: str, dtype: torch.dtype):
     torch.manual_seed(0)
-    directions = random_directions("LSTM", 5, 37, dtype=dtype)
-    x, states, sizes = random_call("LSTM", 5, 37, 1, RAGGED)
+    directions = random_directions("LSTM", 5, 20, dtype=dtype)
+    x, states, sizes = random_call("LSTM", 5, 20, 1, RAGGED)
     results = RecurrentLayer("LSTM", directions, device=DEVICE)(x, states, sizes)
     assert_close(results, expected("LSTM", directions, x, states, sizes))
 
@@ -175,8 +178,8 @@ def test_narrow_weights_are_read_as_they_are(way: str, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_inputs_and_outputs(dtype: torch.dtype):
     torch.manual_seed(0)
-    directions = random_directions("GRU", 5, 37, dtype=dtype)
-    x, states, sizes = random_call("GRU", 5, 37, 1, (2, 2), dtype)
+    directions = random_directions("GRU", 5, 20, dtype=dtype)
+    x, states, sizes = random_call("GRU", 5, 20, 1, (2, 2), dtype)
     results = RecurrentLayer("GRU", directions, device=DEVICE)(x, states, None)
     assert {result.dtype for result in results} == {dtype}
     exact = expected("GRU", directions, x, states, sizes)
@@ -189,7 +192,7 @@ def test_gates_that_share_their_columns(mode: str, dtype: torch.dtype, monkeypat
     torch.manual_seed(0)
     tied = tuple(tile for tile in tiles.TABLE if tile.tied)
     monkeypatch.setattr(tiles, "TABLE", tied)
-    G, H = GATES[mode], 37
+    G, H = GATES[mode], 20
     mask = (torch.rand(3, 1, H) < 0.3).expand(3, 16, H).reshape(48, H)[:H].repeat(G, 1)
     weight = (torch.randn(G * H, H) * mask / 3).to(DEVICE)
     matrix = BlockMatrix.from_dense(weight, (16, 1), gates=G, dtype=dtype)
@@ -226,8 +229,8 @@ def test_h0_may_hold_the_bits_of_the_sentinel():
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_is_one_launch_and_the_same_as_a_call(mode: str, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
-    directions = random_directions(mode, 6, 37, D=2)
-    x, states, sizes = random_call(mode, 6, 37, 2, (3,))
+    directions = random_directions(mode, 6, 20, D=2)
+    x, states, sizes = random_call(mode, 6, 20, 2, (3,))
     layer = RecurrentLayer(mode, directions, device=DEVICE)
     monkeypatch.setattr(layer, "project", None)  # which would be another one
     assert_close(layer(x, states, None), expected(mode, directions, x, states, sizes))
@@ -247,10 +250,10 @@ def test_states_and_inputs_are_not_written_to(way: str):
 def test_a_long_sequence_takes_several_launches(way: str, steps: int, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     directions = random_directions("LSTM", 4, 20, D=2)
-    x, states, sizes = random_call("LSTM", 4, 20, 2, (3, 3, 2, 2, 1))
+    x, states, sizes = random_call("LSTM", 4, 20, 2, (2, 2, 1))
     layer = RecurrentLayer("LSTM", directions, device=DEVICE)
     whole = layer(x, states, sizes)
-    monkeypatch.setattr(time_loop, "_EXCHANGE_BYTES", (steps + 1) * 2 * 21 * 3 * 4)
+    monkeypatch.setattr(time_loop, "_EXCHANGE_BYTES", (steps + 1) * 2 * 21 * 2 * 4)
     assert all(itertools.starmap(torch.equal, zip(layer(x, states, sizes), whole, strict=True)))
 
 

@@ -17,49 +17,53 @@ BLOCK_SIZES = [(1, 1), (2, 3), (4, 1), (5, 2), (8, 1), (16, 1), (16, 4), (16, 5)
 def matrix_of(
     gates: int, H: int, C: int, block_size: tuple[int, int], density: float, dtype: torch.dtype = torch.float32
 ) -> BlockMatrix:
-    """Random blocks, some of whose weights are 0.0 or -0.0, though they are stored."""
+    """Random blocks, some of whose weights are 0, though they are stored."""
     kept = torch.rand(gates, *count_blocks(H, C, block_size)) < density
     weight = torch.randn(gates * H, C) * expand_block_mask(kept, block_size, H, C).flatten(0, 1)
     matrix = BlockMatrix.from_dense(weight, block_size, gates=gates, dtype=dtype)
-    for zero in (0.0, -0.0):
-        matrix.values.masked_fill_(torch.rand(matrix.values.shape) < 0.1, zero)
+    matrix.values.masked_fill_(torch.rand(matrix.values.shape) < 0.1, 0)
     tensors = {name: getattr(matrix, name).to(DEVICE) for name in ("values", "columns", "starts")}
     return dataclasses.replace(matrix, **tensors)
 
 
-def stored_in(matrix: BlockMatrix) -> Tensor:
-    """True where a weight is stored, whatever it is."""
-    return dataclasses.replace(matrix, values=torch.ones_like(matrix.values)).to_dense() != 0
+def read_in(matrix: BlockMatrix) -> Tensor:
+    """True where a kernel reads the input of a weight: any of the 16 in its column and unit group is stored."""
+    stored = dataclasses.replace(matrix, values=torch.ones_like(matrix.values)).to_dense() != 0
+    by_gate = stored.unflatten(0, (matrix.gates, -1))
+    parts = [part.any(1, keepdim=True).expand_as(part) for part in by_gate.split(16, dim=1)]
+    return torch.cat(parts, dim=1).flatten(0, 1)
 
 
 def read_back(blocks: RowBlocks) -> tuple[Tensor, Tensor]:
-    """The dense weights [D * G * H, C], and where they are stored."""
+    """The dense weights [D * G * H, C], and whose input is read."""
     C, rows = blocks.shape[1], blocks.starts.diff()
     row = torch.arange(len(rows), device=DEVICE).repeat_interleave(rows)
     weight = blocks.values.new_zeros(len(rows), C, 16)
-    stored = torch.zeros(weight.shape, dtype=torch.bool, device=DEVICE)
+    read = torch.zeros(weight.shape, dtype=torch.bool, device=DEVICE)
     place = row, blocks.columns.long()
     weight[place] = blocks.values
-    stored[place] = ~((blocks.values == 0) & blocks.values.signbit()) if blocks.skips else True
+    read[place] = True
 
     def dense(parts: Tensor) -> Tensor:
         by_unit = parts.view(blocks.directions, blocks.groups, blocks.gates, C, 16).permute(0, 2, 1, 4, 3)
         return by_unit.flatten(2, 3)[:, :, : blocks.hidden_size].flatten(0, 2)
 
-    return dense(weight), dense(stored)
+    return dense(weight), dense(read)
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES, ids=str)
-def test_the_same_weights_are_stored(block_size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_weights_are_stored_and_columns_of_16_are_read(
+    block_size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_CHUNK", 500)
     torch.manual_seed(0)
     for H, C, gates, density in itertools.product((1, 16, 33, 40), (1, 5, 16), (1, 3), (0, 0.3, 1)):
         dtype = torch.bfloat16 if H == 33 else torch.float32
         matrix = matrix_of(gates, H, C, block_size, density, dtype)
         blocks = row_blocks(matrix)
-        weight, stored = read_back(blocks)
+        weight, read = read_back(blocks)
         assert torch.equal(weight, matrix.to_dense())
-        assert torch.equal(stored, stored_in(matrix))
+        assert torch.equal(read, read_in(matrix))
         assert blocks.values.dtype == dtype
         assert blocks.values.is_contiguous()
         assert (blocks.columns.dtype, blocks.starts.dtype) == (torch.int32, torch.int32)
@@ -79,15 +83,6 @@ def test_blocks_of_16_rows_are_not_copied(block_size: tuple[int, int]) -> None:
     assert row_blocks(matrix).values.data_ptr() == matrix.values.data_ptr()
 
 
-@pytest.mark.parametrize(("block_size", "skips"), [((8, 1), True), ((16, 5), False), ((32, 1), False), ((24, 1), True)])
-def test_only_blocks_cut_within_16_rows_can_hold_weights_that_are_not_stored(
-    block_size: tuple[int, int], skips: bool
-) -> None:
-    torch.manual_seed(0)
-    assert row_blocks(matrix_of(1, 100, 33, block_size, 0.5)).skips == skips
-    assert not row_blocks(matrix_of(1, 100, 33, block_size, 1)).skips, "units that do not exist are not skipped"
-
-
 def test_nan_and_infinity_stay() -> None:
     weight = torch.zeros(8, 3)
     weight[0, 0], weight[5, 2] = torch.nan, -torch.inf
@@ -100,11 +95,10 @@ def test_directions_lie_one_after_another() -> None:
     torch.manual_seed(0)
     whole, cut = matrix_of(3, 20, 9, (16, 1), 0.5), matrix_of(3, 20, 9, (4, 1), 0.5)
     stacked = stack_directions([row_blocks(whole), row_blocks(cut)])
-    weight, stored = read_back(stacked)
-    assert stacked.skips
+    weight, read = read_back(stacked)
     assert stacked.directions == 2
     assert torch.equal(weight, torch.cat([whole.to_dense(), cut.to_dense()]))
-    assert torch.equal(stored, torch.cat([stored_in(whole), stored_in(cut)])), "-0.0 of the first one was stored"
+    assert torch.equal(read, torch.cat([read_in(whole), read_in(cut)]))
 
 
 def test_one_direction_is_not_copied() -> None:

@@ -10,17 +10,17 @@ from triton_sparse_rnn.kernels.triton.tiles import (
     SLOTS,
     TABLE,
     TARGETS,
-    Tile,
-    choose_tile,
+    ResidentTile,
+    chain_layers,
+    choose_residency,
     gates_are_tied,
     longest_list,
     pack_tiles,
-    stack_layers,
 )
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.row_blocks import RowBlocks, row_blocks, stack_directions
 
-TILE = Tile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=2, tiles=4, registers=255)
+TILE = ResidentTile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=2, tiles=4, registers=255)
 
 
 def random_blocks(
@@ -57,7 +57,7 @@ def dense(blocks: RowBlocks) -> torch.Tensor:
     ],
 )
 @pytest.mark.parametrize("H", [16, 37, 50])
-def test_every_stored_weight_is_packed_once(G: int, tile: Tile, H: int):
+def test_every_stored_weight_is_packed_once(G: int, tile: ResidentTile, H: int):
     torch.manual_seed(0)
     dtype = torch.float32 if tile.itemsize == 4 else torch.bfloat16
     blocks = random_blocks(G, H, H, D=2, dtype=dtype)
@@ -103,7 +103,7 @@ def test_a_stack_has_the_columns_of_the_layer_below_behind_its_own(G: int):
     H = 21
     recurrent = [random_blocks(G, H, H) for _ in range(3)]
     inputs = [random_blocks(G, H, H) for _ in range(2)]
-    stack = stack_layers(recurrent, inputs)
+    stack = chain_layers(recurrent, inputs)
     slots = 4 if G == 3 else G
     assert (stack.gates, stack.directions, stack.hidden_size, stack.groups) == (slots, 3, H, 2)
     expected = torch.zeros(3, 2, slots, 16, 2 * H + 1)
@@ -114,17 +114,8 @@ def test_a_stack_has_the_columns_of_the_layer_below_behind_its_own(G: int):
     assert torch.equal(dense(stack), expected)
 
 
-def test_a_stack_marks_what_any_part_does_not_store():
-    whole = random_blocks(1, 16, 16)
-    minus_zero = whole._replace(values=whole.values.clone().fill_(-0.0))
-    part = row_blocks(BlockMatrix.from_dense(torch.eye(16), (1, 1)))
-    stack = stack_layers([minus_zero, part], [whole])
-    assert stack.skips
-    assert not stack.values[: len(minus_zero.values)].signbit().any()
-
-
 @pytest.mark.parametrize("tile", TABLE, ids=str)
-def test_rows_of_the_table_are_possible(tile: Tile):
+def test_rows_of_the_table_are_possible(tile: ResidentTile):
     assert tile.programs_per_sm(H200) >= 1
     slots = (1 if tile.tied else tile.slots) * tile.groups
     assert tile.pack * tile.num_warps == max(slots * tile.ko, tile.num_warps)
@@ -140,7 +131,7 @@ def test_choices_hold_the_layer_and_are_resident(mode: str, itemsize: int, batch
     chosen = 0
     for H in (1, 16, 100, 256, 1024, 2560, 4096):
         for columns in {1, -(-H // 10), H}:
-            choice = choose_tile(mode, H, columns, itemsize, directions=2, batch_size=batch_size)
+            choice = choose_residency(mode, H, columns, itemsize, directions=2, batch_size=batch_size)
             if choice is None:
                 assert columns > 100 or batch_size * H > 4096
                 continue
@@ -156,33 +147,30 @@ def test_choices_hold_the_layer_and_are_resident(mode: str, itemsize: int, batch
 
 
 def test_a_layer_that_does_not_fit_is_streamed():
-    assert choose_tile("GRU", 4096, 4096, 4) is None
-    assert choose_tile("GRU", 1024, 100, 4, device=dataclasses.replace(H200, sms=8)) is None
-    assert choose_tile("GRU", 1024, 100, 8) is None  # no such weights
+    assert choose_residency("GRU", 4096, 4096, 4) is None
+    assert choose_residency("GRU", 1024, 100, 4, device=dataclasses.replace(H200, sms=8)) is None
+    assert choose_residency("GRU", 1024, 100, 8) is None  # no such weights
 
 
 def test_a_small_layer_is_held_by_one_program_unless_layers_wait_for_each_other():
-    choice = choose_tile("GRU", 64, 20, 4, batch_size=300)
+    choice = choose_residency("GRU", 64, 20, 4, batch_size=300)
     assert choice is not None
     assert (choice.programs, choice.slices, choice.resident_slices) == (1, 300, 300)
-    stacked = choose_tile("GRU", 64, 20, 4, directions=2, chains_wait=True)
+    stacked = choose_residency("GRU", 64, 20, 4, directions=2, chains_wait=True)
     assert stacked is not None
     assert stacked.programs == 4
     assert stacked.tile.groups == 1
 
 
-def test_fewer_tiles_fit_on_other_targets_and_where_weights_are_skipped():
+def test_fewer_tiles_fit_on_other_targets():
     tile = dataclasses.replace(TILE, tiles=5, elsewhere=(4, 3))
     assert [tile.most_tiles(target) for target in TARGETS] == [4, 5, 3]
-    assert [tile.most_tiles(target, skips=True) for target in TARGETS] == [3, 4, 2]
-    assert dataclasses.replace(TILE, registers=100).most_tiles(80, skips=True) == TILE.tiles
-    assert choose_tile("GRU", 2560, 312, 2) is not None
-    assert choose_tile("GRU", 2560, 312, 2, skips=True) is None
-    assert choose_tile("GRU", 2560, 312, 2, device=dataclasses.replace(H200, target=100)) is None
+    assert choose_residency("GRU", 2560, 312, 2) is not None
+    assert choose_residency("GRU", 2560, 312, 2, device=dataclasses.replace(H200, target=100)) is None
 
 
 def test_tied_gates_fit_where_others_do_not():
-    assert choose_tile("GRU", 2560, 312, 4) is None
-    tied = choose_tile("GRU", 2560, 312, 4, tied=True)
+    assert choose_residency("GRU", 2560, 312, 4) is None
+    tied = choose_residency("GRU", 2560, 312, 4, tied=True)
     assert tied is not None
     assert tied.tile.tied
