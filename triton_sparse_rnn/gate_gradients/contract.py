@@ -148,7 +148,7 @@ class Decision(NamedTuple):
     keep_gates: bool = False
 
 
-class Backend(Protocol):
+class BackwardBackend(Protocol):
     """What runs the backward of a direction: a module of backends/."""
 
     def unsupported_reason(self, direction: BackwardDirection, rule: Rule) -> str | None:

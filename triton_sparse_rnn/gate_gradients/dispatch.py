@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from triton_sparse_rnn.gate_gradients.backends import cpu, reference, triton
-from triton_sparse_rnn.gate_gradients.contract import Backend, BackwardDirection, Rule
+from triton_sparse_rnn.gate_gradients.contract import BackwardBackend, BackwardDirection, Rule
 from triton_sparse_rnn.ops.dispatch import choose, unavailable_reason
 
-BACKWARDS: dict[str, Backend] = {"triton": triton, "cpu": cpu, "reference": reference}
+BACKWARDS: dict[str, BackwardBackend] = {"triton": triton, "cpu": cpu, "reference": reference}
 
 
-def choose_backward(backend: str | None, direction: BackwardDirection, rule: Rule) -> Backend:
+def choose_backward(backend: str | None, direction: BackwardDirection, rule: Rule) -> BackwardBackend:
     """Return what runs the backward of a direction.
 
     Args:
