@@ -6,7 +6,8 @@ import functools
 import gc
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,12 +25,27 @@ from triton_sparse_rnn.pruning.optimizers import (
 )
 from triton_sparse_rnn.pruning.targets import Weight
 from triton_sparse_rnn.pruning.watch import StepWatch
-
-if TYPE_CHECKING:
-    from triton_sparse_rnn.pruning.pruner import Pruner
+from triton_sparse_rnn.pruning.weight_masks import WeightMasks
 
 _attachments: LiveSet[Attachment] = LiveSet()
 _lock = threading.Lock()
+
+
+class Attachable(Protocol):
+    """A `Pruner`, as far as what is in this file calls it."""
+
+    _masks: WeightMasks
+    _attachment: Attachment | None
+
+    @property
+    def weights(self) -> tuple[Weight, ...]: ...
+    @property
+    def step_count(self) -> int: ...
+    def _start(self) -> None: ...
+    def _before_step(self) -> None: ...
+    def _advance(self, states: Iterable[Mapping[Any, Any]]) -> None: ...
+    def _tell_of_writes(self, names: list[str]) -> None: ...
+    def _detach(self) -> None: ...
 
 
 class Attachment:
@@ -46,12 +62,12 @@ class Attachment:
 
     PATIENCE: ClassVar = 10  # steps of another optimizer in a row, as inner loops may make
 
-    def __init__(self, pruner: Pruner, optimizer: Any) -> None:
+    def __init__(self, pruner: Attachable, optimizer: Any) -> None:
         check_not_pruned_by_another(pruner)
         counting, outer = find_counting(optimizer, {id(weight.parameter) for weight in pruner.weights})
         self.name = type(optimizer).__name__
         self.began = self.told = False
-        self._pruner: Pruner | None = pruner
+        self._pruner: Attachable | None = pruner
         self._nested = [weakref.ref(each) for each in optimizers_in(optimizer)]
         self._counting = weakref.ref(counting)
         self._steps_of_others: dict[int, int] = {}  # by id, since the last one that was counted
@@ -121,7 +137,7 @@ class GradientHook:
     Holds the pruner weakly: a pruner that is dropped without being attached has no effect and no memory.
     """
 
-    def __init__(self, pruner: Pruner, weight: Weight) -> None:
+    def __init__(self, pruner: Attachable, weight: Weight) -> None:
         self._pruner = weakref.ref(pruner)
         self._weight = weight
         self._watch = StepWatch()
@@ -146,7 +162,7 @@ class GradientHook:
                 "handle and call pruner.step(optimizer) after each of its steps"
             )
 
-    def _look(self, pruner: Pruner) -> None:
+    def _look(self, pruner: Attachable) -> None:
         """Without hooks in a step look here, once after each: later, inside a closure, values may come and go."""
         if self._looked_at != pruner.step_count:
             self._looked_at = pruner.step_count
@@ -154,7 +170,7 @@ class GradientHook:
                 pruner._tell_of_writes(names)  # a backward pass writes no weights: `Pruner.step` masks them
 
 
-def check_not_pruned_by_another(pruner: Pruner) -> None:
+def check_not_pruned_by_another(pruner: Attachable) -> None:
     """Refuse weights that an attached pruner prunes, and take off those whose optimizer is gone: they mask gradients.
 
     Raises:
@@ -169,7 +185,7 @@ def check_not_pruned_by_another(pruner: Pruner) -> None:
         )
 
 
-def _pruned_by_another(pruner: Pruner) -> list[str]:
+def _pruned_by_another(pruner: Attachable) -> list[str]:
     taken: set[int] = set()
     for attachment in _attachments:
         other = attachment._pruner
