@@ -28,8 +28,6 @@ ORDER = [
     {"sparse"},
     {"atomic_files", "errors", "names", "notices", "tables"},
 ]
-# An annotation, in a circle that stays: each attachment calls the methods of the pruner that made it.
-ALLOWED_BACK = ("triton_sparse_rnn.pruning.attachment", "triton_sparse_rnn.pruning.pruner")
 NOT_INSTALLED = {"bench", "examples", "studies", "tests", "tools"}
 # Names that two files or more define, because what they name is the same. Any other public name means one thing.
 TWINS = {
@@ -134,7 +132,6 @@ def test_the_demo_is_no_library(folder):
 def check_no_circle(sources: dict[str, str]) -> None:
     """Raise CycleError where modules import each other in a circle, in functions and for type checkers too."""
     graph = {name: sources.keys() & {*imported_modules(ast.parse(text))} for name, text in sources.items()}
-    graph.get(ALLOWED_BACK[0], set()).discard(ALLOWED_BACK[1])
     graphlib.TopologicalSorter(graph).prepare()
 
 

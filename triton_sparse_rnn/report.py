@@ -91,7 +91,7 @@ def _report_weight(
     weight = tensors[name]
     if isinstance(weight, BlockMatrix):
         everywhere = dataclasses.replace(weight, values=torch.ones_like(weight.values), scales=None).to_dense()
-        dense, pattern = weight.to_dense(), Blocks(*weight.block_size)
+        dense, pattern = weight.to_dense(), weight.pattern
         kept = pattern.kept(everywhere.unflatten(0, (gates, -1)))
         nonzero, dtype = dense.ne(0).unflatten(0, (gates, -1)), weight.values.dtype
         return _report_stored(name, nonzero, pattern, kept, dtype, dense.nbytes)

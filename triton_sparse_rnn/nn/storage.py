@@ -86,7 +86,7 @@ def store_weights(dense: nn.RNNBase, dtype: torch.dtype, pattern: Pattern | None
         weights[name] = (
             weight.clone(memory_format=torch.contiguous_format)
             if kept_dense
-            else BlockMatrix.from_dense(weight, own.block_size, gates=gates, dtype=dtype)
+            else BlockMatrix.from_dense(weight, own, gates=gates, dtype=dtype)
         )
     return weights
 
