@@ -1,3 +1,4 @@
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -68,23 +69,24 @@ WEIGHT = "0.weight_hh_l0"
 @pytest.mark.parametrize(
     ("forge", "message"),
     [
-        (lambda tensors, matrix: tensors[f"{WEIGHT}_columns"].fill_(99), "columns must lie in"),
-        (lambda tensors, matrix: tensors[f"{WEIGHT}_starts"].fill_(2**30), "starts must rise"),
-        (lambda tensors, matrix: tensors.pop(f"{WEIGHT}_starts"), "NoneType"),
-        (lambda tensors, matrix: matrix.update(shape=[960, 32]), "do not fit together"),
-        (lambda tensors, matrix: matrix.update(shape=[96.0, 32]), "float"),
-        (lambda tensors, matrix: matrix.update(shape=[96]), "unpack"),
-        (lambda tensors, matrix: matrix.update(gates=0), "0 gates in 96 rows"),
-        (lambda tensors, matrix: matrix.update(gates=-3), "-3 gates in 96 rows"),
-        (lambda tensors, matrix: matrix.update(gates=7), "7 gates in 96 rows"),
-        (lambda tensors, matrix: matrix.clear(), "KeyError"),
+        (lambda tensors, config: tensors[f"{WEIGHT}_columns"].fill_(99), "columns must lie in"),
+        (lambda tensors, config: tensors[f"{WEIGHT}_starts"].fill_(2**30), "starts must rise"),
+        (lambda tensors, config: tensors.pop(f"{WEIGHT}_starts"), "starts are needed"),
+        (lambda tensors, config: config.update(hidden_size=320), "do not fit together"),
+        (lambda tensors, config: config.update(hidden_size=32.0), "float"),
+        (lambda tensors, config: config.update(hidden_size=0), "hidden_size must be at least 1"),
+        (lambda tensors, config: config.update(num_layers=-3), "num_layers must be at least 1"),
+        (lambda tensors, config: config.update(num_layers=10**12), "KeyError.*weight_ih_l1_values"),
+        (lambda tensors, config: config.update(mode="QRNN"), "mode must be one of"),
+        (lambda tensors, config: config.update(mode="LSTM"), "do not fit together"),
+        (lambda tensors, config: config.clear(), "mode"),
     ],
 )
 def test_forged_blocks_are_found(tmp_path: Path, model: nn.Module, forge: Callable[..., Any], message: str):
     path = tmp_path / "model"
     save_sparse(to_sparse(model), path)
     tensors, description = read_file(path)
-    forge(tensors, description["modules"]["0"]["weights"]["weight_hh_l0"])
+    forge(tensors, description["modules"]["0"]["config"])
     write_file(path, tensors, description)
     with pytest.raises(CheckpointFileError, match=f"model: describes its weights wrongly .*{message}"):
         read_state_dict(path)
@@ -95,7 +97,7 @@ def test_forged_columns_take_no_memory(tmp_path: Path, model: nn.Module, columns
     path = tmp_path / "model"
     save_sparse(to_sparse(model, storage=(16, 1)), path)
     tensors, description = read_file(path)
-    description["modules"]["0"]["weights"]["weight_ih_l0"]["shape"] = [96, columns]
+    description["modules"]["0"]["config"]["input_size"] = columns
     write_file(path, tensors, description)
     with pytest.raises(CheckpointFileError, match=r"model: 0.weight_ih_l0 of shape .* would take|shape must be two"):
         read_state_dict(path)
@@ -105,23 +107,24 @@ def test_no_weights_at_all_of_any_shape(tmp_path: Path, model: nn.Module):
     path = tmp_path / "model"
     save_sparse(to_sparse(model, storage=(16, 1)), path)
     tensors, description = read_file(path)
-    description["modules"]["0"]["weights"]["weight_hh_l0"] |= {"shape": [2**31 - 1, 2**31 - 1], "gates": 1}
-    tensors[f"{WEIGHT}_values"] = torch.empty(0, 2**31 - 1, 2**31 - 1)
-    tensors[f"{WEIGHT}_columns"] = torch.empty(0, dtype=torch.int32)
-    tensors[f"{WEIGHT}_starts"] = torch.zeros(2, dtype=torch.int32)
+    size = 2**31 - 1
+    description["modules"]["0"]["config"] |= {"mode": "RNN_TANH", "input_size": 0, "hidden_size": size}
+    for name, columns in (("weight_ih_l0", 1), ("weight_hh_l0", size)):
+        tensors[f"0.{name}_values"] = torch.empty(0, columns, size)
+        tensors[f"0.{name}_columns"] = torch.empty(0, dtype=torch.int32)
+        tensors[f"0.{name}_starts"] = torch.zeros(2, dtype=torch.int32)
     write_file(path, tensors, description)
     with pytest.raises(CheckpointFileError, match=r"0.weight_hh_l0 of shape .* would take .* the whole file has"):
         read_state_dict(path)
 
 
 def test_blocks_of_another_number_of_gates(tmp_path: Path, model: nn.Module):
-    path = tmp_path / "model"
-    save_sparse(to_sparse(model, storage=(16, 1)), path)
-    tensors, description = read_file(path)
-    description["modules"]["0"]["weights"]["weight_hh_l0"]["gates"] = 2  # of the same number of rows of blocks
-    write_file(path, tensors, description)
+    save_sparse(to_sparse(model, storage=(16, 1)), tmp_path / "model")
+    state = read_state_dict(tmp_path / "model")
+    weight: Any = state[WEIGHT]
+    state[WEIGHT] = dataclasses.replace(weight, gates=2)  # of the same number of rows of blocks
     with pytest.raises(ValueError, match=r"0.weight_hh_l0 is of 3 gates in its layer, but has blocks of 2"):
-        sparsity_report(read_state_dict(path))
+        sparsity_report(state)
 
 
 @pytest.mark.parametrize("keys", [["model"], ["model", "state_dict"], ["module", "model", "state_dict"]])

@@ -1,6 +1,8 @@
 """The layout of the project: who may import whom, and what importing the package costs."""
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ ORDER = [
     {"__init__", "cli"},
     {"demo"},
     {"doctor", "report", "integrations"},
-    {"checkpoint_files", "recurrent_tensors"},
+    {"checkpoint_files", "recurrent_tensors", "report_values"},
     {"conversion", "pruning", "saving"},
     {"nn"},
     {"gate_gradients"},
@@ -26,6 +28,8 @@ ORDER = [
     {"sparse"},
     {"atomic_files", "errors", "names", "notices", "tables"},
 ]
+# An annotation, in a circle that stays: each attachment calls the methods of the pruner that made it.
+ALLOWED_BACK = ("triton_sparse_rnn.pruning.attachment", "triton_sparse_rnn.pruning.pruner")
 RANK = {name: len(ORDER) - line for line, names in enumerate(ORDER) for name in names}
 
 
@@ -41,10 +45,15 @@ def imported_modules(tree: ast.AST):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
-            if node.module == PACKAGE:
-                yield from (f"{PACKAGE}.{alias.name}" for alias in node.names)
-            else:
+            if node.module != PACKAGE:
                 yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def module_of(path: Path) -> str:
+    """The name under which a source file is imported."""
+    parts = path.relative_to(PROJECT).with_suffix("").parts
+    return ".".join(parts if parts[0] == PACKAGE else (PACKAGE, *parts)).removesuffix(".__init__")
 
 
 def part_of(path: Path) -> str:
@@ -85,12 +94,37 @@ def test_a_wrong_import_is_found(part, line):
     assert import_faults(part, ast.parse(line))
 
 
+@pytest.mark.parametrize("path", [*(PROJECT / PACKAGE / "pruning").glob("*.py")], ids=lambda path: path.name)
+def test_pruning_asks_its_pattern_and_knows_no_blocks(path):
+    text = path.read_text(encoding="utf-8")
+    assert "sparse.blocks" not in text
+    assert "block_size" not in text
+    assert "Blocks(" not in re.sub(r'""".*?"""', "", text, flags=re.DOTALL)  # examples have some
+
+
 @pytest.mark.parametrize("folder", ["bench", "examples", "kernels", "studies", "tools"])
 def test_the_demo_is_no_library(folder):
     """What is measured stays as it is when the demo changes."""
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (PROJECT / folder).rglob("*.py")]
     assert trees
     assert [name for tree in trees for name in imported_modules(tree) if name.startswith(f"{PACKAGE}.demo")] == []
+
+
+def check_no_circle(sources: dict[str, str]) -> None:
+    """Raise CycleError where modules import each other in a circle, in functions and for type checkers too."""
+    graph = {name: sources.keys() & {*imported_modules(ast.parse(text))} for name, text in sources.items()}
+    graph.get(ALLOWED_BACK[0], set()).discard(ALLOWED_BACK[1])
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_no_files_import_each_other_in_a_circle():
+    check_no_circle({module_of(path): path.read_text(encoding="utf-8") for path in source_files()})
+
+
+@pytest.mark.parametrize("back", ["from p import a", "def f():\n    import p.a", "if X:\n    from p.a import x"])
+def test_a_circle_is_found(back):
+    with pytest.raises(graphlib.CycleError):
+        check_no_circle({"p.a": "import p.b", "p.b": "import p.c", "p.c": back})
 
 
 def test_kernels_is_one_folder_under_two_paths():

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from triton_sparse_rnn.conversion import to_sparse
-from triton_sparse_rnn.report import _count_blocks, sparsity_report
+from triton_sparse_rnn.report import sparsity_report
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.patterns import Blocks
 
 
 def pruned(layer: nn.Module, share: float = 0.8) -> nn.Module:
@@ -34,7 +35,7 @@ def test_each_gate_is_counted_by_itself(layer: nn.RNNBase, gates: str):
     assert hh.gates[0].nonzero == 9 * 18 + 9 * 3
     assert hh.gates[0].density == pytest.approx(hh.gates[0].nonzero / 18**2)
     assert all(gate.density == 1 for gate in hh.gates[1:])
-    assert hh.gates[0].stored_blocks == 2 * 18  # the second row of blocks, 2 units, is kept as is the first
+    assert hh.gates[0].stored_units == 2 * 18  # the second row of blocks, 2 units, is kept as is the first
     assert hh.gates[0].multiply_accumulates == 2 * 18 * 16
     assert hh.gates[0].stored_bytes == 2 * 18 * (16 * 4 + 4)
     assert hh.stored_bytes == BlockMatrix.from_dense(weight, (16, 1), gates=len(gates)).nbytes
@@ -82,7 +83,7 @@ def test_converted_model_is_reported_as_it_is_stored(weight_dtype: torch.dtype):
     report = sparsity_report(converted)
     stored = converted[0].stored_weights()["weight_hh_l0"]  # type: ignore[index]
     (hh,) = (weight for weight in report.weights if weight.name == "0.weight_hh_l0")
-    assert hh.block_size == (8, 2)
+    assert hh.pattern == Blocks(8, 2)
     assert hh.stored_bytes == stored.nbytes
     assert hh.nonzero == int(stored.to_dense().count_nonzero())
     assert {tensor.name for tensor in report.others} == {"0.bias_ih_l0", "0.bias_hh_l0", "1.weight", "1.bias"}
@@ -123,7 +124,7 @@ def test_a_weight_that_a_converted_layer_keeps_dense():
     layer.get_parameter("weight_ih_l0").data[0, 0] = 0
     converted = to_sparse(layer.eval())
     ih, hh, hr = sparsity_report(converted).weights
-    assert (ih.block_size, ih.stored_blocks, ih.low_blocks) == (None, 0, None)
+    assert (ih.pattern, ih.stored_units, ih.half_empty) == (None, 0, None)
     assert ih.stored_bytes == ih.dense_bytes == 4 * 128 * 20
     assert ih.multiply_accumulates == 128 * 20
     assert ih.nonzero == 128 * 20 - 1
@@ -147,24 +148,19 @@ def test_what_16_rows_would_give(weight_dtype: torch.dtype, block_size: tuple[in
     converted = to_sparse(layer.eval(), storage=block_size, weight_dtype=weight_dtype, backend="reference")
     as_it_would_be = to_sparse(layer, storage=(16, block_size[1]), weight_dtype=weight_dtype, backend="reference")
     for weight in sparsity_report(converted).weights:
-        assert weight.low_blocks is not None
-        for count, module in zip(weight.low_blocks, (converted, as_it_would_be), strict=True):
+        assert weight.half_empty is not None
+        for count, module in zip(weight.half_empty, (converted, as_it_would_be), strict=True):
             stored = module.stored_weights()[weight.name]  # type: ignore[operator]
-            assert count.block_size == stored.block_size
-            assert count.stored_blocks == len(stored.values)
+            assert count.pattern == Blocks(*stored.block_size)
+            assert count.stored_units == len(stored.values)
             assert count.density == stored.density
             assert count.stored_bytes == stored.nbytes
             assert count.vector_multiply_adds == len(stored.values) * block_size[1]
-    assert all(weight.low_blocks is None for weight in sparsity_report(as_it_would_be).weights)
+    assert all(weight.half_empty is None for weight in sparsity_report(as_it_would_be).weights)
     assert "would be" not in str(sparsity_report(as_it_would_be))
 
 
-def test_blocks_of_more_than_16_rows_take_several_vectors():
-    blocks = BlockMatrix.from_dense(torch.ones(40, 3), (17, 1))
-    assert _count_blocks(blocks).vector_multiply_adds == 3 * 3 * 2
-
-
-def test_lines_about_low_blocks():
+def test_lines_about_half_empty():
     layer = nn.GRU(4, 32, bias=False)
     nn.init.zeros_(layer.get_parameter("weight_ih_l0"))
     layer.get_parameter("weight_hh_l0").data[1:] = 0  # one row
@@ -172,11 +168,11 @@ def test_lines_about_low_blocks():
     assert text.endswith(
         """
 A block takes as many vector multiply-adds as one of the next multiple of 16 rows, and on a GPU as many bytes:
-weight            blocks  of all  bytes  vector MAC/step
-weight_ih_l0    0 of 4x1    0.0%    100                0
-  would be     0 of 16x1    0.0%     28                0
-weight_hh_l0   32 of 4x1    4.2%    740               32
-  would be    32 of 16x1   16.7%  2,204               32
+weight                   stored  of all  bytes  vector MAC/step
+weight_ih_l0    0 blocks of 4x1    0.0%    100                0
+  would be     0 blocks of 16x1    0.0%     28                0
+weight_hh_l0   32 blocks of 4x1    4.2%    740               32
+  would be    32 blocks of 16x1   16.7%  2,204               32
 
 On a GPU each gate of 16 units takes as long as the one with the most blocks; a Pruner with balanced=True makes them \
 equal (accuracy not measured):

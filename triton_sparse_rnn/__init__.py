@@ -25,10 +25,12 @@ from triton_sparse_rnn.pruning import (
 from triton_sparse_rnn.report import sparsity_report
 from triton_sparse_rnn.saving import load_sparse, save_sparse
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.patterns import Blocks
 
 __all__ = [
     "BackendUnavailableError",
     "BlockMatrix",
+    "Blocks",
     "ConstantMask",
     "GateGradientSparsity",
     "GateGradientStats",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import os
 import reprlib
 import warnings
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.files import FORMAT, open_regular, read_file
+from triton_sparse_rnn.sparse.layer_config import LayerConfig
 
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "module")  # under which trainers keep a state_dict
 _ALWAYS_READ_BYTES, _MOST_TIMES = 1 << 30, 1000  # what tensors may take in memory; times the size of their file
@@ -126,16 +126,18 @@ def _read_safetensors(path: Path) -> dict[str, Tensor | BlockMatrix]:
 
 def _join_blocks(tensors: dict[str, Tensor], description: dict[str, Any]) -> dict[str, Tensor | BlockMatrix]:
     """Put a BlockMatrix in the place of its parts in a file of `save_sparse`; raise if they do not fit."""
-    from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS
+    from triton_sparse_rnn.nn.storage import from_buffers, to_buffers
 
     joined: dict[str, Tensor | BlockMatrix] = {}
     for module, described in description["modules"].items():
-        for weight, matrix in described["weights"].items():
-            name = f"{module}.{weight}".lstrip(".")
-            parts: dict[str, Any] = {part: tensors.pop(f"{name}_{part}", None) for part in MATRIX_PARTS}
-            rows, columns, gates = map(operator.index, (*matrix["shape"], matrix["gates"]))
-            if gates < 1 or rows % gates:
-                raise ValueError(f"{name} cannot have {gates} gates in {rows} rows")
-            joined[name] = weight_blocks = BlockMatrix(**parts, shape=(rows, columns), gates=gates)
-            weight_blocks.check()
+        config, prefix = LayerConfig(**described["config"]), f"{module}.".lstrip(".")
+        held = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        for layer in range(config.num_layers):  # one by one: the file may tell any number
+            for name in config.weight_names(layer):
+                weight = from_buffers(config, name, held)
+                if isinstance(weight, BlockMatrix):
+                    weight.check()
+                    joined[prefix + name] = weight
+                    for part in to_buffers(name, weight):
+                        del tensors[prefix + part]
     return joined | tensors

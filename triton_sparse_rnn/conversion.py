@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from torch.nn import RNNBase
 
 from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.nn.cells import CELL_ADVICE, describe_cells
+from triton_sparse_rnn.nn.conversion_options import ConversionOptions, complete, shows_options
 from triton_sparse_rnn.nn.convertible import why_not_converted
 from triton_sparse_rnn.nn.independent_copy import copy_with_replacements
-from triton_sparse_rnn.nn.persistent import PersistentLayer
-from triton_sparse_rnn.nn.persistent_classes import persistent_class
+from triton_sparse_rnn.nn.persistent import PersistentLayer, persistent_class
 from triton_sparse_rnn.nn.replace import added_members, named_recurrent_layers
 from triton_sparse_rnn.nn.sparsify import sparsify
 from triton_sparse_rnn.nn.training import classes_of
 from triton_sparse_rnn.notices import about_layer, warn
-from triton_sparse_rnn.sparse.patterns import PatternLike
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["sparsify", "to_dense", "to_sparse"]
 
 
+@shows_options
 def to_sparse(
-    model: nn.Module,
-    *,
-    weight_dtype: torch.dtype | None = None,
-    storage: PatternLike | None = None,
-    backend: str | None = None,
-    activation_dtype: torch.dtype | None = None,
-    num_threads: int = 1,
+    model: nn.Module, **options: Unpack[ConversionOptions]
 ) -> Any:  # a module; of a class whose annotations do not know that its layers have other classes now
     """Return a model whose recurrent layers run from block-sparse weights, for inference.
 
@@ -52,7 +48,7 @@ def to_sparse(
 
     Args:
         model: any module; a recurrent layer by itself is converted too. Call .eval() first, as for any inference.
-        weight_dtype, storage, backend, activation_dtype, num_threads: as for `PersistentGRU.from_dense`.
+        options: weight_dtype, storage, backend, activation_dtype and num_threads, as for `PersistentGRU.from_dense`.
     Returns:
         A new model of the same class; for a recurrent layer by itself the persistent module.
     Raises:
@@ -70,6 +66,7 @@ def to_sparse(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    completed = complete("to_sparse", options)
     layers = named_recurrent_layers(model)
     converted: dict[str, nn.Module] = {}
     left, ways_out = [], []
@@ -80,14 +77,7 @@ def to_sparse(
             ways_out.append(way_out)
             continue
         with about_layer(clean_name(name)):
-            converted[name] = persistent_class(layer).from_dense(
-                layer,
-                weight_dtype=weight_dtype,
-                storage=storage,
-                backend=backend,
-                activation_dtype=activation_dtype,
-                num_threads=num_threads,
-            )
+            converted[name] = persistent_class(layer)._from_weights(layer, completed)
     cells = describe_cells(model)
     kept = [f"{'; '.join(left)}; {'; '.join(dict.fromkeys(ways_out))}"] if left else []
     kept += [f"{'; '.join(cells)}; {CELL_ADVICE}"] if cells else []
@@ -130,7 +120,7 @@ def to_dense(model: nn.Module) -> Any:
     for name, module in model.named_modules():
         if isinstance(module, PersistentLayer):
             with about_layer(clean_name(name)):
-                converted[name] = module.to_dense()
+                converted[name] = module._to_weights()
     trained: dict[str, type[RNNBase]] = {}
     left = []
     for name, layer in named_recurrent_layers(model).items():

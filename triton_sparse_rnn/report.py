@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,225 +15,12 @@ from triton_sparse_rnn.names import clean_names
 from triton_sparse_rnn.nn.computed_weights import join_parts
 from triton_sparse_rnn.nn.model_tensors import tensors_by_name
 from triton_sparse_rnn.recurrent_tensors import NAMES_BY_COUNT, find_gates, is_nonzero
+from triton_sparse_rnn.report_values import GateReport, SparsityReport, TensorReport, UnitCount, WeightReport
 from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES, BlockMatrix
-from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS
-from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern
-from triton_sparse_rnn.sparse.row_blocks import row_blocks
-from triton_sparse_rnn.tables import align
+from triton_sparse_rnn.sparse.patterns import Blocks, Pattern, PatternLike, as_pattern
+from triton_sparse_rnn.sparse.row_blocks import UNITS
 
-UNEVEN_ABOVE = 1.2  # of WeightReport.fullest_group: from where on a user is told so
 _BLOCKS = re.compile(r".*weight_(ih|hh|hr)_l\d+(_reverse)?_(values|columns|starts|scales)")  # see PersistentLayer
-_HEADINGS = ["weight", "gate", "shape", "density", "non-zero", "blocks", "bytes", "MAC/step"]
-
-
-@dataclasses.dataclass(frozen=True)
-class GateReport:
-    """One gate of a weight: a matrix [H, columns].
-
-    Attributes:
-        nonzero: weights other than zero.
-        stored_blocks, stored_bytes: what is kept in block storage, and the bytes of its values and columns.
-        multiply_accumulates: products per time step and sequence with the stored blocks.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    nonzero: int
-    stored_blocks: int
-    stored_bytes: int
-    multiply_accumulates: int
-
-    @property
-    def density(self) -> float:
-        return self.nonzero / max(1, self.shape[0] * self.shape[1])
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockCount:
-    """A weight in blocks of some size.
-
-    Attributes:
-        stored_blocks: blocks that are kept.
-        density: these as a fraction of all blocks.
-        stored_bytes: of the whole block storage.
-        vector_multiply_adds: of VECTOR_ROWS numbers, per time step and sequence: a column of a block takes one for each
-            VECTOR_ROWS rows begun.
-    """
-
-    block_size: tuple[int, int]
-    stored_blocks: int
-    density: float
-    stored_bytes: int
-    vector_multiply_adds: int
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightReport:
-    """A weight_ih, weight_hh or weight_hr [G * H, columns].
-
-    Attributes:
-        block_size: (BR, BC); None of a weight that a converted layer keeps dense.
-        stored_bytes: of the whole block storage, row starts and scales included.
-        dense_bytes: of the weight without block storage.
-        low_blocks: where BR is no multiple of VECTOR_ROWS, the weight in these blocks and in VECTOR_ROWS x BC; or None.
-        fullest_group: in blocks of 16 x 1, those of the fullest gate of a unit group as a multiple of the mean. On a
-            GPU the others wait for it at every step.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    block_size: tuple[int, int] | None
-    gates: tuple[GateReport, ...]
-    stored_bytes: int
-    dense_bytes: int
-    low_blocks: tuple[BlockCount, BlockCount] | None = None
-    fullest_group: float = 1.0
-
-    @property
-    def nonzero(self) -> int:
-        return sum(gate.nonzero for gate in self.gates)
-
-    @property
-    def stored_blocks(self) -> int:
-        return sum(gate.stored_blocks for gate in self.gates)
-
-    @property
-    def multiply_accumulates(self) -> int:
-        return sum(gate.multiply_accumulates for gate in self.gates)
-
-    @property
-    def dense_multiply_accumulates(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def density(self) -> float:
-        return self.nonzero / max(1, self.shape[0] * self.shape[1])
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorReport:
-    """Any other tensor of the model: always stored whole."""
-
-    name: str
-    shape: tuple[int, ...]
-    nonzero: int
-    count: int
-    nbytes: int
-
-    @property
-    def density(self) -> float:
-        return self.nonzero / max(1, self.count)
-
-
-@dataclasses.dataclass(frozen=True)
-class SparsityReport:
-    """What `sparsity_report` found; str() of it is a table.
-
-    Attributes:
-        weights: input, recurrent and projection weights of every recurrent layer.
-        others: all other tensors.
-        computed: weights in a state_dict that a parametrization computes; what it does, only the module tells.
-    """
-
-    weights: tuple[WeightReport, ...]
-    others: tuple[TensorReport, ...]
-    computed: tuple[str, ...] = ()
-
-    @property
-    def density(self) -> float:
-        """Of all `weights` together; nan where there are none."""
-        count = sum(weight.dense_multiply_accumulates for weight in self.weights)
-        return self.nonzero / count if count else float("nan")
-
-    @property
-    def nonzero(self) -> int:
-        return sum(weight.nonzero for weight in self.weights)
-
-    @property
-    def stored_bytes(self) -> int:
-        return sum(weight.stored_bytes for weight in self.weights)
-
-    @property
-    def dense_bytes(self) -> int:
-        return sum(weight.dense_bytes for weight in self.weights)
-
-    @property
-    def multiply_accumulates(self) -> int:
-        return sum(weight.multiply_accumulates for weight in self.weights)
-
-    @property
-    def dense_multiply_accumulates(self) -> int:
-        return sum(weight.dense_multiply_accumulates for weight in self.weights)
-
-    def __str__(self) -> str:
-        return "\n".join([*self._weight_lines(), *self._computed_lines(), *self._other_lines()])
-
-    def _weight_lines(self) -> list[str]:
-        if not self.weights:
-            what = " that is stored as it is" if self.computed else ""
-            return [f"No recurrent layer: no weight_hh of an nn.RNN, nn.GRU or nn.LSTM{what}."]
-        rows = [_HEADINGS]
-        for weight in self.weights:
-            blocks = "dense" if weight.block_size is None else _blocks(weight.stored_blocks, weight.block_size)
-            rows.append([weight.name, "all", *_cells(weight, blocks)])
-            if len(weight.gates) > 1:
-                for gate in weight.gates:
-                    blocks = "dense" if weight.block_size is None else f"{gate.stored_blocks:,}"
-                    rows.append(["", gate.name, *_cells(gate, blocks)])
-        lines = align(rows, right=range(2, len(_HEADINGS)))
-        return [
-            *lines,
-            "",
-            f"Recurrent layers: {self.density:.1%} dense, {self.nonzero:,} non-zero weights.",
-            f"  bytes     {self.stored_bytes:,} in blocks, {self.dense_bytes:,} dense"
-            f" ({self.dense_bytes / max(1, self.stored_bytes):.2f}x)",
-            f"  MAC/step  {self.multiply_accumulates:,} in blocks, {self.dense_multiply_accumulates:,} dense"
-            f" ({self.dense_multiply_accumulates / max(1, self.multiply_accumulates):.2f}x)",
-            *self._low_block_lines(),
-            *self._uneven_lines(),
-        ]
-
-    def _computed_lines(self) -> list[str]:
-        if not self.computed:
-            return []
-        advice = "report the module, or save it after torch.nn.utils.parametrize.remove_parametrizations"
-        return ["", f"Computed by a parametrization, from tensors below: {', '.join(self.computed)}; {advice}."]
-
-    def _low_block_lines(self) -> list[str]:
-        rows = [["weight", "blocks", "of all", "bytes", "vector MAC/step"]]
-        for weight in self.weights:
-            for name, count in zip((weight.name, "  would be"), weight.low_blocks or (), strict=False):
-                numbers = f"{count.density:.1%}", f"{count.stored_bytes:,}", f"{count.vector_multiply_adds:,}"
-                rows.append([name, _blocks(count.stored_blocks, count.block_size), *numbers])
-        if len(rows) == 1:
-            return []
-        heading = (
-            f"A block takes as many vector multiply-adds as one of the next multiple of {VECTOR_ROWS} rows, "
-            "and on a GPU as many bytes:"
-        )
-        return ["", heading, *align(rows, right=range(1, 5))]
-
-    def _uneven_lines(self) -> list[str]:
-        """About recurrent weights, as only they are multiplied step by step."""
-        rows = [
-            [f"  {weight.name}", f"{weight.fullest_group:.2f} times the mean"]
-            for weight in self.weights
-            if "weight_hh" in weight.name and weight.fullest_group > UNEVEN_ABOVE
-        ]
-        heading = (
-            "On a GPU each gate of 16 units takes as long as the one with the most blocks; "
-            "a Pruner with balanced=True makes them equal (accuracy not measured):"
-        )
-        return ["", heading, *align(rows, right=())] if rows else []
-
-    def _other_lines(self) -> list[str]:
-        if not self.others:
-            return []
-        rows = [["other tensors", "shape", "density", "non-zero", "bytes"]]
-        for tensor in self.others:
-            shape = " x ".join(map(str, tensor.shape)) or "scalar"
-            rows.append([tensor.name, shape, f"{tensor.density:.1%}", f"{tensor.nonzero:,}", f"{tensor.nbytes:,}"])
-        return ["", *align(rows, right=range(1, 5))]
 
 
 def sparsity_report(model: nn.Module | Mapping[str, Any], *, pattern: PatternLike = (16, 1)) -> SparsityReport:
@@ -255,21 +42,21 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, pattern: PatternLik
     >>> layer = nn.GRU(2, 16, bias=False)
     >>> _ = layer.weight_hh_l0.data[:, 4:].zero_()
     >>> print(sparsity_report(layer))
-    weight        gate    shape  density  non-zero      blocks  bytes  MAC/step
-    weight_ih_l0  all    48 x 2   100.0%        96   6 of 16x1    424        96
-                  r      16 x 2   100.0%        32           2    136        32
-                  z      16 x 2   100.0%        32           2    136        32
-                  n      16 x 2   100.0%        32           2    136        32
-    weight_hh_l0  all   48 x 16    25.0%       192  12 of 16x1    832       192
-                  r     16 x 16    25.0%        64           4    272        64
-                  z     16 x 16    25.0%        64           4    272        64
-                  n     16 x 16    25.0%        64           4    272        64
+    weight        gate    shape  density  non-zero             stored  bytes  MAC/step
+    weight_ih_l0  all    48 x 2   100.0%        96   6 blocks of 16x1    424        96
+                  r      16 x 2   100.0%        32                  2    136        32
+                  z      16 x 2   100.0%        32                  2    136        32
+                  n      16 x 2   100.0%        32                  2    136        32
+    weight_hh_l0  all   48 x 16    25.0%       192  12 blocks of 16x1    832       192
+                  r     16 x 16    25.0%        64                  4    272        64
+                  z     16 x 16    25.0%        64                  4    272        64
+                  n     16 x 16    25.0%        64                  4    272        64
     <BLANKLINE>
     Recurrent layers: 33.3% dense, 288 non-zero weights.
-      bytes     1,256 in blocks, 3,456 dense (2.75x)
-      MAC/step  288 in blocks, 864 dense (3.00x)
+      bytes     1,256 stored, 3,456 dense (2.75x)
+      MAC/step  288 stored, 864 dense (3.00x)
     """
-    block_size = as_pattern(pattern).block_size
+    pattern = as_pattern(pattern)
     computed: tuple[str, ...] = ()
     if isinstance(model, nn.Module):
         tensors = tensors_by_name(model)
@@ -292,73 +79,86 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, pattern: PatternLik
         )
     gates = dict(find_gates(tensors))
     return SparsityReport(
-        tuple(_report_weight(name, tensors, count, block_size) for name, count in gates.items()),
+        tuple(_report_weight(name, tensors, count, pattern) for name, count in gates.items()),
         tuple(_report_tensor(name, value) for name, value in tensors.items() if name not in gates),
         computed,
     )
 
 
 def _report_weight(
-    name: str, tensors: Mapping[str, Tensor | BlockMatrix], gates: int, block_size: tuple[int, int]
+    name: str, tensors: Mapping[str, Tensor | BlockMatrix], gates: int, pattern: Pattern
 ) -> WeightReport:
     weight = tensors[name]
     if isinstance(weight, BlockMatrix):
-        return _report_blocks(name, weight, math.prod(weight.shape) * weight.scaled_blocks().element_size())
+        everywhere = dataclasses.replace(weight, values=torch.ones_like(weight.values), scales=None).to_dense()
+        dense, pattern = weight.to_dense(), Blocks(*weight.block_size)
+        kept = pattern.kept(everywhere.unflatten(0, (gates, -1)))
+        nonzero, dtype = dense.ne(0).unflatten(0, (gates, -1)), weight.values.dtype
+        return _report_stored(name, nonzero, pattern, kept, dtype, dense.nbytes)
+    nonzero, nbytes = is_nonzero(name, weight).unflatten(0, (gates, -1)), weight.numel() * weight.element_size()
     if isinstance(tensors.get(name.replace("weight_ih", "weight_hh")), BlockMatrix):
-        return _report_kept_dense(name, weight, gates)
+        return _report_kept_dense(name, nonzero, nbytes)
     dtype = weight.dtype if weight.dtype in STORAGE_DTYPES and weight.is_floating_point() else torch.float32
-    kept = is_nonzero(name, weight).to(dtype)  # all that is counted
-    stored = BlockMatrix.from_dense(kept, block_size, gates=gates)
-    return _report_blocks(name, stored, weight.numel() * weight.element_size())
+    return _report_stored(name, nonzero, pattern, pattern.kept(nonzero), dtype, nbytes)
 
 
-def _report_blocks(name: str, stored: BlockMatrix, dense_bytes: int) -> WeightReport:
-    (rows, columns), gates = stored.shape, stored.gates
-    BR, BC = stored.block_size
-    blocks, block_gates = stored.scaled_blocks(), stored.block_rows % gates
-    block_bytes = BR * BC * stored.values.element_size() + stored.columns.element_size()
-    block_counts = torch.bincount(block_gates, minlength=gates)
-    nonzero = block_counts.new_zeros(gates).index_add_(0, block_gates, blocks.ne(0).sum((1, 2))).tolist()
-    counts = block_counts.tolist()
+def _report_stored(
+    name: str, nonzero: Tensor, pattern: Pattern, kept: Tensor, dtype: torch.dtype, dense_bytes: int
+) -> WeightReport:
+    """Report a weight that is stored in a pattern, or would be.
+
+    Args:
+        name: of the weight.
+        nonzero: [G, H, columns], bool.
+        pattern: whose units are stored.
+        kept: its mask of those.
+        dtype: of stored values.
+        dense_bytes: of the dense matrix.
+    """
+    gates, H, columns = nonzero.shape
     parts = tuple(
-        GateReport(gate, (rows // gates, columns), nonzero[g], counts[g], counts[g] * block_bytes, counts[g] * BR * BC)
-        for g, gate in enumerate(NAMES_BY_COUNT[gates])
+        GateReport(
+            gate, (H, columns), there, units, units * pattern.unit_bytes(dtype.itemsize), units * pattern.products
+        )
+        for gate, there, units in zip(NAMES_BY_COUNT[gates], _by_gate(nonzero), _by_gate(kept), strict=True)
     )
-    low_blocks = (_count_blocks(stored), _count_blocks(_taller(stored))) if BR % VECTOR_ROWS else None
+    count, whole = _count_units(pattern, kept, nonzero, dtype), pattern.in_whole_vectors()
     return WeightReport(
-        name, (rows, columns), (BR, BC), parts, stored.nbytes, dense_bytes, low_blocks, _fullest_group(stored)
+        name=name,
+        shape=(gates * H, columns),
+        pattern=pattern,
+        gates=parts,
+        stored_bytes=count.stored_bytes,
+        dense_bytes=dense_bytes,
+        half_empty=None if whole is None else (count, _count_units(whole, whole.kept(nonzero), nonzero, dtype)),
+        fullest_group=_fullest_group(pattern.spread(kept, nonzero)),
     )
 
 
-def _report_kept_dense(name: str, weight: Tensor, gates: int) -> WeightReport:
-    nonzero = is_nonzero(name, weight).unflatten(0, (gates, -1)).sum((1, 2)).tolist()
-    (rows, columns), nbytes = weight.shape, weight.numel() * weight.element_size()
+def _report_kept_dense(name: str, nonzero: Tensor, nbytes: int) -> WeightReport:
+    gates, H, columns = nonzero.shape
     parts = tuple(
-        GateReport(gate, (rows // gates, columns), nonzero[g], 0, nbytes // gates, rows // gates * columns)
-        for g, gate in enumerate(NAMES_BY_COUNT[gates])
+        GateReport(gate, (H, columns), there, 0, nbytes // gates, H * columns)
+        for gate, there in zip(NAMES_BY_COUNT[gates], _by_gate(nonzero), strict=True)
     )
-    return WeightReport(name, (rows, columns), None, parts, nbytes, nbytes)
+    return WeightReport(name, (gates * H, columns), None, parts, nbytes, nbytes)
 
 
-def _taller(stored: BlockMatrix) -> BlockMatrix:
-    """The same weights in blocks of VECTOR_ROWS rows, in the same dtype."""
-    dense = dataclasses.replace(stored, scales=None).to_dense()  # for int8 its integers
-    wide = dense if dense.is_floating_point() else dense.float()
-    taller = BlockMatrix.from_dense(wide, (VECTOR_ROWS, stored.block_size[1]), gates=stored.gates)
-    return dataclasses.replace(taller, values=taller.values.to(dense.dtype), scales=stored.scales)
+def _count_units(pattern: Pattern, kept: Tensor, nonzero: Tensor, dtype: torch.dtype) -> UnitCount:
+    gates, H, columns = nonzero.shape
+    units, scales = int(kept.sum()), dtype == torch.int8
+    stored_bytes = pattern.stored_bytes(units, gates, H, columns, dtype.itemsize, scales=scales)
+    return UnitCount(pattern, units, units / max(1, kept.numel()), stored_bytes, units * pattern.vectors)
 
 
-def _fullest_group(stored: BlockMatrix) -> float:
-    """See WeightReport."""
-    if stored.values.dtype == torch.int8:
-        stored = dataclasses.replace(stored, values=stored.values.to(torch.float16), scales=None)
-    counts = row_blocks(stored).starts.diff()
-    return int(counts.max()) * len(counts) / int(counts.sum()) if counts.any() else 1.0
+def _fullest_group(stored: Tensor) -> float:
+    """See WeightReport; of a mask [G, H, columns] of the stored weights."""
+    counts = Blocks(UNITS, 1).kept(stored).sum(-1)
+    return int(counts.max()) * counts.numel() / int(counts.sum()) if counts.any() else 1.0
 
 
-def _count_blocks(matrix: BlockMatrix) -> BlockCount:
-    (BR, BC), NB = matrix.block_size, len(matrix.values)
-    return BlockCount((BR, BC), NB, matrix.density, matrix.nbytes, NB * BC * -(-BR // VECTOR_ROWS))
+def _by_gate(mask: Tensor) -> list[int]:
+    return mask.flatten(1).sum(1).tolist()
 
 
 def _report_tensor(name: str, tensor: Tensor | BlockMatrix) -> TensorReport:
@@ -368,18 +168,3 @@ def _report_tensor(name: str, tensor: Tensor | BlockMatrix) -> TensorReport:
         nonzero, itemsize = tensor.scaled_blocks().ne(0), tensor.scaled_blocks().element_size()
     shape, count = tuple(tensor.shape), math.prod(tensor.shape)
     return TensorReport(name, shape, int(nonzero.sum()), count, count * itemsize)
-
-
-def _blocks(count: int, block_size: tuple[int, int]) -> str:
-    return f"{count:,} of {block_size[0]}x{block_size[1]}"
-
-
-def _cells(part: WeightReport | GateReport, blocks: str) -> Sequence[str]:
-    return (
-        f"{part.shape[0]} x {part.shape[1]}",
-        f"{part.density:.1%}",
-        f"{part.nonzero:,}",
-        blocks,
-        f"{part.stored_bytes:,}",
-        f"{part.multiply_accumulates:,}",
-    )

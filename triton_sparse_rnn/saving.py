@@ -14,17 +14,16 @@ from triton_sparse_rnn.errors import SparseFileError
 from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.nn.convertible import why_not_converted
 from triton_sparse_rnn.nn.instance_state import become, stand_in
-from triton_sparse_rnn.nn.persistent import PersistentLayer
-from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES, persistent_class, shown_name
+from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES, PersistentLayer, persistent_class, shown_name
 from triton_sparse_rnn.nn.state_names import layers_by_prefix, names_in_file, saved_tensors
-from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS, gate_count, weight_names, weight_shape
+from triton_sparse_rnn.nn.storage import buffer_names, from_buffers
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.files import read_file, write_file
+from triton_sparse_rnn.sparse.layer_config import LayerConfig
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _ACTIVATION_DTYPES = {None: None, "int8": torch.int8}
-_SIZES = ("mode", "input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
 
 
 def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -210,22 +209,17 @@ def _prefix(name: str) -> str:
 
 
 def _describe(path: str, module: PersistentLayer) -> dict[str, Any]:
-    weights = {}
     for name, weight in module.stored_weights().items():
-        if isinstance(weight, BlockMatrix):
-            try:
+        try:
+            if isinstance(weight, BlockMatrix):
                 weight.check()
-            except ValueError as error:  # somebody has written into its indices
-                raise ValueError(
-                    f"model has blocks in {_prefix(path)}{name} that do not fit together: {error}"
-                ) from error
-            weights[name] = {"block_size": weight.block_size, "gates": weight.gates, "shape": weight.shape}
+        except ValueError as error:  # somebody has written into its indices
+            raise ValueError(f"model has blocks in {_prefix(path)}{name} that do not fit together: {error}") from error
     return {
         "class": type(module).__name__,
         "dtype": _dtype_name(module.dtype),
         "activation_dtype": None if module.activation_dtype is None else _dtype_name(module.activation_dtype),
-        "sizes": {name: getattr(module, name) for name in _SIZES},
-        "weights": weights,
+        "config": LayerConfig.of(module).sizes(),
     }
 
 
@@ -237,11 +231,12 @@ def _check_same_sizes(path: object, name: str, layer: nn.Module, described: dict
         raise SparseFileError(
             f"{path} holds a {described['class']} '{name}', where the model has a {type(layer).__name__}; {advice}"
         )
-    if described["sizes"].keys() != {*_SIZES}:  # another name may be that of anything a layer has
-        raise KeyError(f"sizes of {[*described['sizes']]}")
-    for size, saved in described["sizes"].items():
-        if getattr(layer, size) != saved:
-            raise SparseFileError(f"{path} holds '{name}' with {size}={saved}, the model's has {getattr(layer, size)}")
+    saved, wanted = described["config"], LayerConfig.of(layer).sizes()
+    if saved.keys() != wanted.keys():
+        raise KeyError(f"config of {[*saved]}")
+    for size, value in wanted.items():
+        if saved[size] != value:
+            raise SparseFileError(f"{path} holds '{name}' with {size}={saved[size]}, the model's has {value}")
     dtype = _dtype_name(_dtype(layer))
     if dtype != described["dtype"]:
         raise SparseFileError(
@@ -273,33 +268,26 @@ def _build(
     options: dict[str, Any] = {option: getattr(layer, option) for option in kept}
     options["activation_dtype"] = _ACTIVATION_DTYPES[described["activation_dtype"]]
     try:
-        weights = _read_weights(_prefix(name), layer, described["weights"], tensors)
         new_class: Any = _new_class(layer)
-        return new_class(layer, weights, dtype=_dtype(layer), **options)
+        new = new_class(
+            LayerConfig.of(layer), _read_weights(_prefix(name), layer, tensors), dtype=_dtype(layer), **options
+        )
     except ValueError as error:
         raise SparseFileError(f"{path} holds '{name}' with weights that do not fit together: {error}") from error
+    new.training = layer.training  # train() would say that it changes nothing
+    return new
 
 
-def _read_weights(
-    prefix: str, layer: Any, described: dict[str, Any], tensors: Mapping[str, Tensor]
-) -> dict[str, BlockMatrix | Tensor]:
+def _read_weights(prefix: str, layer: Any, tensors: Mapping[str, Tensor]) -> dict[str, BlockMatrix | Tensor]:
     """Return the weights of a layer, checked to be of its sizes before anything computes with them."""
-    dtype, device = _dtype(layer), next(iter(saved_tensors(layer).values())).device
-    weights: dict[str, BlockMatrix | Tensor] = {}
-    for name in weight_names(layer):
-        shape, gates = weight_shape(layer, name), gate_count(layer, name)
-        if (matrix := described.get(name)) is None:
-            weights[name] = tensor = tensors[prefix + name].to(device)
-            if (tensor.shape, tensor.dtype) != (shape, dtype):
-                raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
-            continue
-        if (matrix["shape"], matrix["gates"]) != ([*shape], gates):
-            raise ValueError(f"{name} is of shape {matrix['shape']} with {matrix['gates']} gates")
-        parts: dict[str, Any] = {part: tensors[f"{prefix}{name}_{part}"].to(device) for part in MATRIX_PARTS[:3]}
-        if (scales := tensors.get(f"{prefix}{name}_scales")) is not None:
-            parts["scales"] = scales.to(device)
-        weights[name] = blocks = BlockMatrix(**parts, shape=(shape[0], shape[1]), gates=gates)
-        blocks.check()
+    config, dtype, device = LayerConfig.of(layer), _dtype(layer), next(iter(saved_tensors(layer).values())).device
+    held = {name: tensors[prefix + name].to(device) for name in buffer_names(config) if prefix + name in tensors}
+    weights = {name: from_buffers(config, name, held) for name in config.weight_names()}
+    for name, weight in weights.items():
+        if isinstance(weight, BlockMatrix):
+            weight.check()
+        elif (weight.shape, weight.dtype) != (config.weight_shape(name), dtype):
+            raise ValueError(f"{name} is {weight.dtype} of shape {tuple(weight.shape)}")
     return weights
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from bench.budgets import assert_within_budget
 from bench.workloads import Workload
-from triton_sparse_rnn.kernels.cpu.recurrent_layer import Direction, RecurrentLayer
+from triton_sparse_rnn.kernels.cpu.recurrent_layer import RecurrentLayer
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.layer_weights import LayerWeights
 
 WORKLOADS = [
     Workload(cell=cell, H=H, T=100, sparsity=0.9, block_size=block_size)
@@ -60,7 +61,7 @@ def _recurrence(work: Workload, matrix: BlockMatrix) -> Callable[[], Tensor]:
     """Return a call that runs all steps on a projection that is there already, and returns y [T, H]."""
     names = ("weight_ih_l0", "bias_ih_l0", "bias_hh_l0")
     weight_ih, bias_ih, bias_hh = map(work.layer.get_parameter, names)
-    direction = Direction(weight_ih, matrix, bias_ih, bias_hh, None)
+    direction = LayerWeights(weight_ih, matrix, bias_ih, bias_hh)
     layer = RecurrentLayer(work.cell, [direction], quantized=False)
     x, states = work.x[:, 0], [torch.zeros(1, 1, work.H)] * (2 if work.cell == "LSTM" else 1)
     projected = torch.nn.functional.linear(x, weight_ih, bias_ih).flatten()

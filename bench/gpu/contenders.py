@@ -26,7 +26,7 @@ from bench.gpu.timing import median_device_us, replayed, synchronized
 from bench.time_loop import run_time_loop
 from bench.workloads import Workload
 from triton_sparse_rnn.doctor import usable_cores
-from triton_sparse_rnn.ops.triton import PreparedLayer
+from triton_sparse_rnn.ops.backends.triton import PreparedLayer
 
 Result = TypeVar("Result")
 EVENT_SECONDS = 0.1  # of timing by events, besides what pytest-benchmark does

@@ -4,6 +4,7 @@ support.py         what can run here; the only module that callers may import wi
 target.py          what the processor can do
 vector_code.py     floats and indices as Python expressions that emit LLVM instructions
 stored_weights.py  how the weights of a block are read as vectors, in each dtype
+matrix.py          a matrix as kernels read it
 block_products.py  rows of blocks times inputs: what every kernel is made of
 gates.py           tanh, sigmoid and the cells, on vectors
 pack.py            kernel: inputs in the order in which products read them, quantised if asked for

@@ -8,8 +8,12 @@ looked at by then, and of what it makes itself as they are.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 
 def reached_bytes(tensor: Tensor) -> int:
@@ -31,6 +35,18 @@ def address_of(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> int
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
     return tensor.data_ptr()
+
+
+def addresses_of_parts(matrix: BlockMatrix) -> dict[str, int]:
+    """Return the addresses of the parts of a matrix by name, 0 for one that it does without.
+
+    Raises:
+        ValueError: a part is of another kind, or too short.
+    """
+    return dict.fromkeys(matrix.PARTS, 0) | {
+        name: address_of(name, getattr(matrix, name), dtype, math.prod(shape))
+        for name, (dtype, shape) in matrix.kinds().items()
+    }
 
 
 def address_of_rows(name: str, matrix: Tensor, rows: int, columns: int) -> int:

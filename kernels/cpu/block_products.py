@@ -21,13 +21,8 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from triton_sparse_rnn.kernels.cpu.stored_weights import (
-    QUAD,
-    BlockAddresses,
-    BlockFormat,
-    load_integers,
-    load_weights,
-)
+from triton_sparse_rnn.kernels.cpu.matrix import MatrixFields
+from triton_sparse_rnn.kernels.cpu.stored_weights import QUAD, BlockFormat, load_integers, load_weights
 from triton_sparse_rnn.kernels.cpu.vector_code import INT8, Accumulator, Index, Integers, Vector, VectorCode
 
 _CHAINS = 4  # sums in flight at least, because a multiply-add waits for the one before it in the same sum
@@ -35,7 +30,7 @@ _COLUMNS_UNROLLED = 8  # of a wide block; the rest of it is a loop, so that code
 INPUT_OFFSET = 128  # what the bytes of inputs hold more than their value for vpdpbusd, which takes them as unsigned
 
 
-class Tile(NamedTuple):
+class InputTile(NamedTuple):
     """Inputs that share each load of a weight."""
 
     rows: int
@@ -50,27 +45,29 @@ class _Column(NamedTuple):
     input: Index
 
 
-def block_row_products(
+def gate_sums(
     code: VectorCode,
     layout: BlockFormat,
-    matrix: BlockAddresses,
-    tile: Tile,
+    matrix: MatrixFields,
+    fields: Any,
     row: Index,
-    part: Index,
-    start: Vector,
-    scale: Vector | None,
+    tile_rows: int,
+    vector: Index,
+    gate: Index,
 ) -> list[Vector]:
-    """Return start + row of blocks times each input of the tile.
+    """Return W v + b of one gate of a vector of units, for each row v of a tile that begins at `row`.
 
     Args:
-        row: number of the row of blocks.
-        part: number of the part of its columns (stored_weights.py).
-        start: the bias of this part.
-        scale: that of its weights; None where they have none.
+        fields: scales, bias, inputs and input_scales, addresses as in ProductFields.
     """
+    constants = gate * matrix.gate_bytes
+    start = code.load(fields.bias + constants, vector)
+    scale = code.load(fields.scales + constants, vector) if layout.dtype == "int8" else None
+    tile = InputTile(tile_rows, fields.inputs + matrix.input_bytes * row, fields.input_scales + row * 4)
     kind = _QuadSums if layout.multiplies_quads else _ColumnSums
-    sums = kind(code, layout, matrix, tile, part)
-    _visit_columns(code, layout, matrix, row, sums.add, sums.columns_in_flight)
+    sums = kind(code, layout, matrix, tile, vector % layout.parts)
+    block_row = vector // layout.parts * matrix.gates + gate
+    _visit_columns(code, layout, matrix, block_row, sums.add, sums.columns_in_flight)
     results = []
     for i, total in enumerate(sums.totals()):
         product = total.to_floats() if isinstance(total, Integers) else total
@@ -83,7 +80,7 @@ def block_row_products(
 def _visit_columns(
     code: VectorCode,
     layout: BlockFormat,
-    matrix: BlockAddresses,
+    matrix: MatrixFields,
     row: Index,
     visit: Callable[[Sequence[_Column]], None],
     at_once: int,
@@ -113,7 +110,7 @@ def _visit_columns(
 class _ColumnSums:
     """One multiplication and one addition for each column and input: of floats, or of integers."""
 
-    def __init__(self, code: VectorCode, layout: BlockFormat, matrix: BlockAddresses, tile: Tile, part: Index):
+    def __init__(self, code: VectorCode, layout: BlockFormat, matrix: MatrixFields, tile: InputTile, part: Index):
         self.code, self.layout, self.matrix, self.tile, self.part = code, layout, matrix, tile, part
         self.chains = max(1, _CHAINS // tile.rows)
         self.columns_in_flight = 2 * self.chains if tile.rows == 1 else self.chains  # fewer ends of loops to guess
@@ -142,7 +139,7 @@ class _ColumnSums:
 class _QuadSums:
     """One vpdpbusd for a quad and an input, and one for what the offset of inputs adds: the last of the sums."""
 
-    def __init__(self, code: VectorCode, layout: BlockFormat, matrix: BlockAddresses, tile: Tile, part: Index):
+    def __init__(self, code: VectorCode, layout: BlockFormat, matrix: MatrixFields, tile: InputTile, part: Index):
         self.code, self.layout, self.matrix, self.tile, self.part = code, layout, matrix, tile, part
         self.chains = max(1, _CHAINS // (tile.rows + 1))
         self.columns_in_flight = self.chains * QUAD

@@ -37,6 +37,7 @@ from triton_sparse_rnn.kernels.cpu.intrinsics import (
     store_tuple,
     zero_rows,
 )
+from triton_sparse_rnn.kernels.cpu.matrix import MatrixFields
 from triton_sparse_rnn.kernels.cpu.pack import PackFields
 from triton_sparse_rnn.kernels.cpu.products import ProductFields
 from triton_sparse_rnn.kernels.cpu.step import StepFields
@@ -46,6 +47,9 @@ from triton_sparse_rnn.kernels.cpu.vector_code import FLOAT_BYTES
 class LayerFields(NamedTuple):
     """What holds for every call of a direction with as many rows. Scratch is given as offsets in bytes."""
 
+    ih: int  # addresses of MatrixFields of W_ih, W_hh and W_hr
+    hh: int
+    hr: int
     reverse: int
     has_cell_state: int
     has_projection: int
@@ -60,32 +64,10 @@ class LayerFields(NamedTuple):
     h_next: int
     c: int
     hidden: int
+    packed: int  # inputs of the product that runs
+    packed_scales: int
     kernel: int
     scratch_bytes: int
-
-
-class MatrixFields(NamedTuple):
-    """A BlockMatrix, the kernels that read it, and how its inputs and outputs lie; all 0 for a matrix there is not."""
-
-    pack: int
-    product: int  # of W_hh, a step
-    starts: int
-    columns: int
-    values: int
-    scales: int  # [G H] or [G, padded H], 0 for none
-    bias: int  # [G H] or [G, padded H]
-    gates: int
-    vectors: int  # in the units of a gate
-    row_bytes: int  # of the H units of a gate
-    gate_bytes: int  # of padded H
-    inputs: int  # columns
-    padded_inputs: int
-    input_bytes: int  # of a packed row
-    quantized: int
-    packed: int  # offset in scratch of packed inputs, as all that follow
-    packed_scales: int
-    padded_bias: int  # -1 where the tensor itself is long enough
-    padded_scales: int
 
 
 _INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from compiled code only: less to compile
@@ -102,14 +84,13 @@ def make_run_layer(fingerprint: str) -> Callable[..., bool]:
     def run_layer(layer, team, T, N, B, x, dense, sizes, h0, c0, y, h_n, c_n):
         """Run all steps; returns whether there was memory for it.
 
-        `layer` is the address of LayerFields and of MatrixFields of W_ih, W_hh and W_hr; `team` as for `run_kernel`.
-        From x on, all are addresses, 0 for what there is not; h0, c0, y, h_n and c_n are this direction's.
+        `layer` is the address of LayerFields; `team` as for `run_kernel`. From x on, all are addresses, 0 for what
+        there is not; h0, c0, y, h_n and c_n are this direction's.
         """
         close_over(fingerprint)
         fields = LayerFields(*load_tuple(layer, _LAYER_WORDS))
-        ih = MatrixFields(*load_tuple(layer + 8 * _LAYER_WORDS, _MATRIX_WORDS))
-        hh = MatrixFields(*load_tuple(layer + 8 * (_LAYER_WORDS + _MATRIX_WORDS), _MATRIX_WORDS))
-        hr = MatrixFields(*load_tuple(layer + 8 * (_LAYER_WORDS + 2 * _MATRIX_WORDS), _MATRIX_WORDS))
+        hh = MatrixFields(*load_tuple(fields.hh, _MATRIX_WORDS))
+        hr = MatrixFields(*load_tuple(fields.hr, _MATRIX_WORDS))
         H_bytes, P_bytes, state_bytes = hh.row_bytes, FLOAT_BYTES * hh.inputs, fields.state_bytes
         memory = allocate(fields.scratch_bytes + 64)
         if memory == 0:
@@ -119,7 +100,8 @@ def make_run_layer(fingerprint: str) -> Callable[..., bool]:
         kernel = scratch + fields.kernel
         zero_rows(2 * B, P_bytes, state_bytes, h, state_bytes)  # h_next lies behind h
         zero_rows(B if fields.has_projection else 0, H_bytes, state_bytes, hidden, state_bytes)
-        for matrix in (ih, hh, hr):
+        for address in (fields.ih, fields.hh, fields.hr):
+            matrix = MatrixFields(*load_tuple(address, _MATRIX_WORDS))
             gates, row_bytes, gate_bytes = matrix.gates, matrix.row_bytes, matrix.gate_bytes
             if matrix.padded_bias >= 0:
                 copy_rows(gates, row_bytes, matrix.bias, row_bytes, scratch + matrix.padded_bias, gate_bytes)
@@ -151,23 +133,22 @@ def make_run_layer(fingerprint: str) -> Callable[..., bool]:
                 end = min(N, first + fields.window)
                 source = x + first * fields.x_bytes
                 _multiply(
-                    team, kernel, ih, scratch, end - first, source, fields.x_bytes, projected, fields.projected_bytes
-                )
+                    team, scratch, fields, fields.ih, end - first, source, fields.x_bytes,
+                    projected, fields.projected_bytes,
+                )  # fmt: skip
 
             output = hidden if fields.has_projection else h_next
-            inputs = _pack(kernel, hh, scratch, rows, h, state_bytes)
+            inputs = _pack(scratch, fields, hh, rows, h, state_bytes)
             store_tuple(kernel, StepFields(
-                hh.starts, hh.columns, hh.values,
-                _padded(scratch, hh.padded_scales, hh.scales), _padded(scratch, hh.padded_bias, hh.bias),
-                hh.gates, hh.gate_bytes,
-                inputs, hh.input_bytes, scratch + hh.packed_scales,
+                fields.hh, _padded(scratch, hh.padded_scales, hh.scales), _padded(scratch, hh.padded_bias, hh.bias),
+                inputs, scratch + fields.packed_scales,
                 projected + (row - first) * fields.projected_bytes, fields.projected_bytes, fields.projected_gate_bytes,
                 rows, h, c, state_bytes, output,
             ))  # fmt: skip
             run_kernel(team, hh.product, kernel, hh.vectors)
             zero_rows(rows, H_bytes, hh.gate_bytes, output, state_bytes)
             if fields.has_projection:
-                _multiply(team, kernel, hr, scratch, rows, hidden, state_bytes, h_next, state_bytes)
+                _multiply(team, scratch, fields, fields.hr, rows, hidden, state_bytes, h_next, state_bytes)
                 zero_rows(rows, P_bytes, hr.gate_bytes, h_next, state_bytes)
             copy_rows(rows, P_bytes, h_next, state_bytes, y + row * fields.y_bytes, fields.y_bytes)
             h, h_next = h_next, h
@@ -179,26 +160,26 @@ def make_run_layer(fingerprint: str) -> Callable[..., bool]:
 
 
 @njit(**_INNER)
-def _multiply(team, kernel, matrix, scratch, rows, source, source_bytes, output, output_bytes):
-    """W v + b for each row v."""
-    inputs = _pack(kernel, matrix, scratch, rows, source, source_bytes)
+def _multiply(team, scratch, fields, address, rows, source, source_bytes, output, output_bytes):
+    """W v + b for each row v, with the matrix at an address."""
+    matrix, kernel = MatrixFields(*load_tuple(address, _MATRIX_WORDS)), scratch + fields.kernel
+    inputs = _pack(scratch, fields, matrix, rows, source, source_bytes)
     store_tuple(kernel, ProductFields(
-        matrix.starts, matrix.columns, matrix.values,
+        address,
         _padded(scratch, matrix.padded_scales, matrix.scales), _padded(scratch, matrix.padded_bias, matrix.bias),
-        matrix.gates, matrix.gate_bytes, inputs, matrix.input_bytes, scratch + matrix.packed_scales,
-        rows, output, output_bytes,
+        inputs, scratch + fields.packed_scales, rows, output, output_bytes,
     ))  # fmt: skip
     run_kernel(team, matrix.product, kernel, matrix.vectors)
 
 
 @njit(**_INNER)
-def _pack(kernel, matrix, scratch, rows, source, source_bytes):
+def _pack(scratch, fields, matrix, rows, source, source_bytes):
     """Return the address of rows as a product with the matrix reads them."""
     if rows == 1 and not matrix.quantized and source_bytes >= matrix.input_bytes:
         return source  # one row lies as it should, and is long enough
-    packed = scratch + matrix.packed
+    packed, kernel = scratch + fields.packed, scratch + fields.kernel
     store_tuple(kernel, PackFields(
-        matrix.inputs, matrix.padded_inputs, source, source_bytes, packed, scratch + matrix.packed_scales
+        matrix.inputs, matrix.padded_inputs, source, source_bytes, packed, scratch + fields.packed_scales
     ))  # fmt: skip
     run_kernel(0, matrix.pack, kernel, rows)
     return packed

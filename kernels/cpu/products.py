@@ -15,23 +15,19 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from triton_sparse_rnn.kernels.cpu.block_products import Tile, block_row_products
-from triton_sparse_rnn.kernels.cpu.stored_weights import BlockAddresses, BlockFormat
-from triton_sparse_rnn.kernels.cpu.vector_code import Index, Vector, VectorCode
+from triton_sparse_rnn.kernels.cpu.block_products import gate_sums
+from triton_sparse_rnn.kernels.cpu.matrix import MatrixFields
+from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
+from triton_sparse_rnn.kernels.cpu.vector_code import VectorCode
 
 
 class ProductFields(NamedTuple):
-    """Sizes and addresses; the distances between rows are in bytes."""
+    """Addresses and sizes. The distance between rows is in bytes."""
 
-    matrix_starts: Any
-    matrix_columns: Any
-    matrix_values: Any
+    matrix: Any  # address of MatrixFields
     scales: Any
     bias: Any
-    gates: Any
-    gate_bytes: Any  # between gates, of scales, bias and output
     inputs: Any
-    input_bytes: Any
     input_scales: Any
     rows: Any
     output: Any
@@ -42,30 +38,10 @@ def emit_product(builder: Any, layout: BlockFormat, address: Any, first: Any, en
     """Emit the kernel for vectors first, ..., end - 1 of each gate."""
     code = VectorCode(builder, layout.width)
     fields = code.fields(ProductFields, code.index(address))
+    matrix = code.fields(MatrixFields, fields.matrix)
     for row, tile_rows in code.row_tiles(fields.rows, layout.tile_rows):
         outputs = [fields.output + fields.output_bytes * (row + i) for i in range(tile_rows)]
-        with code.loop(code.index(first), code.index(end)) as vector, code.loop(code.index(0), fields.gates) as gate:
-            products = gate_products(code, layout, fields, row, tile_rows, vector, gate)
-            for product, output in zip(products, outputs, strict=True):
-                code.store(product, output + gate * fields.gate_bytes, vector)
-
-
-def gate_products(
-    code: VectorCode, layout: BlockFormat, fields: Any, row: Index, tile_rows: int, vector: Index, gate: Index
-) -> list[Vector]:
-    """W v + b of one gate of a vector of units, for each row of a tile that begins at `row`.
-
-    Args:
-        fields: have the names of ProductFields, from matrix_starts to input_scales.
-    """
-    constants = gate * fields.gate_bytes
-    return block_row_products(
-        code,
-        layout,
-        BlockAddresses(fields.matrix_starts, fields.matrix_columns, fields.matrix_values),
-        Tile(tile_rows, fields.inputs + fields.input_bytes * row, fields.input_scales + row * 4),
-        row=vector // layout.parts * fields.gates + gate,
-        part=vector % layout.parts,
-        start=code.load(fields.bias + constants, vector),
-        scale=code.load(fields.scales + constants, vector) if layout.dtype == "int8" else None,
-    )
+        with code.loop(code.index(first), code.index(end)) as vector, code.loop(code.index(0), matrix.gates) as gate:
+            sums = gate_sums(code, layout, matrix, fields, row, tile_rows, vector, gate)
+            for total, output in zip(sums, outputs, strict=True):
+                code.store(total, output + gate * matrix.gate_bytes, vector)

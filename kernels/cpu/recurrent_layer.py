@@ -25,35 +25,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triton_sparse_rnn.kernels.cpu.addresses import address_of
 from triton_sparse_rnn.kernels.cpu.compilation import compiled_layer, kernel_address
-from triton_sparse_rnn.kernels.cpu.layer import KERNEL_BYTES, LayerFields, MatrixFields
+from triton_sparse_rnn.kernels.cpu.layer import KERNEL_BYTES, LayerFields
+from triton_sparse_rnn.kernels.cpu.matrix import NO_MATRIX, MatrixFields, format_of, matrix_fields, padded_rows
 from triton_sparse_rnn.kernels.cpu.pack import PackFormat
 from triton_sparse_rnn.kernels.cpu.step import StepFormat
-from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 from triton_sparse_rnn.kernels.cpu.threads import Team
 from triton_sparse_rnn.kernels.cpu.vector_code import FLOAT_BYTES
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.layer_weights import LayerWeights
 
 _LINE_BYTES = 64  # a cache line: where a part of scratch begins, so that its vectors do not lie across two
 _PROJECTED_BYTES = 1 << 18  # held at a time: read again while in the second-level cache; 64 KB to 1 MB are as fast
 _SHARED_BYTES = 1 << 22  # of weights read in a call, from which on it is worth the 20 us that calling for help takes
 _BATCH_SHAPES_KEPT = 64
-_NO_MATRIX = MatrixFields(*[0] * len(MatrixFields._fields))._replace(padded_bias=-1, padded_scales=-1)
 
 
-class Direction(NamedTuple):
-    """The weights of one direction; see the top of the file."""
+class _Matrices(NamedTuple):
+    """W_ih, W_hh and W_hr of a direction, once more as the records that kernels read."""
 
-    weight_ih: BlockMatrix | Tensor
-    weight_hh: BlockMatrix
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
-    weight_hr: BlockMatrix | None
+    ih: MatrixFields
+    hh: MatrixFields
+    hr: MatrixFields
+    records: np.ndarray
+    scratch_bytes: int  # for what is filled up
 
 
 class _PlacedDirection(NamedTuple):
-    """LayerFields and MatrixFields of a direction, and where its part of the states and of y begins."""
+    """LayerFields of a direction, and where its part of the states and of y begins."""
 
     fields: np.ndarray
     address: int  # of fields
@@ -66,11 +65,11 @@ class RecurrentLayer:
     """A layer ready to run: its kernels are compiled, and the addresses of its tensors are taken.
 
     Weights are looked at when it is made (addresses.py), but not what indices hold: `BlockMatrix.check` does that.
-    What it is called with is not: see there. `unsupported_reason` (support.py) must have returned None, and the tensors
+    What it is called with is not: see there. `unreadable_reason` (support.py) must have returned None, and the tensors
     must stay where they are as long as this is called.
     """
 
-    def __init__(self, mode: str, directions: list[Direction], *, quantized: bool, num_threads: int = 1) -> None:
+    def __init__(self, mode: str, directions: list[LayerWeights], *, quantized: bool, num_threads: int = 1) -> None:
         """Compile what has not been compiled yet.
 
         Args:
@@ -85,7 +84,7 @@ class RecurrentLayer:
         self._num_threads = num_threads
         self._step_bytes = sum(direction.weight_hh.nbytes for direction in directions)
         matrices = [matrix for direction in directions for matrix in direction if isinstance(matrix, BlockMatrix)]
-        self._no_bias = torch.zeros(max(map(_padded_rows, matrices)), dtype=torch.float32, device="cpu")
+        self._no_bias = torch.zeros(max(map(padded_rows, matrices)), dtype=torch.float32, device="cpu")
         self._matrices = [self._read_matrices(mode, direction, quantized) for direction in directions]
         self._fields: dict[tuple[int, int], list[_PlacedDirection]] = {}
         self._run = compiled_layer()
@@ -143,34 +142,42 @@ class RecurrentLayer:
             if not enough_memory:
                 raise MemoryError(f"no memory for what a call with {N} rows of x, {B} at a time, works on")
 
-    def _read_matrices(self, mode: str, direction: Direction, quantized: bool) -> list[MatrixFields]:
-        """W_ih, W_hh and W_hr, without places in scratch."""
-        weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = direction
-        no_bias = self._no_bias
-        ih = _NO_MATRIX
-        if isinstance(weight_ih, BlockMatrix):
-            ih = _matrix_fields(weight_ih, no_bias if bias_ih is None else bias_ih, quantized)
-        hh = _matrix_fields(weight_hh, no_bias if bias_hh is None else bias_hh, quantized, mode)
-        hr = _NO_MATRIX if weight_hr is None else _matrix_fields(weight_hr, no_bias, quantized)
-        return [ih, hh, hr]
+    def _read_matrices(self, mode: str, direction: LayerWeights, quantized: bool) -> _Matrices:
+        """Scratch begins with what is filled up for them."""
+        scratch = 0
+
+        def read(weight: BlockMatrix | Tensor | None, bias: Tensor | None, mode: str | None = None) -> MatrixFields:
+            nonlocal scratch
+            if not isinstance(weight, BlockMatrix):
+                return NO_MATRIX
+            layout, offset = format_of(weight, quantized), scratch
+            scratch += 2 * _whole_lines(padded_rows(weight) * FLOAT_BYTES)
+            pack = kernel_address(PackFormat.for_product(layout))
+            product = kernel_address(layout if mode is None else StepFormat(mode, layout))
+            bias = self._no_bias if bias is None else bias
+            return matrix_fields(weight, bias, quantized, pack=pack, product=product, scratch=offset)
+
+        ih = read(direction.weight_ih, direction.bias_ih)
+        hh = read(direction.weight_hh, direction.bias_hh, mode)
+        hr = read(direction.weight_hr, None)
+        return _Matrices(ih, hh, hr, np.array([ih, hh, hr], dtype=np.int64), scratch)
 
     def _place_fields(self, N: int, B: int) -> list[_PlacedDirection]:
         """Lay out each direction for batches of B and N rows in all, and keep that."""
         placed = []
         for d, matrices in enumerate(self._matrices):
-            fields = _place(matrices, N, B, d, len(self._matrices))
-            h_bytes, c_bytes = matrices[1].inputs * FLOAT_BYTES, matrices[1].row_bytes
-            address = fields.ctypes.data
-            placed.append(_PlacedDirection(fields, address, d * B * h_bytes, d * B * c_bytes, d * h_bytes))
+            fields = np.array(_place(matrices, N, B, d, len(self._matrices)), dtype=np.int64)
+            h_bytes, c_bytes = matrices.hh.inputs * FLOAT_BYTES, matrices.hh.row_bytes
+            placed.append(_PlacedDirection(fields, fields.ctypes.data, d * B * h_bytes, d * B * c_bytes, d * h_bytes))
         if len(self._fields) >= _BATCH_SHAPES_KEPT:
             self._fields.clear()
         self._fields[N, B] = placed  # whole: other threads may be reading
         return placed
 
 
-def _place(matrices: list[MatrixFields], N: int, B: int, direction: int, directions: int) -> np.ndarray:
-    """Divide up scratch memory; returns LayerFields and MatrixFields as the layer reads them."""
-    ih, hh, hr = matrices
+def _place(matrices: _Matrices, N: int, B: int, direction: int, directions: int) -> LayerFields:
+    """Divide up scratch memory."""
+    ih, hh, hr = matrices[:3]
     is_dense = ih.product == 0
     projected_gate_bytes = hh.row_bytes if is_dense else ih.gate_bytes
     projected_bytes = hh.gates * projected_gate_bytes
@@ -179,18 +186,16 @@ def _place(matrices: list[MatrixFields], N: int, B: int, direction: int, directi
     input_bytes = FLOAT_BYTES * max(hh.padded_inputs, hr.padded_inputs)
     state_bytes = _whole_lines(max(hh.gate_bytes, hr.gate_bytes, input_bytes))
 
-    parts = {"projected": window * projected_bytes, "h": B * state_bytes, "h_next": B * state_bytes}
-    parts |= {"c": B * state_bytes, "hidden": B * state_bytes, "kernel": KERNEL_BYTES}
-    for name, matrix, rows in (("ih", ih, window), ("hh", hh, B), ("hr", hr, B)):
-        constant_bytes = matrix.gates * matrix.gate_bytes
-        parts[f"{name} packed"] = rows * matrix.input_bytes
-        parts[f"{name} packed_scales"] = rows * FLOAT_BYTES
-        parts[f"{name} padded_bias"] = 0 if matrix.padded_bias < 0 else constant_bytes
-        parts[f"{name} padded_scales"] = 0 if matrix.padded_scales < 0 else constant_bytes
-    ends = list(itertools.accumulate(map(_whole_lines, parts.values())))
-    places = dict(zip(parts, [0, *ends], strict=False))
-
-    layer = LayerFields(
+    parts = {"constants": matrices.scratch_bytes, "projected": window * projected_bytes}
+    parts |= dict.fromkeys(("h", "h_next", "c", "hidden"), B * state_bytes)
+    parts["packed"] = max(window * ih.input_bytes, B * hh.input_bytes, B * hr.input_bytes)
+    parts |= {"packed_scales": max(window, B) * FLOAT_BYTES, "kernel": KERNEL_BYTES}
+    *places, scratch_bytes = itertools.accumulate(map(_whole_lines, parts.values()), initial=0)
+    address, matrix_bytes = matrices.records.ctypes.data, matrices.records.strides[0]
+    return LayerFields(
+        ih=address,
+        hh=address + matrix_bytes,
+        hr=address + 2 * matrix_bytes,
         reverse=direction,
         has_cell_state=hh.gates == 4,
         has_projection=hr.product != 0,
@@ -200,62 +205,16 @@ def _place(matrices: list[MatrixFields], N: int, B: int, direction: int, directi
         projected_bytes=projected_bytes,
         projected_gate_bytes=projected_gate_bytes,
         window=window,
-        **{name: places[name] for name in ("projected", "h", "h_next", "c", "hidden", "kernel")},
-        scratch_bytes=ends[-1],
+        scratch_bytes=scratch_bytes,
+        **{name: place for name, place in zip(parts, places, strict=True) if name != "constants"},
     )
-    placed = [
-        matrix._replace(
-            packed=places[f"{name} packed"],
-            packed_scales=places[f"{name} packed_scales"],
-            padded_bias=-1 if matrix.padded_bias < 0 else places[f"{name} padded_bias"],
-            padded_scales=-1 if matrix.padded_scales < 0 else places[f"{name} padded_scales"],
-        )
-        for name, matrix in (("ih", ih), ("hh", hh), ("hr", hr))
-    ]
-    return np.array([*layer, *itertools.chain(*placed)], dtype=np.int64)
-
-
-def _matrix_fields(matrix: BlockMatrix, bias: Tensor, quantized: bool, mode: str | None = None) -> MatrixFields:
-    """`bias` has a number for each row or is long enough for padded ones; `mode` is that of a cell, for its W_hh."""
-    BR, BC = matrix.block_size
-    layout = BlockFormat(BR, BC, str(matrix.values.dtype).removeprefix("torch."), quantized)
-    gates, groups, block_columns = matrix.block_grid
-    rows, NB = matrix.shape[0] // gates, len(matrix.values)
-    fits = rows == groups * BR
-    padded_inputs = block_columns * BC
-    return MatrixFields(
-        pack=kernel_address(PackFormat.for_product(layout)),
-        product=kernel_address(layout if mode is None else StepFormat(mode, layout)),
-        starts=address_of("starts", matrix.starts, torch.int32, gates * groups + 1),
-        columns=address_of("columns", matrix.columns, torch.int32, NB),
-        values=address_of("values", matrix.values, getattr(torch, layout.dtype), NB * BC * BR),
-        scales=0 if matrix.scales is None else address_of("scales", matrix.scales, torch.float32, matrix.shape[0]),
-        bias=address_of("bias", bias, torch.float32, matrix.shape[0]),
-        gates=gates,
-        vectors=groups * layout.parts,
-        row_bytes=rows * FLOAT_BYTES,
-        gate_bytes=groups * BR * FLOAT_BYTES,
-        inputs=matrix.shape[1],
-        padded_inputs=padded_inputs,
-        input_bytes=padded_inputs * (1 if quantized else FLOAT_BYTES),
-        quantized=quantized,
-        packed=0,
-        packed_scales=0,
-        padded_bias=-1 if fits or bias.shape[0] >= _padded_rows(matrix) else 0,
-        padded_scales=-1 if fits or matrix.scales is None else 0,
-    )
-
-
-def _padded_rows(matrix: BlockMatrix) -> int:
-    gates, groups, _ = matrix.block_grid
-    return gates * groups * matrix.block_size[0]
 
 
 def _whole_lines(size: int) -> int:
     return -(-size // _LINE_BYTES) * _LINE_BYTES
 
 
-def _dense_projection(x: Tensor, direction: Direction) -> Tensor | None:
+def _dense_projection(x: Tensor, direction: LayerWeights) -> Tensor | None:
     """W_ih x + b_ih where W_ih is an ordinary matrix, with room behind it."""
     weight = direction.weight_ih
     if isinstance(weight, BlockMatrix):

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from triton_sparse_rnn.kernels.cpu.block_products import gate_sums
 from triton_sparse_rnn.kernels.cpu.gates import gru_cell, lstm_cell, relu, tanh
-from triton_sparse_rnn.kernels.cpu.products import gate_products
+from triton_sparse_rnn.kernels.cpu.matrix import MatrixFields
 from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 from triton_sparse_rnn.kernels.cpu.vector_code import Index, Vector, VectorCode
 from triton_sparse_rnn.sparse.block_matrix import GATES
@@ -32,17 +33,12 @@ _CELLS = 8  # of vectors of units, run after their sums: each waits for its own 
 
 
 class StepFields(NamedTuple):
-    """Sizes and addresses; the distances between rows are in bytes."""
+    """Addresses and sizes. Distances between rows are in bytes."""
 
-    matrix_starts: Any
-    matrix_columns: Any
-    matrix_values: Any
+    matrix: Any  # address of MatrixFields
     scales: Any
     bias: Any
-    gates: Any
-    gate_bytes: Any  # between gates, of scales and bias
     inputs: Any
-    input_bytes: Any
     input_scales: Any
     projected: Any
     projected_bytes: Any
@@ -67,11 +63,13 @@ def emit_step(builder: Any, format: StepFormat, address: Any, first: Any, end: A
     gates = GATES[mode]
     code = VectorCode(builder, layout.width)
     fields = code.fields(StepFields, code.index(address))
+    matrix = code.fields(MatrixFields, fields.matrix)
     for row, rows in code.row_tiles(fields.rows, layout.tile_rows):
         if rows == 1 and not layout.quantized:  # reading weights takes longer than cells do: these fill its gaps
             with code.loop(code.index(first), code.index(end)) as vector:
                 recurrent = [
-                    gate_products(code, layout, fields, row, 1, vector, code.index(gate))[0] for gate in range(gates)
+                    gate_sums(code, layout, matrix, fields, row, 1, vector, code.index(gate))[0]
+                    for gate in range(gates)
                 ]
                 _advance(code, mode, fields, row, vector, recurrent)
             continue
@@ -79,10 +77,10 @@ def emit_step(builder: Any, format: StepFormat, address: Any, first: Any, end: A
         sums = code.stack(together * gates * rows)
         with code.loop(code.index(first), code.index(end), together) as chunk:
             chunk_end = code.smaller(chunk + together, code.index(end))
-            with code.loop(chunk, chunk_end) as vector, code.loop(code.index(0), fields.gates) as gate:
+            with code.loop(chunk, chunk_end) as vector, code.loop(code.index(0), matrix.gates) as gate:
                 place = ((vector - chunk) * gates + gate) * rows
-                for i, product in enumerate(gate_products(code, layout, fields, row, rows, vector, gate)):
-                    code.store(product, sums, place + i)
+                for i, total in enumerate(gate_sums(code, layout, matrix, fields, row, rows, vector, gate)):
+                    code.store(total, sums, place + i)
             with code.loop(chunk, chunk_end) as vector:
                 for i in range(rows):
                     recurrent = [code.load(sums, ((vector - chunk) * gates + gate) * rows + i) for gate in range(gates)]

@@ -33,7 +33,7 @@ class BlockFormat(NamedTuple):
     def width(self) -> int:
         """Weights in a vector: BR, or of a taller block the largest part that fills whole registers, if one does."""
         fitting = [width for width in range(1, min(self.BR, WIDEST) + 1) if self.BR % width == 0]
-        return max(fitting, key=lambda width: (self.BR > WIDEST and width % 16 == 0, width))
+        return max(fitting, key=lambda width: (width % 16 == 0, width))
 
     @property
     def parts(self) -> int:
@@ -55,14 +55,6 @@ class BlockFormat(NamedTuple):
     def quad(self) -> int:
         """Neighbouring inputs that lie together: QUAD where vpdpbusd takes them from one block, else 1."""
         return QUAD if self.multiplies_quads and self.BC % QUAD == 0 else 1
-
-
-class BlockAddresses(NamedTuple):
-    """Where the tensors of a BlockMatrix begin."""
-
-    starts: Index
-    columns: Index
-    values: Index
 
 
 def load_weights(code: VectorCode, dtype: str, values: Index, index: Index) -> Vector:

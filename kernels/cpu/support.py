@@ -25,7 +25,7 @@ def availability() -> str | None:
     return None
 
 
-def unsupported_reason(name: str, weight: BlockMatrix | Tensor, *, quantized: bool) -> str | None:
+def unreadable_reason(name: str, weight: BlockMatrix | Tensor, *, quantized: bool) -> str | None:
     """Return why a weight cannot run on these kernels, or None where it can.
 
     Args:

@@ -1,4 +1,4 @@
-"""One time step of the cells, tile by tile, in float32; the equations are those of ops/reference.py.
+"""One time step of the cells, tile by tile, in float32; the equations are those of ops/backends/reference.py.
 
 Each takes what the recurrent product gave, W_hh h + b_hh, with a leading axis of gate slots in PyTorch's order, and the
 projected input p = W_ih x + b_ih of each gate.

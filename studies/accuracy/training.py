@@ -186,7 +186,7 @@ def _describe(pruner: Pruner | None) -> dict[str, Any] | None:
     schedules: Iterator[Schedule | None] = (schedule for weight in pruner.weights for schedule in weight.schedules)
     return {
         "schedules": sorted({repr(schedule) for schedule in schedules}),
-        "block_size": pruner.block_size,
+        "block_size": pruner.pattern.block_size,
         "score": pruner.score,
         "tie_gates": pruner.tie_gates,
         "balanced": pruner.balanced,

@@ -38,7 +38,8 @@ def make_pruned(cell: type[nn.RNNBase], *sizes: int, **options: Any) -> Any:
 
 def convert(layer: nn.RNNBase, backend: str | None = "reference", **options: Any) -> Any:
     cls = next(ours for dense, ours in PERSISTENT_CLASSES.items() if isinstance(layer, dense))
-    return cls.from_dense(layer, backend=backend, **{"storage": BLOCK_SIZE, **options})
+    given: dict[str, Any] = {"backend": backend, "storage": BLOCK_SIZE, **options}
+    return cls.from_dense(layer, **given)
 
 
 def make_states(layer: Any, B: int | None, dtype: torch.dtype = torch.float32) -> Any:

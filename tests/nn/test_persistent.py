@@ -22,6 +22,7 @@ from triton_sparse_rnn import BackendUnavailableError, BlockMatrix, PersistentGR
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES
 from triton_sparse_rnn.nn.persistent_tools import PersistentTools
+from triton_sparse_rnn.sparse.patterns import Blocks
 
 SIZES = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size"]
 
@@ -83,14 +84,16 @@ def test_fewest_bytes_of_the_listed_block_sizes():
     weights: Any = ours.stored_weights()
     assert weights["weight_ih_l0"].block_size == (16, 1)
     assert weights["weight_hh_l0"].block_size == (16, 16)
-    assert "block_size=[(16, 1), (16, 16)]" in repr(ours)
+    assert "storage=[Blocks(rows=16, columns=1), Blocks(rows=16, columns=16)], " in repr(ours)
 
 
 def test_repr():
     layer = make_pruned(nn.GRU, 5, 7, num_layers=2, bidirectional=True)
     text = repr(convert(layer, "reference"))
     assert text.startswith("PersistentGRU(5, 7, num_layers=2, bidirectional=True, density=0.3")
-    assert text.endswith(f"block_size={BLOCK_SIZE}, weight_dtype=torch.float32, nbytes=3536, backend='reference')")
+    assert text.endswith(
+        f"storage={Blocks(*BLOCK_SIZE)}, weight_dtype=torch.float32, nbytes=3536, backend='reference')"
+    )
     assert "proj_size=3" in repr(convert(make_pruned(nn.LSTM, proj_size=3)))
 
 
@@ -284,7 +287,7 @@ def test_data_of_buffers_in_a_dtype_that_the_backend_does_not_run():
     [
         ("weight_hh_l0_values", lambda t: torch.stack([t, t], -1)[..., 0], "must be contiguous"),
         ("weight_ih_l0_columns", lambda t: torch.stack([t, t], -1)[..., 0], "must be contiguous"),
-        ("weight_hh_l0_columns", lambda t: t.long(), "columns must be int32"),
+        ("weight_hh_l0_columns", lambda t: t.long(), "columns must be torch.int32"),
         ("weight_hh_l0_columns", lambda t: t + 7, r"columns must lie in 0..6"),
         ("weight_hh_l0_starts", lambda t: t + 1, "starts must rise from 0"),
         ("bias_ih_l0", lambda t: t.double(), "bias_ih must be torch.float32 of shape .* got torch.float64"),

@@ -1,4 +1,4 @@
-"""The persistent modules with a dense input weight, quantised activations and threads."""
+"""The persistent modules with a dense input weight, quantised activations, threads, and options assigned to."""
 
 import io
 import warnings
@@ -19,8 +19,8 @@ from persistent_cases import (
 from torch import nn
 
 from triton_sparse_rnn.nn.persistent import PersistentLayer
-from triton_sparse_rnn.nn.weight_storage import weight_names
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.layer_config import LayerConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # of nn.LSTM
 
@@ -51,9 +51,10 @@ def convert_quantized(layer: Any, **options: Any) -> Any:
 def test_a_dense_input_weight_in_a_call(cell, bidirectional):
     layer = make_half_pruned(cell, num_layers=2, bidirectional=bidirectional)
     ours = convert_half_pruned(layer)
-    dense = [name for name in weight_names(layer) if name.startswith("weight_ih")]
+    names = LayerConfig.of(layer).weight_names()
+    dense = [name for name in names if name.startswith("weight_ih")]
     assert [name for name, weight in ours.stored_weights().items() if isinstance(weight, BlockMatrix)] == [
-        name for name in weight_names(layer) if name.startswith(("weight_hh", "weight_hr"))
+        name for name in names if name.startswith(("weight_hh", "weight_hr"))
     ]
     assert all(torch.equal(getattr(ours, name), getattr(layer, name)) for name in dense)
     x, hx = torch.randn(6, 3, 5), make_states(ours, 3)
@@ -161,6 +162,30 @@ def test_quantized_activations_are_an_attribute():
     assert ours.activation_dtype == torch.int8
 
 
+def test_batch_first_may_be_assigned():
+    ours = convert(make_pruned(nn.GRU))
+    x = torch.randn(6, 3, 5)
+    y, h = ours(x)
+    ours.batch_first = True
+    assert_same_bits(ours(x.transpose(0, 1)), (y.transpose(0, 1), h))
+    assert "batch_first=True" in repr(ours)
+    assert ours.to_dense().batch_first
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_sizes_that_are_not_those_of_the_weights_are_refused(called):
+    x = torch.randn(6, 3, 5)
+    for name, value, message in (("hidden_size", 9, "do not fit together"), ("input_size", 6, "Expected 6, got 5")):
+        ours = convert(make_pruned(nn.GRU))
+        if called:
+            ours(x)
+        setattr(ours, name, value)
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            ours(x)
+    with pytest.raises(ValueError, match="num_layers must be at least 1"):
+        ours.num_layers = 0
+
+
 def test_threads_are_an_attribute():
     ours = convert(make_pruned(nn.GRU), num_threads=3)
     assert ours.num_threads == 3
@@ -204,10 +229,10 @@ def test_wrong_options(cell, options, error, message):
 def test_only_input_weights_may_be_dense(name):
     layer: Any = make_pruned(nn.LSTM, proj_size=3)
     weights = convert(layer).stored_weights()
-    cls = type(convert(layer))
+    cls, config = type(convert(layer)), LayerConfig.of(layer)
     with pytest.raises(TypeError, match=f"{name} must be a BlockMatrix, got Tensor"):
-        cls(layer, {**weights, name: weights[name].to_dense()}, dtype=torch.float32)
-    assert isinstance(cls(layer, weights, dtype=torch.float32), PersistentLayer)
+        cls(config, {**weights, name: weights[name].to_dense()}, dtype=torch.float32)
+    assert isinstance(cls(config, weights, dtype=torch.float32), PersistentLayer)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16, torch.int8])

@@ -21,8 +21,8 @@ from rounding import assert_same_sums, terms_of
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
-from triton_sparse_rnn.nn import plan as plans
 from triton_sparse_rnn.nn.persistent import PersistentLayer
+from triton_sparse_rnn.ops.dispatch import BACKENDS
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def prepared(monkeypatch) -> list[dict[str, Any]]:
 
         return prepare
 
-    spies = {name: spy(prepare_layer) for name, prepare_layer in plans.PREPARE_LAYER.items()}
-    monkeypatch.setattr(plans, "PREPARE_LAYER", spies)
+    for backend in BACKENDS.values():
+        monkeypatch.setattr(backend, "prepare_layer", spy(backend.prepare_layer))
     return seen
 
 

@@ -1,4 +1,3 @@
-import inspect
 import warnings
 
 import pytest
@@ -140,16 +139,7 @@ def test_weights_that_are_no_parameters(dense_class, sparse_class):
 
 
 @pairs
-def test_to_sparse_takes_options_by_name(dense_class, sparse_class):
-    options = list(inspect.signature(sparse_class.to_sparse).parameters.values())[1:]
-    assert {option.name: option.default for option in options} == {
-        "weight_dtype": None,
-        "storage": None,
-        "backend": None,
-        "activation_dtype": None,
-        "num_threads": 1,
-    }
-    assert all(option.kind is option.KEYWORD_ONLY for option in options)
+def test_options_of_to_sparse(dense_class, sparse_class):
     layer = sparse_class(3, 4).requires_grad_(False)
     for weight in (layer.weight_ih_l0, layer.weight_hh_l0):
         weight[:, 1:] = 0

@@ -7,10 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from triton_sparse_rnn.errors import BackendUnavailableError
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
-from triton_sparse_rnn.ops import reference
+from triton_sparse_rnn.ops.backends import reference
 from triton_sparse_rnn.ops.layer_weights import (
     GATES,
-    TENSORS_PER_DIRECTION,
+    NAMES,
     LayerWeights,
     pack_layer_weights,
     unpack_layer_weights,
@@ -145,7 +145,7 @@ def test_a_named_backend_runs_or_raises():
 def test_weights_packed_and_unpacked(options):
     packed = [make_weights("LSTM", **options) for _ in range(2)]
     tensors = [tensor for weights in packed for tensor in pack_layer_weights(weights)]
-    assert len(tensors) == 2 * TENSORS_PER_DIRECTION == 28
+    assert len(tensors) == 2 * len(NAMES) == 28
     unpacked = unpack_layer_weights(tensors, "LSTM", I, (H, options.get("proj_size") or H))
     for ours, theirs in zip(unpacked, packed, strict=True):
         for a, b in zip(ours, theirs, strict=True):

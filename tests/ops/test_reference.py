@@ -6,7 +6,7 @@ from rounding import rounding_of_sums
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from triton_sparse_rnn.ops import reference
+from triton_sparse_rnn.ops.backends import reference
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_sparse_rnn.errors import BackendUnavailableError
 from triton_sparse_rnn.kernels.triton import exchange, recurrent_layer
 from triton_sparse_rnn.nn.persistent import PersistentGRU, PersistentLSTM
-from triton_sparse_rnn.ops import triton
+from triton_sparse_rnn.ops.backends import triton
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.ops.validation import check_not_capturing
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
@@ -63,7 +63,8 @@ def make_gru(num_layers: int = 1) -> Any:
 
 
 def convert(dense: Any, **options: Any) -> Any:
-    return PersistentGRU.from_dense(dense, **{"backend": "triton", "storage": (4, 1), **options})
+    given: dict[str, Any] = {"backend": "triton", "storage": (4, 1), **options}
+    return PersistentGRU.from_dense(dense, **given)
 
 
 def test_why_it_cannot_run_on_a_machine(monkeypatch):
@@ -281,7 +282,7 @@ def test_captures_are_refused_before_anything_is_read(monkeypatch):
 
     ours = convert(make_gru())
     x = torch.randn(2, 1, I, device=DEVICE)
-    for module in ("triton_sparse_rnn.nn.plan", "triton_sparse_rnn.ops.triton"):
+    for module in ("triton_sparse_rnn.nn.plan", "triton_sparse_rnn.ops.backends.triton"):
         with monkeypatch.context() as patch:
             patch.setattr(f"{module}.check_not_capturing", refuse)
             with pytest.raises(RuntimeError, match=f"capture on {DEVICE.type}"):
@@ -289,7 +290,7 @@ def test_captures_are_refused_before_anything_is_read(monkeypatch):
         assert ours._plan is None
     ours(x)
     monkeypatch.setattr("triton_sparse_rnn.nn.plan.check_not_capturing", refuse)
-    monkeypatch.setattr("triton_sparse_rnn.ops.triton.check_not_capturing", refuse)
+    monkeypatch.setattr("triton_sparse_rnn.ops.backends.triton.check_not_capturing", refuse)
     ours(x)
 
 

@@ -132,9 +132,12 @@ def spread(tensor: Tensor) -> Tensor:
         ),
         (lambda w: {"weight_hh": moved(w.weight_hh, "meta")}, "weight_hh must be on cpu, got meta"),
         (lambda w: {"weight_ih": changed(w.weight_ih, values=spread(w.weight_ih.values))}, "must be contiguous"),
-        (lambda w: {"weight_hh": changed(w.weight_hh, columns=w.weight_hh.columns.long())}, "columns must be int32"),
+        (
+            lambda w: {"weight_hh": changed(w.weight_hh, columns=w.weight_hh.columns.long())},
+            "columns must be torch.int32",
+        ),
         (lambda w: {"weight_hh": changed(w.weight_hh, starts=w.weight_hh.starts[1:])}, "do not fit together"),
-        (lambda w: {"weight_ih": changed(w.weight_ih, values=w.weight_ih.values.to(torch.int8))}, "scales belong"),
+        (lambda w: {"weight_ih": changed(w.weight_ih, values=w.weight_ih.values.to(torch.int8))}, "scales are needed"),
     ],
 )
 def test_weights_that_do_not_fit(change, message):

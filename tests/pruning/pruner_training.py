@@ -35,6 +35,22 @@ def attached(layer, schedule, optimizer=None, **options):
     return pruner, optimizer
 
 
+def pruned_gru(steps=0):
+    """A GRU of which half is pruned with the first step of its Adam: itself, the pruner and the optimizer."""
+    layer = gru(5, 7)
+    pruner, optimizer = attached(layer, NOW)
+    train(layer, optimizer, steps)
+    return layer, pruner, optimizer
+
+
+def zero_half(layer):
+    """Set to zero, in a GRU of 8 units, every second column of the first 4 units of each gate: blocks of 4 x 1."""
+    with torch.no_grad():
+        for weight in (layer.weight_ih_l0, layer.weight_hh_l0):
+            weight.view(3, 2, 4, -1)[:, 0, :, ::2] = 0
+    return layer
+
+
 def masked_everywhere(pruner, optimizer=None):
     """Whether weights, gradients and optimizer state are zero where the masks say so, and something is pruned."""
     tensors = []

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from pruner_training import NOW, attached, backward, gru, masked_everywhere, train
+from pruner_training import NOW, attached, backward, gru, masked_everywhere, pruned_gru, train
 from torch import nn
 
 from triton_sparse_rnn.pruning import ConstantMask, OneShot, PolynomialDecay, Pruner, Schedule, ThresholdRamp
-from triton_sparse_rnn.pruning.scores import block_scores
 from triton_sparse_rnn.sparse.blocks import count_blocks, to_blocks
+from triton_sparse_rnn.sparse.patterns import Blocks
 
 LAYERS = {
     "rnn": lambda: nn.RNN(5, 7, num_layers=2),
@@ -36,7 +36,7 @@ def test_each_gate_prunes_its_lowest_blocks_at_every_remainder(kind, block_size)
         rows, columns = count_blocks(7, old.shape[1], block_size)
         for gate_weight, gate_mask in zip(old.split(7), mask.split(7), strict=True):
             blocks = to_blocks(gate_mask, block_size).any(-1).any(-1)
-            scores = block_scores(gate_weight[None], block_size, "l2")[0]
+            scores = Blocks(*block_size).scores(gate_weight[None], "l2")[0]
             assert (~blocks).sum() == round(0.6 * rows * columns)
             if 0 < blocks.sum() < blocks.numel():
                 assert scores[~blocks].max() < scores[blocks].min()
@@ -185,9 +185,7 @@ def test_nothing_is_touched_before_the_first_update():
 
 
 def test_clipping_sees_masked_gradients():
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
-    train(layer, optimizer, 1)
+    layer, pruner, optimizer = pruned_gru(1)
     twin = copy.deepcopy(layer)
     optimizer.zero_grad()
     backward(layer)
@@ -202,9 +200,7 @@ def test_clipping_sees_masked_gradients():
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_overflow_in_pruned_gradients_vanishes(value):
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
-    train(layer, optimizer, 1)
+    layer, pruner, optimizer = pruned_gru(1)
     mask = pruner.masks["weight_hh_l0"]
     layer.weight_hh_l0.register_hook(lambda gradient: gradient.masked_fill(~mask, value))
     optimizer.zero_grad()
@@ -215,9 +211,7 @@ def test_overflow_in_pruned_gradients_vanishes(value):
 
 
 def test_gradients_accumulated_over_several_calls_are_masked():
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
-    train(layer, optimizer, 1)
+    layer, pruner, optimizer = pruned_gru(1)
     twin = copy.deepcopy(layer)
     optimizer.zero_grad()
     for seed in range(3):
@@ -230,9 +224,7 @@ def test_gradients_accumulated_over_several_calls_are_masked():
 
 
 def test_gradient_set_by_hand_does_no_harm():
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
-    train(layer, optimizer, 1)
+    layer, pruner, optimizer = pruned_gru(1)
     layer.weight_hh_l0.grad = torch.full_like(layer.weight_hh_l0, math.nan).where(~pruner.masks["weight_hh_l0"], 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -290,14 +282,14 @@ def test_constant_mask_of_a_dense_model_is_an_error():
     pruner = Pruner(layer, ConstantMask())
     for _ in range(2):
         with pytest.raises(
-            ValueError, match=r"ConstantMask found no \(16, 1\) block of zeros in weight_ih_l0, weight_hh"
+            ValueError, match="ConstantMask found no block of 16x1 that is all zeros in weight_ih_l0, we"
         ):
             backward(layer)
     assert not pruner.finished
 
 
 def test_blocks_far_beyond_a_weight_are_refused_at_once():
-    message = r"block_size must be at most \(4096, 4096\) for each gate of weight_ih_l0 of 7 x 5, got \(1000000000, 1\)"
+    message = r"pattern must be at most \(4096, 4096\) for each gate of weight_ih_l0 of 7 x 5, got \(1000000000, 1\)"
     with pytest.raises(ValueError, match=message):
         Pruner(nn.GRU(5, 7), OneShot(sparsity=0.5, step=1), pattern=(10**9, 1))
     Pruner(nn.GRU(5, 7), OneShot(sparsity=0.5, step=1), pattern=(1, 1000), targets={"*_ih_*": None}, score="max")

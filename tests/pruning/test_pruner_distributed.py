@@ -1,21 +1,16 @@
 """Two processes under DistributedDataParallel find the same masks; a sharded weight is refused."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from pruner_training import gru
 from torch import distributed, nn
 from torch.multiprocessing.spawn import spawn
 
 from triton_sparse_rnn.pruning import OneShot, PolynomialDecay, Pruner
 
 SCHEDULE = PolynomialDecay(final_sparsity=0.7, begin_step=1, end_step=5, frequency=2)
-
-
-def gru(*sizes: int, **options: Any) -> Any:
-    """An nn.GRU whose attributes a type checker need not know."""
-    return nn.GRU(*sizes, **options)
 
 
 def train_on_rank(rank: int, folder: Path) -> None:

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from pruner_training import NOW, attached, backward, gru, masked_everywhere, train
+from pruner_training import NOW, attached, backward, gru, masked_everywhere, pruned_gru, train
 from torch import nn
 
 from triton_sparse_rnn.pruning import OneShot, PolynomialDecay, Pruner
@@ -122,8 +122,7 @@ def test_state_dict_of_the_model_stays_plain():
 
 
 def test_pruned_model_can_be_copied_and_pickled():
-    layer = gru(5, 7)
-    _, optimizer = attached(layer, NOW)
+    layer, _, optimizer = pruned_gru()
     train(layer, optimizer, 1)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), other.parameters(), strict=True))
@@ -175,9 +174,7 @@ def test_pruner_that_is_dropped_has_no_effect_unless_attached():
 
 
 def test_masks_are_copies():
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
-    train(layer, optimizer, 1)
+    _layer, pruner, optimizer = pruned_gru(1)
     for mask in pruner.masks.values():
         mask.fill_(True)
     assert masked_everywhere(pruner, optimizer)

@@ -1,10 +1,10 @@
 """The pruner under optimizers: their memory is masked, and a step that a GradScaler skips does not count."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
+from pruner_training import gru
 from torch import nn
 
 from triton_sparse_rnn.pruning import OneShot, PolynomialDecay, Pruner
@@ -17,11 +17,6 @@ OPTIMIZERS = {
     "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.01, initial_accumulator_value=0.1),
 }
 VARIANTS = {"default": {}, "loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
-
-
-def gru(*sizes: int, **options: Any) -> Any:
-    """An nn.GRU whose attributes a type checker need not know."""
-    return nn.GRU(*sizes, **options)
 
 
 def backward(layer, seed, scaler=None):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from triton_sparse_rnn.pruning import ConstantMask, OneShot, PolynomialDecay, ThresholdRamp
-from triton_sparse_rnn.pruning.scores import block_scores
+from triton_sparse_rnn.sparse.patterns import Blocks
 
 DECAY: dict[str, Any] = {"final_sparsity": 0.9, "begin_step": 10, "end_step": 60}
 SPAN: dict[str, Any] = {"begin_step": 1, "ramp_step": 2, "end_step": 3}
@@ -110,7 +110,7 @@ def test_from_weights_takes_the_percentile_of_pooled_block_scores(block_size, sc
     schedule = ThresholdRamp.from_weights(model, 0.6, names="*weight_hh*", pattern=block_size, score=score, **SPAN)
     scores = torch.cat(
         [
-            block_scores(weight.detach().unflatten(0, (4, -1)), block_size, score).flatten()
+            Blocks(*block_size).scores(weight.detach().unflatten(0, (4, -1)), score).flatten()
             for name, weight in model.named_parameters()
             if "weight_hh" in name
         ]

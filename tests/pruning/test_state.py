@@ -205,7 +205,7 @@ def drop(*path):
         (
             set_in("weights", "weight_hh_l1", "mask", value=torch.zeros(3, dtype=torch.uint8, device="meta")),
             ValueError,
-            r"weight_hh_l1: expected uint8 \[3\] for 21 blocks, got torch.uint8 \[3\] of .* on meta",
+            r"weight_hh_l1: expected uint8 \[3\] for 21 units, got torch.uint8 \[3\] of .* on meta",
         ),
         (
             set_in("weights", "weight_hh_l1", "mask", value=torch.zeros(3, dtype=torch.uint8).to_sparse()),
@@ -225,12 +225,12 @@ def drop(*path):
         (
             set_in("weights", "weight_hh_l1", "mask", value=torch.zeros(3)),
             ValueError,
-            r"damaged mask for weight_hh_l1: expected uint8 \[3\] for 21 blocks, got torch.float32 \[3\]",
+            r"damaged mask for weight_hh_l1: expected uint8 \[3\] for 21 units, got torch.float32 \[3\]",
         ),
         (
             set_in("weights", "weight_hh_l1", "mask", value=torch.tensor([0, 0, 255], dtype=torch.uint8)),
             ValueError,
-            "damaged mask for weight_hh_l1: bits are set beyond the 21 blocks",
+            "damaged mask for weight_hh_l1: bits are set beyond the 21 units",
         ),
     ],
 )

@@ -64,7 +64,7 @@ def test_include_adds_matrices_in_one_gate():
     assert found(Model(), HALF, include=iter(["decoder.*"])).keys() - found(Model()).keys() == {"decoder.weight"}
     (weight,) = match_weights(nn.Conv1d(6, 4, 3), HALF, None, ("weight",))
     assert weight.stacked().shape == (1, 4, 18)
-    assert weight.block_grid((3, 4)) == (1, 2, 5)
+    assert (weight.gates, weight.matrix_shape) == (1, (4, 18))
 
 
 def test_a_layer_alone_and_wrappers_keep_their_names():
@@ -214,13 +214,17 @@ def test_names_that_collide_without_prefixes_are_refused():
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (lambda: nn.GRU(1, 16), {}, r"weight_ih_l0 .* in gates r, z, n: .* all blocks, 1 of 16x1 in each gate; .*"),
-        (lambda: nn.GRU(1, 40), {"balanced": True}, r"weight_ih_l0 .* r, z, n: .* 1 of 16x1 in each block row; .*"),
+        (lambda: nn.GRU(1, 16), {}, r"weight_ih_l0 .* in gates r, z, n: .* there is, 1 block of 16x1 in each gate; .*"),
+        (
+            lambda: nn.GRU(1, 40),
+            {"balanced": True},
+            r"weight_ih_l0 .* r, z, n: .* 1 block of 16x1 in each unit group; .*",
+        ),
         (lambda: nn.LSTM(8, 8), {"targets": {"*ih*": {"f": OneShot(sparsity=0.99, step=1)}}}, r"weight_ih_l0 .* f: .*"),
         (
             lambda: nn.ModuleList([nn.RNN(9, 9), nn.Linear(4, 3)]),
             {"include": ("1.weight",), "pattern": (3, 2)},
-            r"1\.weight will be pruned to nothing: the final sparsity rounds to all blocks, 2 of 3x2 in each gate; .*",
+            r"1\.weight will be pruned to nothing: the final sparsity .*, 2 blocks of 3x2 in each gate; .*",
         ),
     ],
     ids=["one input", "balanced", "one gate", "included"],

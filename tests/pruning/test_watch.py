@@ -15,7 +15,7 @@ from optimizer_stand_ins import (
     SamAlone,
     SteppingBySuper,
 )
-from pruner_training import NOW, attached, backward, gru, masked_everywhere, train, zeros_hold
+from pruner_training import NOW, attached, backward, gru, masked_everywhere, pruned_gru, train, zeros_hold
 
 from triton_sparse_rnn.pruning import OneShot, PolynomialDecay, Pruner
 from triton_sparse_rnn.pruning.watch import PrunedSamples
@@ -29,8 +29,7 @@ NEVER = r"weight_[ih]h_l0 has changed before 12 backward passes, but the {} .* n
 
 @pytest.mark.parametrize("wrapper", [Lookahead, HookedLookahead])
 def test_a_wrapper_around_the_attached_optimizer_is_found_out(wrapper):
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
+    layer, pruner, optimizer = pruned_gru()
     lookahead = wrapper(optimizer, k=3)
     train(layer, lookahead, 3)
     assert not zeros_hold(pruner)
@@ -43,8 +42,7 @@ def test_a_wrapper_around_the_attached_optimizer_is_found_out(wrapper):
 
 
 def test_averages_that_are_copied_into_the_model_are_found_out():
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
+    layer, pruner, optimizer = pruned_gru()
     average = Average(layer)
     train(layer, optimizer, 3, after=average.update)
     average.copy_to_model()
@@ -65,9 +63,7 @@ def test_a_checkpoint_that_is_not_pruned_is_found_out():
 
 
 def test_writes_to_one_weight_name_that_weight():
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
-    train(layer, optimizer, 2)
+    layer, pruner, optimizer = pruned_gru(2)
     with torch.no_grad():
         layer.weight_hh_l0.add_(1)
     with pytest.warns(UserWarning, match="pruned weights of weight_hh_l0 were"):
@@ -76,8 +72,7 @@ def test_writes_to_one_weight_name_that_weight():
 
 
 def test_a_state_is_not_saved_beside_weights_that_came_back():
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
+    layer, pruner, optimizer = pruned_gru()
     lookahead = Lookahead(optimizer, k=3)
     train(layer, lookahead, 3)
     saved = layer.state_dict()
@@ -111,7 +106,7 @@ def test_samples_are_pruned_places_spread_over_each_weight(block_size, tie_gates
     train(layer, optimizer, 1)
     for weight in pruner.weights:
         places = pruner._masks.samples._places[weight.name]
-        blocks = int((~pruner._masks.blocks[weight.name]).expand(3, -1, -1).sum())
+        blocks = int((~weight.every_gate(pruner._masks.of_units[weight.name])).sum())
         assert len(places.unique()) == len(places) == min(PrunedSamples.PLACES, blocks)
         assert not pruner.masks[weight.name].flatten()[places].any()
         assert {int(place) // (13 * weight.parameter.shape[1]) for place in places} == {0, 1, 2}
@@ -157,9 +152,7 @@ def test_what_was_seen_on_another_device_is_read_though_masks_change(end):
 
 @pytest.mark.usefixtures("_another_device")
 def test_samples_do_not_wait_for_another_device_at_every_look():
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
-    train(layer, optimizer, 1)
+    layer, pruner, _optimizer = pruned_gru(1)
     samples = pruner._masks.samples
     with torch.no_grad():
         layer.weight_hh_l0.add_(1)
@@ -206,8 +199,7 @@ def test_another_is_counted_whatever_it_does_to_versions(kind, variant, steps_be
 
 
 def test_another_that_is_seen_by_a_call_of_its_super_class_is_counted_once():
-    layer = gru(5, 7)
-    pruner, _ = attached(layer, NOW)
+    layer, pruner, _ = pruned_gru()
     other = SteppingBySuper(layer.parameters(), lr=0.01)
     train(layer, other, 10)
     with pytest.warns(UserWarning, match="of class SteppingBySuper, made 11 steps"):

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from optimizer_stand_ins import Sam, Several
-from pruner_training import NOW, attached, backward, gru, masked_everywhere, train, zeros_hold
+from pruner_training import NOW, attached, backward, gru, masked_everywhere, pruned_gru, train, zero_half, zeros_hold
 from torch import nn
 
 from triton_sparse_rnn.pruning import ConstantMask, PolynomialDecay, Pruner
@@ -17,8 +17,7 @@ class TestNothingIsSaid:
     """Warnings are errors here."""
 
     def test_of_accumulated_gradients(self):
-        layer = gru(5, 7)
-        pruner, optimizer = attached(layer, NOW)
+        layer, pruner, optimizer = pruned_gru()
         for step in range(3):
             for seed in range(6):
                 backward(layer, seed)
@@ -29,8 +28,7 @@ class TestNothingIsSaid:
         assert masked_everywhere_without_gradients(pruner)
 
     def test_of_writes_that_change_nothing_in_accumulated_gradients(self):
-        layer = gru(5, 7)
-        pruner, _ = attached(layer, NOW)
+        layer, pruner, _ = pruned_gru()
         for seed in range(9):
             with torch.no_grad():  # as flatten_parameters() on a GPU
                 layer.weight_hh_l0.copy_(layer.weight_hh_l0.clone())
@@ -51,8 +49,7 @@ class TestNothingIsSaid:
         assert pruner.step_count == 0
 
     def test_of_mixed_precision(self):
-        layer = gru(5, 7)
-        pruner, optimizer = attached(layer, NOW)
+        layer, pruner, optimizer = pruned_gru()
         for seed in range(6):
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16):
@@ -126,8 +123,7 @@ class TestNothingIsSaid:
         assert masked_everywhere(pruner, optimizer)
 
     def test_of_weights_that_are_loaded_before_each_of_many_gradients(self):
-        layer = gru(5, 7)
-        pruner, optimizer = attached(layer, NOW)
+        layer, pruner, optimizer = pruned_gru()
         for _ in range(3):
             layer.load_state_dict(gru(5, 7).state_dict() if not pruner.step_count else layer.state_dict())
             backward(layer)
@@ -135,8 +131,7 @@ class TestNothingIsSaid:
         assert pruner.step_count == 3
 
     def test_of_pruned_places_with_gradients_set_by_hand(self):
-        layer = gru(5, 7)
-        pruner, optimizer = attached(layer, NOW)
+        layer, pruner, optimizer = pruned_gru()
         for _ in range(5):
             for parameter in layer.parameters():
                 parameter.grad = torch.ones_like(parameter)
@@ -156,10 +151,7 @@ class TestNothingIsSaid:
         assert zeros_hold(pruner)
 
     def test_of_a_constant_mask(self):
-        layer = gru(6, 8)
-        with torch.no_grad():
-            for weight in (layer.weight_ih_l0, layer.weight_hh_l0):
-                weight.view(3, 2, 4, -1)[:, 0, :, ::2] = 0
+        layer = zero_half(gru(6, 8))
         pruner, optimizer = attached(layer, ConstantMask(), pattern=(4, 1))
         train(layer, optimizer, 5)
         assert masked_everywhere(pruner, optimizer)
@@ -182,8 +174,7 @@ class TestNothingIsSaid:
 
     @pytest.mark.parametrize("skipped", [0, 5])
     def test_of_noise_that_is_added_and_taken_back(self, skipped):
-        layer = gru(5, 7)
-        pruner, optimizer = attached(layer, NOW)
+        layer, pruner, optimizer = pruned_gru()
         scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
         for step in range(skipped + 3):
             optimizer.zero_grad()
@@ -200,8 +191,7 @@ class TestNothingIsSaid:
 
     def test_of_an_inner_loop_of_another_optimizer(self):
         """As in Reptile: a task trains the weights, and where it led is the gradient of the attached optimizer."""
-        layer = gru(5, 7)
-        pruner, optimizer = attached(layer, NOW)
+        layer, pruner, optimizer = pruned_gru()
         for _ in range(3):
             before = copy.deepcopy(layer.state_dict())
             train(layer, torch.optim.SGD(layer.parameters(), lr=0.1), 10)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from pruner_training import NOW, attached, gru, masked_everywhere, train
+from pruner_training import NOW, attached, gru, masked_everywhere, pruned_gru, train
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -61,9 +61,7 @@ def test_a_copy_in_another_dtype_and_a_state_dict(dtype):
 
 
 def test_infinity_and_nan_vanish():
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
-    train(layer, optimizer, 1)
+    layer, pruner, _optimizer = pruned_gru(1)
     other = copy.deepcopy(layer)
     with torch.no_grad():
         other.weight_hh_l0[~pruner.masks["weight_hh_l0"]] = torch.nan
@@ -73,9 +71,7 @@ def test_infinity_and_nan_vanish():
 
 
 def test_a_model_without_the_weights_is_refused_and_nothing_changes():
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
-    train(layer, optimizer, 1)
+    _layer, pruner, _optimizer = pruned_gru(1)
     half = gru(5, 8)
     half.weight_ih_l0 = nn.Parameter(torch.ones(21, 5))
     with pytest.raises(ValueError, match=r"model has weight_hh_l0 of shape \(24, 8\), expected \(21, 7\)"):
@@ -102,8 +98,7 @@ def test_a_model_without_the_weights_is_refused_and_nothing_changes():
 )
 @pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors|deprecated)")  # of what the test makes
 def test_a_second_weight_that_is_no_dense_tensor_is_refused_before_the_first_is_masked(make, got):
-    layer = gru(5, 7)
-    pruner, optimizer = attached(layer, NOW)
+    layer, pruner, optimizer = pruned_gru()
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     train(layer, optimizer, 1)
     state["weight_hh_l0"] = make(state["weight_hh_l0"])

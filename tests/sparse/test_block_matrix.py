@@ -7,6 +7,7 @@ import torch
 
 from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES, BlockMatrix
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask, to_blocks
+from triton_sparse_rnn.sparse.patterns import Blocks
 
 BLOCK_SIZES = [(1, 1), (2, 1), (3, 2), (4, 5), (16, 1), (7, 16)]
 FLOAT_DTYPES = [dtype for dtype in STORAGE_DTYPES if dtype.is_floating_point]
@@ -51,6 +52,7 @@ def test_dense_and_back(block_size, gates):
         matrix.check()
         assert same_bits(matrix.to_dense(), weight)
         assert matrix.block_size == block_size
+        assert matrix.pattern == Blocks(*block_size)
         blocks = to_blocks(weight.view(gates, H, columns), block_size)
         assert len(matrix.values) == blocks.flatten(-2).any(-1).sum()
 
@@ -170,8 +172,8 @@ def test_any_strides_and_a_copy():
         ({"gates": 0}, ValueError, "gates must divide"),
         ({"gates": 2.0}, TypeError, "gates must be an integer, got 2.0"),
         ({"gates": True}, TypeError, "gates must be an integer"),
-        ({"block_size": (0, 1)}, ValueError, "block_size must be at least"),
-        ({"block_size": 16}, TypeError, "block_size must be two integers"),
+        ({"pattern": (0, 1)}, ValueError, "pattern must be at least"),
+        ({"pattern": 16}, TypeError, "pattern must be two integers"),
         ({"dtype": torch.int32}, ValueError, "dtype must be one of torch.float32, .* got torch.int32"),
         ({"dtype": "int8"}, ValueError, "dtype must be one of"),
         ({"weight": torch.full((6, 5), 1e5), "dtype": torch.float16}, ValueError, "beyond 6.55e[+]04, the largest"),
@@ -184,7 +186,7 @@ def test_any_strides_and_a_copy():
     ],
 )
 def test_wrong_arguments_of_from_dense(arguments, error, message):
-    options: dict[str, Any] = {"weight": torch.ones(6, 5), "block_size": (2, 2), **arguments}
+    options: dict[str, Any] = {"weight": torch.ones(6, 5), "pattern": (2, 2), **arguments}
     with pytest.raises(error, match=message):
         BlockMatrix.from_dense(**options)
 
@@ -212,7 +214,12 @@ def bsr(row_starts, columns, blocks, size):
         (torch.ones(4, 4).to_sparse_bsr((2, 2)), {"gates": 4}, ValueError, r"fills up to \(8, 4\)"),
         (torch.ones(4, 4).to_sparse_bsr((2, 2)), {"gates": "2"}, TypeError, "gates must be an integer"),
         (torch.ones(4, 4, dtype=torch.int64).to_sparse_bsr((2, 2)), {}, ValueError, "values must be one of"),
-        (torch.ones(4, 4, dtype=torch.int8).to_sparse_bsr((2, 2)), {}, ValueError, "scales belong to int8"),
+        (
+            torch.ones(4, 4, dtype=torch.int8).to_sparse_bsr((2, 2)),
+            {},
+            ValueError,
+            "scales are needed beside values of torch.int8",
+        ),
         (bsr([0, 1, 2], [0, 7], torch.ones(2, 2, 2), (4, 4)), {}, ValueError, "not a valid BSR tensor"),
         (bsr([0, 2, 2], [1, 0], torch.ones(2, 2, 2), (4, 4)), {}, ValueError, "not a valid BSR tensor"),
         (bsr([0, 9, 2], [0, 1], torch.ones(2, 2, 2), (4, 4)), {}, ValueError, "not a valid BSR tensor"),
@@ -230,14 +237,14 @@ def replace_item(tensor, index, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: {"columns": m.columns.long()}, "columns must be int32"),
-        (lambda m: {"starts": m.starts.float()}, "starts must be int32"),
+        (lambda m: {"columns": m.columns.long()}, "columns must be torch.int32"),
+        (lambda m: {"starts": m.starts.float()}, "starts must be torch.int32"),
         (lambda m: {"values": m.values.int()}, "values must be one of"),
-        (lambda m: {"values": m.values[0]}, "do not fit together"),
-        (lambda m: {"values": m.values[0, 0, 0]}, "do not fit together"),
-        (lambda m: {"values": m.values[:, :0]}, "do not fit together"),
+        (lambda m: {"values": m.values[0]}, "values must be blocks"),
+        (lambda m: {"values": m.values[0, 0, 0]}, "values must be blocks"),
+        (lambda m: {"values": m.values[:, :0]}, "values must be blocks"),
         (lambda m: {"values": m.values[:-1]}, "do not fit together"),
-        (lambda m: {"values": m.values[:, :, :1]}, "do not fit together"),
+        (lambda m: {"values": m.values[:, :, :1].contiguous()}, "do not fit together"),
         (lambda m: {"columns": m.columns[:, None]}, "do not fit together"),
         (lambda m: {"columns": m.columns[:-1]}, "do not fit together"),
         (lambda m: {"starts": m.starts[:-1]}, "do not fit together"),
@@ -253,11 +260,17 @@ def replace_item(tensor, index, value):
         (lambda m: {"columns": torch.zeros_like(m.columns)}, "columns must ascend"),
         (lambda m: {"shape": (10, 2)}, "columns must lie in 0..0"),
         (lambda m: {"values": m.values.transpose(1, 2).contiguous().transpose(1, 2)}, "must be contiguous"),
-        (lambda m: {"starts": m.starts.to("meta")}, "on one device"),
-        (lambda m: {"scales": torch.ones(10)}, "scales belong to int8"),
-        (lambda m: {"values": m.values.to(torch.int8)}, "scales belong to int8"),
-        (lambda m: {"values": m.values.to(torch.int8), "scales": torch.ones(9)}, "scales must be float32, one"),
-        (lambda m: {"values": m.values.to(torch.int8), "scales": torch.ones(10).int()}, "scales must be float32, one"),
+        (lambda m: {"starts": m.starts.to("meta")}, "starts must be .* on cpu, the device of values"),
+        (lambda m: {"scales": torch.ones(10)}, "scales must be None beside values of torch.float32"),
+        (lambda m: {"values": m.values.to(torch.int8)}, "scales are needed beside values of torch.int8"),
+        (
+            lambda m: {"values": m.values.to(torch.int8), "scales": torch.ones(9)},
+            r"scales must be torch.float32 of shape \(10,\), got",
+        ),
+        (
+            lambda m: {"values": m.values.to(torch.int8), "scales": torch.ones(10).int()},
+            r"scales must be torch.float32 of shape \(10,\), got",
+        ),
     ],
 )
 def test_check_refuses_what_does_not_fit(change, message):
@@ -299,7 +312,7 @@ def test_blocks_far_beyond_their_matrix_are_refused(block_size):
         shape=(10, 7),
         gates=2,
     )
-    message = rf"block_size must be at most \(4096, 4096\) for a matrix of 5 x 7, got \({BR}, {BC}\)"
+    message = rf"blocks must be at most \(4096, 4096\) for a matrix of 5 x 7, got \({BR}, {BC}\)"
     with pytest.raises(ValueError, match=message):
         matrix.check()
     with pytest.raises(ValueError, match=message):

@@ -1,10 +1,9 @@
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
-from triton_sparse_rnn.sparse.blocks import check_block_size, count_blocks, expand_block_mask, from_blocks, to_blocks
+from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask, from_blocks, to_blocks
 
 BLOCK_SIZES = list(itertools.product((1, 2, 3, 5), (1, 2, 4, 7)))
 
@@ -32,22 +31,3 @@ def test_mask_of_blocks(block_size):
     assert expanded.shape == (3, 7, 9)
     assert torch.equal(to_blocks(expanded.byte(), block_size).flatten(-2).any(-1), mask)
     assert torch.equal(expanded.sum(), to_blocks(torch.ones(7, 9), block_size)[mask.nonzero()[:, 1:].unbind(1)].sum())
-
-
-def test_block_size_is_returned_as_a_pair():
-    assert check_block_size((3, 1)) == check_block_size([3, 1]) == check_block_size(torch.Size([3, 1])) == (3, 1)  # type: ignore[arg-type]
-    assert repr(check_block_size((np.int64(3), np.uint8(1)))) == "(3, 1)"  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "bad", [16, None, "ab", (16,), (16, 1, 1), (16.0, 1), (True, 1), (np.True_, 1), (np.float32(16), 1), ("16", "1")]
-)
-def test_block_size_of_another_type(bad):
-    with pytest.raises(TypeError, match="tile must be two integers"):
-        check_block_size(bad, "tile")
-
-
-@pytest.mark.parametrize("bad", [(0, 1), (1, 0), (-4, 4)])
-def test_block_size_below_one(bad):
-    with pytest.raises(ValueError, match="block_size must be at least"):
-        check_block_size(bad)

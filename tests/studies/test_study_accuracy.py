@@ -85,7 +85,7 @@ def test_every_row_is_pruned_as_it_says(task, row, tmp_path):
     if row.width != 1:
         model = dataclasses.replace(task, hidden_size=size.hidden_size).build_model(SparseGRU, 0)
     pruner = make_pruner(model, row, size, steps, tmp_path / "dense")
-    assert pruner.block_size == tuple(row.pruner.get("block_size", (16, 1)))
+    assert pruner.pattern.block_size == tuple(row.pruner.get("block_size", (16, 1)))
     assert (pruner.tie_gates, pruner.balanced) == tuple(
         bool(row.pruner.get(name)) for name in ("tie_gates", "balanced")
     )

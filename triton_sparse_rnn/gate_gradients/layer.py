@@ -22,6 +22,7 @@ from triton_sparse_rnn.gate_gradients.options import GateGradientSparsity
 from triton_sparse_rnn.gate_gradients.stats import GateGradientStats
 from triton_sparse_rnn.ops.calls import Call, cast, layout_of, read_call, result_dtype
 from triton_sparse_rnn.ops.validation import check_memory
+from triton_sparse_rnn.sparse.layer_config import LayerConfig
 
 _CALL = inspect.signature(LSTM.forward)
 
@@ -107,7 +108,7 @@ def check_gate_gradient(value: object) -> None:
 
 def _run(layer: RNNBase, gate_gradient: GateGradientSparsity, input: Tensor | PackedSequence, hx: Any) -> Any:
     weights = layer.all_weights  # read once: what parametrizes one may be random
-    call = read_call(input, hx, layout_of(layer, layer.mode, weights[0][0].dtype, weights[0][0].device))
+    call = read_call(input, hx, layout_of(LayerConfig.of(layer), layer.mode, weights[0][0].dtype, weights[0][0].device))
     dtype = result_dtype(call, layer.mode, weights[0][0].dtype)
     x, *states = cast([call.x, *call.states], dtype)
     for weight in (weight for one in weights for weight in one):

@@ -64,7 +64,7 @@ class PrunedTraining:
             schedule: for each weight that `targets` does not match. A function is called with the number of optimizer
                 steps that the trainer plans, as in `lambda steps: ThresholdRamp.for_training(steps, q=0.1)`. None takes
                 `PolynomialDecay.for_training`.
-            final_sparsity: fraction of blocks in [0, 1), in place of `schedule`; None is the default of that method.
+            final_sparsity: fraction of units in [0, 1), in place of `schedule`; None is the default of that method.
             **options: pattern, score, targets, tie_gates, balanced and include, as for `Pruner`.
 
         Raises:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from triton_sparse_rnn.nn.replace import added_members
+from triton_sparse_rnn.notices import in_layer
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -50,6 +51,23 @@ def computed_weight(layer: nn.Module, name: str) -> ComputedWeight | None:
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
             return ComputedWeight((f"{name}_orig", f"{name}_mask"), "torch.nn.utils.prune.remove", hook)
     return None
+
+
+def check_not_by_hook(layer: nn.Module, name: str) -> None:
+    """Raise ValueError for a weight that is computed before each call; a parametrization computes at every access."""
+    computed = computed_weight(layer, name)
+    if name in layer._parameters or (computed is not None and computed.hook is None):
+        return
+    owner = f"model.get_submodule({path!r})" if (path := in_layer("")) else "layer"
+    if computed is None:
+        raise ValueError(
+            f"{in_layer(name)} is no parameter, but computed by something unknown: make it one first, by "
+            f"{owner}.register_parameter({name!r}, ...)"
+        )
+    raise ValueError(
+        f"{in_layer(name)} is computed by a hook before each call, from {' and '.join(computed.parts)}: make it a "
+        f"parameter again by {computed.removal}({owner}, {name!r}), of a copy if training goes on"
+    )
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from torch import nn
 
 from triton_sparse_rnn.nn.computed_weights import lost_members
 from triton_sparse_rnn.nn.instance_state import what_is_lost
-from triton_sparse_rnn.nn.persistent_classes import persistent_class
+from triton_sparse_rnn.nn.persistent import persistent_class
 from triton_sparse_rnn.nn.training import TRAINING_CLASSES
 
 _DERIVE = "derive a class from PersistentGRU and the like that has them too, with its class as dense_class"

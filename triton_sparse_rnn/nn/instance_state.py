@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn import GRU, LSTM, RNN, RNNBase  # bound here, so that a patched torch.nn.GRU may be a SparseGRU
 from torch.nn.utils.parametrize import is_parametrized
 
-from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS, weight_names
+from triton_sparse_rnn.nn.storage import buffer_names
 from triton_sparse_rnn.notices import in_layer
+from triton_sparse_rnn.sparse.layer_config import LayerConfig
 
 HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
 _NOT_TAKEN = {
@@ -25,10 +26,7 @@ _NOT_TAKEN = {
     "flatten_parameters",  # some libraries put nothing in its place; it changes no result
 }
 # What PersistentLayer.__init__ sets; its tensors are those of `own_tensors`.
-_PERSISTENT_ATTRIBUTES = {
-    *("mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"),
-    *("proj_size", "backend", "activation_dtype", "num_threads", "_plan"),
-}
+_PERSISTENT_ATTRIBUTES = {"_config", "_plan", "backend", "activation_dtype", "num_threads"}
 
 
 class Added(NamedTuple):
@@ -48,13 +46,7 @@ class Added(NamedTuple):
 
 def own_tensors(layer: nn.Module) -> set[str]:
     """Return the names of the weights of a dense layer, or of all that a persistent one may hold them in."""
-    return _own_tensors(type(layer), layer)
-
-
-def stored_names(sizes: Any) -> set[str]:
-    """Return the names of all tensors that a persistent layer of these sizes may hold its weights in."""
-    weights = weight_names(sizes)
-    return {*weights, *(f"{weight}_{part}" for weight in weights for part in MATRIX_PARTS)}
+    return _own_tensors(type(layer), LayerConfig.of(layer))
 
 
 def added_state(layer: nn.Module) -> Added:
@@ -103,7 +95,7 @@ def overriding_attributes(layer: nn.Module) -> list[str]:
 def colliding_names(layer: nn.Module, new_class: type[nn.Module]) -> list[str]:
     """Return what was added to a layer under a name that the class it is converted to uses itself."""
     known: Any = _known_class(new_class)
-    taken = _own_attributes(known) | _own_tensors(known, layer)
+    taken = _own_attributes(known) | _own_tensors(known, LayerConfig.of(layer))
     attributes, *others, _ = added_state(layer)
     names = {name for name, value in attributes.items() if not _is_own_method(layer, name, value)}.union(*others)
     return sorted(name for name in names if name in taken or hasattr(known, name))
@@ -218,8 +210,8 @@ def _is_own_method(layer: nn.Module, name: str, value: object) -> bool:
     )
 
 
-def _own_tensors(cls: type, sizes: Any) -> set[str]:
-    return set(weight_names(sizes)) if issubclass(cls, RNNBase) else stored_names(sizes) | {"_marker"}
+def _own_tensors(cls: type, config: LayerConfig) -> set[str]:
+    return {*config.weight_names()} if issubclass(cls, RNNBase) else buffer_names(config) | {"_marker"}
 
 
 def _own_attributes(cls: type) -> set[str]:

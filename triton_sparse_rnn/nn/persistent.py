@@ -1,13 +1,12 @@
 """What `to_sparse()` returns: recurrent layers for inference, whose weights are stored in blocks without the zeros.
 
-The call, and what it returns, are those of nn.RNN, nn.GRU and nn.LSTM. A weight such as weight_hh_l0 is held as the
-tensors of a BlockMatrix in buffers weight_hh_l0_values, _columns, _starts and, for int8, _scales; biases, and each
-weight_ih that was kept dense, are buffers under their own names. No other copy of a weight exists.
+The call, and what it returns, are those of nn.RNN, nn.GRU and nn.LSTM. No other copy of a weight exists than the one in
+blocks; see persistent_weights.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,20 +14,13 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
+from triton_sparse_rnn.nn.advice import warn_if_slow
+from triton_sparse_rnn.nn.conversion_options import ConversionOptions, complete, shows_options
 from triton_sparse_rnn.nn.independent_copy import copy_with_replacements
-from triton_sparse_rnn.nn.instance_state import check_nothing_is_lost, own_tensors
-from triton_sparse_rnn.nn.persistent_classes import PERSISTENT_CLASSES, shown_name
-from triton_sparse_rnn.nn.persistent_repr import shown_options
+from triton_sparse_rnn.nn.instance_state import check_nothing_is_lost
 from triton_sparse_rnn.nn.persistent_tools import PersistentTools
-from triton_sparse_rnn.nn.plan import Plan, count_writes, make_plan
-from triton_sparse_rnn.nn.weight_storage import (
-    from_buffers,
-    store_weights,
-    stored_density,
-    to_buffers,
-    warn_if_slow,
-    weight_names,
-)
+from triton_sparse_rnn.nn.plan import make_plan
+from triton_sparse_rnn.nn.storage import describe_storage, layer_weights, store_weights
 from triton_sparse_rnn.notices import warn
 from triton_sparse_rnn.ops.calls import (
     Call,
@@ -46,14 +38,45 @@ from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
 from triton_sparse_rnn.ops.operators import is_observed, traced_layer
 from triton_sparse_rnn.ops.validation import check_activation_dtype, check_num_threads
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix, check_storage_dtype
-from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern
+from triton_sparse_rnn.sparse.layer_config import LayerConfig
+from triton_sparse_rnn.sparse.patterns import as_pattern
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
+
+# What layers of a class, and of those derived from it, are converted to: one entry for each class with a `dense_class`.
+PERSISTENT_CLASSES: dict[type[nn.RNNBase], type[PersistentLayer]] = {}
+
+
+def persistent_class(layer: nn.RNNBase) -> type[PersistentLayer]:
+    """Return the entry of the layer's own class, or of the nearest one that this derives from."""
+    return next(PERSISTENT_CLASSES[cls] for cls in type(layer).__mro__ if cls in PERSISTENT_CLASSES)
+
+
+def shown_name(dense_class: type[nn.RNNBase]) -> str:
+    """Return what messages call a class.
+
+    >>> shown_name(nn.GRU), shown_name(type("Stateful", (nn.LSTM,), {}))
+    ('nn.GRU', 'Stateful')
+    """
+    name = dense_class.__name__
+    return f"nn.{name}" if getattr(nn, name, None) is dense_class else name
 
 
 class PersistentLayer(PersistentTools):
-    """What the three persistent modules share; see `PersistentGRU`. Layers of `dense_class` are converted to it."""
+    """What the three persistent modules share; see `PersistentGRU`. Layers of `dense_class` are converted to it.
+
+    A layer of a subclass of nn.LSTM, whose own methods a PersistentLSTM lacks, is converted once a subclass of
+    PersistentLSTM has them too and names it:
+
+        class PersistentStateful(PersistentLSTM):
+            dense_class = Stateful  # a subclass of nn.LSTM
+
+            def initial_state(self): ...
+
+    The last class that names a `dense_class` takes it over, for all models of the process. `to_dense()` builds that
+    class with the arguments of nn.LSTM.
+    """
 
     dense_class: ClassVar[type[nn.RNNBase]]
 
@@ -64,7 +87,7 @@ class PersistentLayer(PersistentTools):
 
     def __init__(
         self,
-        config: nn.RNNBase,
+        config: LayerConfig,
         weights: Mapping[str, BlockMatrix | Tensor],
         *,
         dtype: torch.dtype,
@@ -75,8 +98,8 @@ class PersistentLayer(PersistentTools):
         """Hold weights that are stored already; `from_dense` makes one from a dense layer.
 
         Args:
-            config: a layer of the dense class; only its sizes and options are read.
-            weights: one for each name of `weight_names(config)`: a BlockMatrix for weight_hh and weight_hr, that or a
+            config: of the dense layer.
+            weights: one for each name of `config.weight_names()`: a BlockMatrix for weight_hh and weight_hr, that or a
                 tensor of `dtype` for weight_ih, a tensor for biases.
             dtype: of inputs and outputs.
             backend, activation_dtype, num_threads: as for `from_dense`.
@@ -84,48 +107,19 @@ class PersistentLayer(PersistentTools):
             TypeError, ValueError: an argument is wrong.
             BackendUnavailableError: `backend` is named and cannot run this layer.
         """
-        super().__init__()
-        self.mode = config.mode
-        # torch.nn takes numpy's numbers too, and keeps them
-        self.input_size = int(config.input_size)
-        self.hidden_size = int(config.hidden_size)
-        self.num_layers = int(config.num_layers)
-        self.bias = bool(config.bias)
-        self.batch_first = bool(config.batch_first)
-        self.dropout = config.dropout
-        self.bidirectional = bool(config.bidirectional)
-        self.proj_size = int(config.proj_size)
+        super().__init__(config, weights, dtype)
         self.backend = check_backend(backend)
         self.activation_dtype = activation_dtype
         self.num_threads = check_num_threads(num_threads)
-        self.training = config.training
-        self._plan: Plan | None = None
-        for name in weight_names(self):
-            weight = weights[name]
+        for weight in self.stored_weights().values():
             if isinstance(weight, BlockMatrix):
                 check_activation_dtype(activation_dtype, weight.values.dtype)
-            elif name.startswith(("weight_hh", "weight_hr")):
-                raise TypeError(f"{name} must be a BlockMatrix, got {type(weight).__name__}")
-            for buffer, tensor in to_buffers(name, weight).items():
-                self.register_buffer(buffer, tensor)
-        count_writes(self._buffers, self._buffers.keys())
-        # Follows .to() like any buffer, and so tells the dtype and device of inputs even without biases.
-        device = self._buffers["weight_hh_l0_values"].device  # type: ignore[union-attr]
-        self.register_buffer("_marker", torch.empty(0, dtype=dtype, device=device), persistent=False)
         if backend is not None:
             self.chosen_backends()
 
     @classmethod
-    def from_dense(
-        cls,
-        dense: nn.RNNBase,
-        *,
-        weight_dtype: torch.dtype | None = None,
-        storage: PatternLike | None = None,
-        backend: str | None = None,
-        activation_dtype: torch.dtype | None = None,
-        num_threads: int = 1,
-    ) -> Self:
+    @shows_options
+    def from_dense(cls, dense: nn.RNNBase, **options: Unpack[ConversionOptions]) -> Self:
         """Convert a layer; it stays as it is and shares nothing with the result.
 
         What was added to it is taken over: hooks, and copies of parameters, buffers, modules and attributes. Put in the
@@ -148,7 +142,7 @@ class PersistentLayer(PersistentTools):
             backend: "triton" (NVIDIA GPUs; not int8, float64 or proj_size), "cpu" (not float64) or "reference", or None
                 for the fastest that fits, decided at each call.
             activation_dtype: torch.int8, with weight_dtype=torch.int8, rounds the inputs of every product to 8 bits,
-                one scale for each row of x and h at each step (ops/reference.py has the equations): faster, and less
+                one scale for each row of x and h at each step (equations: ops/backends/reference.py): faster, and less
                 exact. NaN or infinity in a row then reaches every unit. None keeps activations as they are.
             num_threads: how many threads share the recurrence on backend "cpu"; "reference" takes those of torch, and
                 "triton" has none. More than 1 pays for large H on cores that are free.
@@ -157,25 +151,32 @@ class PersistentLayer(PersistentTools):
                 to the layer cannot be copied or taken over, such as a `forward` that was set on the layer itself.
             BackendUnavailableError: `backend` is named and cannot run this layer.
         """
+        persistent = cls._from_weights(dense, complete(f"{cls.__name__}.from_dense", options))
+        copy_with_replacements(dense, {"": persistent})
+        return persistent
+
+    @classmethod
+    def _from_weights(cls, dense: nn.RNNBase, options: Mapping[str, Any]) -> Self:
+        """Convert a layer without what was added to it, with all options; see `from_dense`."""
         if not isinstance(dense, cls.dense_class):
             wanted = shown_name(cls.dense_class)
             raise TypeError(f"{cls.__name__}.from_dense takes a layer of class {wanted}, got {type(dense).__name__}")
         check_nothing_is_lost(dense, cls)
-        check_backend(backend)
-        check_num_threads(num_threads)
-        sizes = None if storage is None else as_pattern(storage, "storage").block_size
+        run = {name: options[name] for name in ("backend", "activation_dtype", "num_threads")}
+        backend, activation_dtype = check_backend(run["backend"]), run["activation_dtype"]
+        check_num_threads(run["num_threads"])
+        pattern = None if options["storage"] is None else as_pattern(options["storage"], "storage")
         dtype: torch.dtype = dense.weight_ih_l0.dtype  # type: ignore[assignment]
-        stored_dtype = check_storage_dtype(dtype if weight_dtype is None else weight_dtype, "weight_dtype")
-        check_activation_dtype(activation_dtype, stored_dtype)
-        weights = store_weights(dense, stored_dtype, sizes)
-        options = {"backend": backend, "activation_dtype": activation_dtype, "num_threads": num_threads}
-        persistent = cls(dense, weights, dtype=dtype, **options)
+        weight_dtype = dtype if options["weight_dtype"] is None else options["weight_dtype"]
+        check_activation_dtype(activation_dtype, check_storage_dtype(weight_dtype, "weight_dtype"))
+        config, weights = LayerConfig.of(dense), store_weights(dense, weight_dtype, pattern)
+        persistent = cls(config, weights, dtype=dtype, **run)
+        persistent.training = dense.training  # train() would say that it changes nothing
         if backend is None and "reference" in (backends := persistent.chosen_backends()):
-            directions = persistent._layer_weights(backends.index("reference"))
-            place = dense.mode, dtype, persistent.device
+            directions = layer_weights(config, persistent._buffers, backends.index("reference"))
             wanted = "triton" if persistent.device.type == "cuda" else "cpu"
+            place = config.mode, dtype, persistent.device
             warn_if_slow(wanted, unsupported_reason(wanted, *place, directions, activation_dtype))
-        copy_with_replacements(dense, {"": persistent})
         return persistent
 
     def to_dense(self) -> nn.RNNBase:
@@ -187,31 +188,21 @@ class PersistentLayer(PersistentTools):
         Raises:
             TypeError, ValueError: what was added cannot be copied or taken over, or indices of blocks are wrong.
         """
+        dense = self._to_weights()
+        copy_with_replacements(self, {"": dense})
+        return dense
+
+    def _to_weights(self) -> nn.RNNBase:
+        """Return the dense layer without what was added to this one; see `to_dense`."""
         check_nothing_is_lost(self, self.dense_class)
-        options: dict[str, Any] = {"proj_size": self.proj_size} if self.proj_size else {}
-        if self.mode.startswith("RNN_"):
-            options["nonlinearity"] = self.mode.removeprefix("RNN_").lower()
-        dense_class: Any = self.dense_class  # its subclasses take no mode
-        dense = dense_class(
-            self.input_size,
-            self.hidden_size,
-            num_layers=self.num_layers,
-            bias=self.bias,
-            batch_first=self.batch_first,
-            bidirectional=self.bidirectional,
-            device="meta",
-            dtype=self.dtype,
-            **options,
-        ).to_empty(device=self.device)
-        dense.dropout = self.dropout
+        dense = self._config.build(self.dense_class, device="meta", dtype=self.dtype).to_empty(device=self.device)
         with torch.no_grad():
             for name, weight in self.stored_weights().items():
                 if isinstance(weight, BlockMatrix):
                     weight.check()  # somebody may have written into its indices
                     weight = weight.to_dense()
                 getattr(dense, name).copy_(weight)
-        copy_with_replacements(self, {"": dense.train(self.training)})
-        return dense
+        return dense.train(self.training)
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         """Run over whole sequences; arguments, results and errors are those of the dense class.
@@ -225,16 +216,16 @@ class PersistentLayer(PersistentTools):
             RuntimeError: in a backward pass: there is none.
         """
         plan = None if is_compiling() else self._plan
-        batch_axis = 0 if self.batch_first else 1
-        if plan is None or (states := plan.plain_states(self, input, hx, 3, batch_axis)) is None:
+        batch_first = self._config.batch_first
+        if plan is None or (states := plan.plain_states(self, input, hx, 3, 0 if batch_first else 1)) is None:
             recorded = self._recorded("forward", input, hx)
             return self._run(read_call(input, hx, self._call_layout)) if recorded is None else recorded
         assert isinstance(input, Tensor)
-        x = input.transpose(0, 1) if self.batch_first else input
+        x = input.transpose(0, 1) if batch_first else input
         T, B, I = x.shape
         y, *ends = run_layers(plan.layers, x.reshape(T * B, I), states, None)
         y = y.view(T, B, y.shape[1])
-        return y.transpose(0, 1) if self.batch_first else y, ends[0] if len(ends) == 1 else tuple(ends)
+        return y.transpose(0, 1) if batch_first else y, ends[0] if len(ends) == 1 else tuple(ends)
 
     def step(self, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
         """Advance a stream by one step.
@@ -249,7 +240,7 @@ class PersistentLayer(PersistentTools):
         Warns:
             UserWarning: the layer has forward hooks. They belong to calls; here they do not run.
         """
-        if self.bidirectional:
+        if self._config.bidirectional:
             raise RuntimeError("step() needs one direction, but this layer is bidirectional: it needs whole sequences")
         if (self._forward_pre_hooks or self._forward_hooks) and not is_compiling():
             warn(
@@ -289,10 +280,8 @@ class PersistentLayer(PersistentTools):
         if not is_compiling():
             count_in_active_modes()
         options: dict[str, Any] = {name: getattr(self, name) for name in ("backend", "activation_dtype", "num_threads")}
-        return [
-            traced_layer(self.mode, self.hidden_size, self._layer_weights(layer), **options)
-            for layer in range(self.num_layers)
-        ]
+        config = self._config
+        return [traced_layer(config.mode, config.hidden_size, weights, **options) for weights in self._layers()]
 
     def _eager_layers(self) -> list[RunLayer]:
         """Layers without the operator, which takes several microseconds, as much as a step of a small layer."""
@@ -304,82 +293,30 @@ class PersistentLayer(PersistentTools):
     def chosen_backends(self) -> list[str]:
         """The backend that runs each layer where it is now: the named one, or the fastest that fits."""
         place = self.mode, self.dtype, self.device
-        layers = (self._layer_weights(layer) for layer in range(self.num_layers))
-        return [choose_backend(self.backend, *place, directions, self.activation_dtype) for directions in layers]
+        return [choose_backend(self.backend, *place, layer, self.activation_dtype) for layer in self._layers()]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move and cast as any module does, but leave blocks that are stored in a dtype of their own in it."""
-        dtype, names = self._marker.dtype, own_tensors(self)
-        own = {
-            name: tensor
-            for name, tensor in self._buffers.items()
-            if name in names and tensor is not None and (tensor.dtype != dtype or name.endswith("_scales"))
-        }
-        super()._apply(fn, recurse)
-        for name, tensor in own.items():
-            moved = self._buffers[name]
-            if moved is not None and moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
-        self._plan = None  # share_memory() moves what the same tensors hold
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Load, and look at the weights anew: indices may have been written into the tensors that were checked."""
-        before = dict(self._buffers)
-        super()._load_from_state_dict(*args, **kwargs)
-        self._follow_assigned(before)
-        self._plan = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is made again at the next call."""
-        return self.__dict__ | {"_plan": None}
+    def _layers(self) -> Iterator[list[LayerWeights]]:
+        """The weights of each direction, layer by layer."""
+        return (layer_weights(self._config, self._buffers, layer) for layer in range(self._config.num_layers))
 
     @property
     def _call_layout(self) -> CallLayout:
-        return layout_of(self, self.dense_class.__name__, self.dtype, self.device)
-
-    def _layer_weights(self, layer: int) -> list[LayerWeights]:
-        """The weights of each direction of a layer."""
-        weights = self.stored_weights(layer)
-        ends = ("", "_reverse") if self.bidirectional else ("",)
-        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-        return [LayerWeights(*(weights.get(f"{kind}_l{layer}{end}") for kind in kinds)) for end in ends]  # type: ignore[arg-type]
-
-    def stored_weights(self, layer: int | None = None) -> dict[str, BlockMatrix | Tensor]:
-        """Return all weights, or one layer's, under their names in the dense class.
-
-        weight_hh and weight_hr are BlockMatrix, and so is weight_ih unless it was kept dense; the others are tensors.
-        The tensors in them are the buffers of this module, not copies.
-        """
-        return {name: from_buffers(self, name, self._buffers) for name in weight_names(self, layer)}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of inputs, outputs and biases; stored weights may be narrower."""
-        return self._buffers["_marker"].dtype  # type: ignore[union-attr] - quicker than self._marker
-
-    @property
-    def device(self) -> torch.device:
-        """Of all buffers, and so of inputs."""
-        return self._buffers["weight_hh_l0_values"].device  # type: ignore[union-attr]
-
-    @property
-    def density(self) -> float:
-        """Stored weights of all matrices, zeros inside stored blocks too, as a fraction of all."""
-        return stored_density(self.stored_weights())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all stored weights and indices."""
-        return sum(weight.nbytes for weight in self.stored_weights().values())
+        return layout_of(self._config, self.dense_class.__name__, self.dtype, self.device)
 
     def extra_repr(self) -> str:
         """Show what nn.RNNBase shows, and how the weights are stored and run."""
-        return shown_options(self)
+        shown = self._config.shown()
+        shown += [] if self.activation_dtype is None else [f"activation_dtype={self.activation_dtype}"]
+        shown += [] if self.num_threads == 1 else [f"num_threads={self.num_threads}"]
+        shown += describe_storage(self.stored_weights())
+        shown.append(f"backend={self.backend or '/'.join(sorted(set(self.chosen_backends())))!r}")
+        if self._plan is not None and self._plan.holds(self):
+            shown += [f"kernels={text!r}" for text in self._plan.descriptions()]
+        return ", ".join(shown)
 
 
 class PersistentRNN(PersistentLayer):
-    """nn.RNN for inference with block-sparse weights, tanh or relu; see `PersistentGRU`."""
+    """For inference, sparse in memory: nn.RNN from blocks of weights, tanh or relu. See `PersistentGRU`."""
 
     dense_class = nn.RNN
 
@@ -390,10 +327,10 @@ class PersistentRNN(PersistentLayer):
 
 
 class PersistentGRU(PersistentLayer):
-    """nn.GRU for inference with block-sparse weights: the same call, the same results, what is zero is not computed.
+    """For inference, sparse in memory: nn.GRU from blocks of weights, where what is zero is neither held nor computed.
 
-    It has the sizes and options of nn.GRU as attributes, but no parameters and no backward. A block that is not stored
-    does not read its input, so NaN and infinity travel along stored weights only.
+    The call and the results are those of nn.GRU. It has its sizes and options as attributes, but no parameters and no
+    backward. A block that is not stored does not read its input, so NaN and infinity travel along stored weights only.
 
     >>> gru = nn.GRU(4, 8)
     >>> with torch.no_grad():
@@ -409,6 +346,6 @@ class PersistentGRU(PersistentLayer):
 
 
 class PersistentLSTM(PersistentLayer):
-    """nn.LSTM for inference with block-sparse weights; states are pairs (h, c). See `PersistentGRU`."""
+    """For inference, sparse in memory: nn.LSTM from blocks of weights; states are pairs (h, c). See `PersistentGRU`."""
 
     dense_class = nn.LSTM

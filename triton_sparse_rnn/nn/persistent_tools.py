@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
@@ -12,19 +12,17 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from triton_sparse_rnn.nn.fx_tracing import record_call, record_method, tracer_of
-from triton_sparse_rnn.nn.weight_storage import MATRIX_PARTS, to_buffers
+from triton_sparse_rnn.nn.persistent_weights import PersistentWeights
 from triton_sparse_rnn.notices import warn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
-
 _DENSE_WEIGHT = re.compile(r"weight_(ih|hh|hr)_l\d+(_reverse)?")
 _LISTS_OF_WEIGHTS = {"_flat_weights", "_flat_weights_names", "_all_weights", "all_weights"}
 
 
-class PersistentTools(nn.Module):
+class PersistentTools(PersistentWeights):
     """The part of a PersistentLayer that is there for others: idioms, torch.fx, torch.jit.script, a state's dtype."""
 
     _said_train_changes_nothing: ClassVar[bool] = False
@@ -78,27 +76,6 @@ class PersistentTools(nn.Module):
             "to_dense(model), with nn.GRU and the zeros but without the speed, or use torch.export.export"
         )
 
-    def _follow_assigned(self, before: Mapping[str, Tensor | None]) -> None:
-        """Take the dtype and device of tensors that load_state_dict(assign=True) has put in the place of others.
-
-        Biases and dense weights tell the dtype, or, where there are none, blocks that had that of this module. If they
-        disagree, nothing changes, and the next call says which one does not fit.
-
-        Args:
-            before: the buffers until then.
-        """
-        plain: set[torch.dtype] = set()
-        blocks: set[torch.dtype] = set()
-        own = (name for weight in self.stored_weights().items() for name in to_buffers(*weight))
-        for name in own:  # and not what a user has added
-            old, new = before[name], self._buffers[name]
-            if old is None or new is None or new is old or old.dtype != self.dtype or name.endswith("_scales"):
-                continue
-            (blocks if name.endswith(MATRIX_PARTS) else plain).add(new.dtype)
-        told = plain or blocks
-        dtype = told.pop() if len(told) == 1 else self.dtype
-        self._buffers["_marker"] = torch.empty(0, dtype=dtype, device=self.device)
-
     def _refuse_graphs_of_others(self) -> None:
         """Raise where a call is recorded in a form that has no place for the operator of this layer."""
         torch_nn_only = "use to_dense(model), with torch.nn's layer and the zeros but without the speed"
@@ -130,11 +107,3 @@ class PersistentTools(nn.Module):
         if method == "forward" and not (self._forward_pre_hooks or self._forward_hooks):
             return record_call(tracer, self, args, {})
         return record_method(tracer, self, method, args, {})
-
-    if TYPE_CHECKING:
-
-        @property
-        def dtype(self) -> torch.dtype: ...
-        @property
-        def device(self) -> torch.device: ...
-        def stored_weights(self) -> dict[str, BlockMatrix | Tensor]: ...

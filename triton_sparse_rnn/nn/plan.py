@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
-from triton_sparse_rnn.nn.instance_state import own_tensors
+from triton_sparse_rnn.nn.storage import buffer_names, layer_weights
+from triton_sparse_rnn.ops.backends.triton import PreparedLayer, PreparedStack, stack_layers
 from triton_sparse_rnn.ops.calls import CallLayout
-from triton_sparse_rnn.ops.dispatch import PREPARE_LAYER, choose_backend
+from triton_sparse_rnn.ops.dispatch import BACKENDS, choose_backend
 from triton_sparse_rnn.ops.layer_weights import RunLayer
 from triton_sparse_rnn.ops.operators import is_watched
-from triton_sparse_rnn.ops.triton import PreparedLayer, PreparedStack, stack_layers
 from triton_sparse_rnn.ops.validation import check_not_capturing, check_num_threads, check_weights
 from triton_sparse_rnn.sparse.block_matrix import INDEX_DTYPE
+from triton_sparse_rnn.sparse.layer_config import LayerConfig
 
-if TYPE_CHECKING:
-    from triton_sparse_rnn.nn.persistent import PersistentLayer
+
+class Planned(Protocol):
+    """What a plan reads of a persistent module."""
+
+    backend: str | None
+    activation_dtype: torch.dtype | None
+    num_threads: int
+    _config: LayerConfig
+    _buffers: dict[str, Tensor | None]
+
+    @property
+    def _call_layout(self) -> CallLayout: ...
 
 
 class Plan(NamedTuple):
     """The layers of a module, prepared for what its settings and buffers were then."""
 
     settings: tuple[str | None, torch.dtype | None, int]  # backend, activation_dtype, num_threads
+    config: LayerConfig
     layout: CallLayout
     on_cpu: bool
     buffers: list[Tensor | None]
@@ -36,7 +48,7 @@ class Plan(NamedTuple):
     versions: list[int]  # torch counts in them what is written into an index in place
     layers: list[RunLayer]
 
-    def holds(self, module: PersistentLayer) -> bool:
+    def holds(self, module: Planned) -> bool:
         """Whether all is as it was, every tensor lies where it lay, and nothing was written into an index.
 
         Prepared layers keep addresses, and read as far as indices say. A tensor moves when its `data` is assigned to,
@@ -46,6 +58,7 @@ class Plan(NamedTuple):
         buffers = module._buffers
         return (
             self.settings == (module.backend, module.activation_dtype, module.num_threads)
+            and self.config is module._config
             and self.layout.dtype is buffers["_marker"].dtype  # type: ignore[union-attr]
             and len(self.buffers) <= len(buffers)  # what a user added comes behind
             and all(map(operator.is_, self.buffers, buffers.values()))
@@ -53,7 +66,7 @@ class Plan(NamedTuple):
             and [tensor._version for tensor in self.indices] == self.versions
         )
 
-    def plain_states(self, module: PersistentLayer, x: Any, hx: Any, axes: int, batch_axis: int) -> list[Tensor] | None:
+    def plain_states(self, module: Planned, x: Any, hx: Any, axes: int, batch_axis: int) -> list[Tensor] | None:
         """Return the states of a plain call of this plan; None for others, which `read_call` or `read_step` looks into.
 
         Plain are most calls: an x of `axes` axes, none of them empty, hx of three axes or None, all of them ordinary
@@ -103,7 +116,7 @@ class Plan(NamedTuple):
         )
 
 
-def make_plan(module: PersistentLayer) -> Plan:
+def make_plan(module: Planned) -> Plan:
     """Check the weights of every layer of a module, and let its backend prepare it.
 
     Raises:
@@ -111,17 +124,18 @@ def make_plan(module: PersistentLayer) -> Plan:
         BackendUnavailableError: the module names a backend that cannot run a layer.
         RuntimeError: the memory of a weight was freed, or a CUDA graph is being captured.
     """
-    layout = module._call_layout
+    config, layout = module._config, module._call_layout
     check_not_capturing(layout.device)
     backend, activation_dtype, num_threads = settings = module.backend, module.activation_dtype, module.num_threads
     num_threads = check_num_threads(num_threads)
-    names = own_tensors(module)
+    names = {*buffer_names(config), "_marker"}
     count_writes(module._buffers, names)
     buffers = [tensor for name, tensor in module._buffers.items() if name in names]
     tensors = [tensor for tensor in buffers if tensor is not None and tensor.numel() > 0]
     indices = [tensor for tensor in tensors if tensor.dtype == INDEX_DTYPE]
     plan = Plan(
         settings,
+        config,
         layout,
         layout.device.type == "cpu",
         buffers,
@@ -131,15 +145,15 @@ def make_plan(module: PersistentLayer) -> Plan:
         [tensor._version for tensor in indices],
         [],
     )
-    layers = [module._layer_weights(layer) for layer in range(module.num_layers)]
+    layers = [layer_weights(config, module._buffers, layer) for layer in range(config.num_layers)]
     place, input_size = (layout.dtype, layout.device), layout.input_size
     for directions in layers:
-        check_weights(directions, module.mode, input_size, *place, activation_dtype=activation_dtype)
+        check_weights(directions, config.mode, input_size, *place, activation_dtype=activation_dtype)
         input_size = len(directions) * directions[0].weight_hh.shape[1]
     for directions in layers:
-        chosen = choose_backend(backend, module.mode, *place, directions, activation_dtype)
+        chosen = choose_backend(backend, config.mode, *place, directions, activation_dtype)
         options = {"dtype": layout.dtype, "activation_dtype": activation_dtype, "num_threads": num_threads}
-        plan.layers.append(PREPARE_LAYER[chosen](module.mode, directions, **options))
+        plan.layers.append(BACKENDS[chosen].prepare_layer(config.mode, directions, **options))
     plan.layers[:] = stack_layers(plan.layers)
     return plan
 

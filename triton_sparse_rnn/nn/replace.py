@@ -16,6 +16,8 @@ _NOT_BEHAVIOUR = {
     "__doc__",
     "__firstlineno__",
     "__module__",
+    "__orig_bases__",
+    "__parameters__",
     "__static_attributes__",
     "__weakref__",
 }

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from triton_sparse_rnn.names import clean_names
-from triton_sparse_rnn.nn.instance_state import own_tensors, stored_names
+from triton_sparse_rnn.nn.instance_state import own_tensors
+from triton_sparse_rnn.nn.storage import buffer_names
+from triton_sparse_rnn.sparse.layer_config import LayerConfig
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
 
@@ -37,7 +39,7 @@ def names_in_file(state: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> 
         state: of a model.
         layers: its recurrent layers by prefix.
     """
-    stored = (f"{prefix}{name}" for prefix, layer in layers.items() for name in stored_names(layer))
+    stored = (f"{prefix}{name}" for prefix, layer in layers.items() for name in buffer_names(LayerConfig.of(layer)))
     return clean_names({**state, **dict.fromkeys(stored)})
 
 

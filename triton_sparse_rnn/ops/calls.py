@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from triton_sparse_rnn.ops.layer_weights import RunLayer
 from triton_sparse_rnn.ops.validation import check_batch_sizes, check_memory
+from triton_sparse_rnn.sparse.layer_config import LayerConfig
 
 
 class CallLayout(NamedTuple):
@@ -25,15 +26,14 @@ class CallLayout(NamedTuple):
     device: torch.device
 
 
-def layout_of(layer: Any, name: str, dtype: torch.dtype, device: torch.device) -> CallLayout:
-    """Describe the calls of a layer that has the sizes and options of an nn.RNNBase under their names there."""
-    H, D = layer.hidden_size, 2 if layer.bidirectional else 1
+def layout_of(config: LayerConfig, name: str, dtype: torch.dtype, device: torch.device) -> CallLayout:
+    """Describe the calls of a layer of some dtype on some device; `name` is that of its dense class."""
     return CallLayout(
         name=name,
-        input_size=layer.input_size,
-        state_sizes=(layer.proj_size or H, H) if layer.mode == "LSTM" else (H,),
-        layers=layer.num_layers * D,
-        batch_first=layer.batch_first,
+        input_size=config.input_size,
+        state_sizes=config.state_sizes,
+        layers=config.num_layers * config.directions,
+        batch_first=config.batch_first,
         dtype=dtype,
         device=device,
     )

@@ -3,14 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
 from triton_sparse_rnn.errors import BackendUnavailableError
-from triton_sparse_rnn.ops import cpu, reference, triton
+from triton_sparse_rnn.ops.backends import cpu, reference, triton
 from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
 
-BACKENDS = ("triton", "cpu", "reference")  # the fastest first
+
+class Backend(Protocol):
+    """What a module of backends/ offers."""
+
+    def availability(self) -> str | None:
+        """Return why it cannot run in this process at all, or None where it can."""
+        ...
+
+    def unsupported_reason(
+        self,
+        mode: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        directions: list[LayerWeights],
+        activation_dtype: torch.dtype | None,
+    ) -> str | None:
+        """Return why it cannot run a layer, where `availability` is None, or None where it can."""
+        ...
+
+    def prepare_layer(
+        self,
+        mode: str,
+        directions: list[LayerWeights],
+        *,
+        dtype: torch.dtype,
+        activation_dtype: torch.dtype | None,
+        num_threads: int,
+    ) -> RunLayer:
+        """Return a supported layer, ready to run."""
+        ...
+
+
+BACKENDS: dict[str, Backend] = {"triton": triton, "cpu": cpu, "reference": reference}  # the fastest first
 
 
 def check_backend(backend: str | None) -> str | None:
@@ -22,13 +55,7 @@ def check_backend(backend: str | None) -> str | None:
 
 def unavailable_reason(backend: str) -> str | None:
     """Why a backend cannot run on this machine at all; None if it can."""
-    if backend == "triton":
-        return triton.availability()
-    if backend == "cpu":
-        from triton_sparse_rnn.kernels.cpu.support import availability
-
-        return availability()
-    return None
+    return BACKENDS[backend].availability()
 
 
 def unsupported_reason(
@@ -40,12 +67,10 @@ def unsupported_reason(
     activation_dtype: torch.dtype | None = None,
 ) -> str | None:
     """Why a backend cannot run this layer here; None if it can."""
-    if (reason := unavailable_reason(backend)) is not None:
+    reason = unavailable_reason(backend)
+    if reason is not None:
         return reason
-    if backend == "reference":
-        return None
-    twin = triton if backend == "triton" else cpu
-    return twin.unsupported_reason(mode, dtype, device, directions, activation_dtype)
+    return BACKENDS[backend].unsupported_reason(mode, dtype, device, directions, activation_dtype)
 
 
 def choose_backend(
@@ -89,19 +114,11 @@ def choose(backend: str | None, device: torch.device, reason_of: Callable[[str],
         ValueError, BackendUnavailableError: see `choose_backend`.
     """
     if check_backend(backend) is None:
-        fitting = BACKENDS if device.type == "cuda" else BACKENDS[1:]  # Triton's interpreter is taken only by name
-        return next(name for name in fitting if reason_of(name) is None)
+        names = (name for name in BACKENDS if name != "triton" or device.type == "cuda")  # its interpreter only by name
+        return next(name for name in names if reason_of(name) is None)
     assert backend is not None
     if (reason := reason_of(backend)) is not None:
         raise BackendUnavailableError(
             f"backend {backend!r} cannot run {what}: {reason}. backend=None takes the fastest one that can."
         )
     return backend
-
-
-# prepare_layer(mode, directions, *, dtype, activation_dtype, num_threads) -> RunLayer, for a layer that is supported.
-PREPARE_LAYER: dict[str, Callable[..., RunLayer]] = {
-    "triton": triton.prepare_layer,
-    "cpu": cpu.prepare_layer,
-    "reference": reference.prepare_layer,
-}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from triton_sparse_rnn.ops.layer_weights import TENSORS_PER_DIRECTION, TENSORS_PER_MATRIX
+from triton_sparse_rnn.ops.layer_weights import MATRICES, name_directions
 
 
 def count_operations(x_shape: Sequence[int], states: Any, weights: Sequence[Any], *args: Any, **kwargs: Any) -> int:
@@ -27,11 +27,8 @@ def count_operations(x_shape: Sequence[int], states: Any, weights: Sequence[Any]
     >>> count_operations((5, 4), [(1, 1, 3)], [(12, 4), None, None, None, (2, 1, 16), *[None] * 9])
     800
     """
-    stored = 0
-    for first in range(0, len(weights), TENSORS_PER_DIRECTION):
-        matrices = weights[first : first + 3 * TENSORS_PER_MATRIX : TENSORS_PER_MATRIX]
-        stored += sum(math.prod(values) for values in matrices if values is not None)
-    return 2 * x_shape[0] * stored
+    values = (direction[f"{name}_values"] for direction in name_directions(weights) for name in MATRICES)
+    return 2 * x_shape[0] * sum(math.prod(shape) for shape in values if shape is not None)
 
 
 def count_in_active_modes() -> None:

@@ -1,43 +1,37 @@
-"""The weights of one direction of one layer, and the flat list of tensors in which an operator takes them."""
+"""The flat list of tensors in which an operator takes the weights of a layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.layer_weights import LayerWeights
 
-TENSORS_PER_MATRIX = 4
-TENSORS_PER_DIRECTION = 3 * TENSORS_PER_MATRIX + 2
+MATRICES, BIASES = ("weight_ih", "weight_hh", "weight_hr"), ("bias_ih", "bias_hh")
+NAMES = (*(f"{matrix}_{part}" for matrix in MATRICES for part in BlockMatrix.PARTS), *BIASES)  # of one direction
+T = TypeVar("T")
 
 # A layer that a backend has prepared: (x, states, batch_sizes) -> [y, h_n(, c_n)], as `reference.recurrent_layer`.
 RunLayer: TypeAlias = Callable[[Tensor, list[Tensor], "Tensor | None"], list[Tensor]]
 
 
-class LayerWeights(NamedTuple):
-    """What nn calls weight_ih_l{k}, weight_hh_l{k}, bias_ih_l{k}, bias_hh_l{k} and weight_hr_l{k}.
-
-    weight_ih [G * H, input] is in blocks or, where it was kept dense, an ordinary tensor in the dtype of the layer's
-    inputs; weight_hh [G * H, H or proj_size] and weight_hr [proj_size, H], which has one gate, are in blocks; biases
-    [G * H] are ordinary tensors. Biases and weight_hr are None where the layer has none.
-    """
-
-    weight_ih: BlockMatrix | Tensor
-    weight_hh: BlockMatrix
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
-    weight_hr: BlockMatrix | None = None
-
-
 def pack_layer_weights(weights: LayerWeights) -> list[Tensor | None]:
-    """Return the tensors of one direction, TENSORS_PER_DIRECTION of them, for `unpack_layer_weights`.
+    """Return the tensors of one direction, one for each of NAMES. The values of a dense weight are the weight."""
+    tensors: dict[str, Tensor | None] = {name: getattr(weights, name) for name in BIASES}
+    for name in MATRICES:
+        matrix = getattr(weights, name)
+        parts = matrix.parts() if isinstance(matrix, BlockMatrix) else {"values": matrix}
+        tensors |= {f"{name}_{part}": tensor for part, tensor in parts.items()}
+    return [tensors.get(name) for name in NAMES]
 
-    Four for each of weight_ih, weight_hh and weight_hr, then the biases. A dense weight is the first of its four.
-    """
-    matrices = (weights.weight_ih, weights.weight_hh, weights.weight_hr)
-    return [*(part for matrix in matrices for part in _pack(matrix)), weights.bias_ih, weights.bias_hh]
+
+def name_directions(packed: Sequence[T]) -> list[dict[str, T]]:
+    """Return, for each direction in a list of `pack_layer_weights`, what stands there by NAMES."""
+    starts = range(0, len(packed), len(NAMES))
+    return [dict(zip(NAMES, packed[start : start + len(NAMES)], strict=True)) for start in starts]
 
 
 def unpack_layer_weights(
@@ -46,41 +40,29 @@ def unpack_layer_weights(
     """Undo `pack_layer_weights` for every direction in the list.
 
     Args:
-        tensors: D * TENSORS_PER_DIRECTION tensors, direction after direction.
+        tensors: those of a direction after those of another.
         mode: nn.RNNBase.mode, which tells the number of gates.
         input_size: columns of the input weight.
         sizes: (H, columns of the recurrent weight).
     """
     gates, (H, hidden) = GATES[mode], sizes
-    directions = []
-    for first in range(0, len(tensors), TENSORS_PER_DIRECTION):
-        *parts, bias_ih, bias_hh = tensors[first : first + TENSORS_PER_DIRECTION]
-        ih, hh, hr = (parts[i : i + TENSORS_PER_MATRIX] for i in range(0, len(parts), TENSORS_PER_MATRIX))
-        directions.append(
-            LayerWeights(
-                _unpack(ih, (gates * H, input_size), gates),  # type: ignore[arg-type]
-                _unpack(hh, (gates * H, hidden), gates),  # type: ignore[arg-type]
-                bias_ih,
-                bias_hh,
-                _unpack(hr, (hidden, H), 1),  # type: ignore[arg-type]
-            )
+    shapes = {"weight_ih": (gates * H, input_size), "weight_hh": (gates * H, hidden), "weight_hr": (hidden, H)}
+
+    def unpack(name: str, direction: dict[str, Tensor | None]) -> BlockMatrix | Tensor | None:
+        parts = {part: direction[f"{name}_{part}"] for part in BlockMatrix.PARTS}
+        if parts["columns"] is None:
+            return parts["values"]
+        return BlockMatrix.from_parts(parts, shape=shapes[name], gates=1 if name == "weight_hr" else gates)
+
+    return [
+        LayerWeights(
+            **{name: unpack(name, direction) for name in MATRICES},  # type: ignore[arg-type]
+            **{name: direction[name] for name in BIASES},
         )
-    return directions
+        for direction in name_directions(tensors)
+    ]
 
 
 def plain(tensor: Tensor) -> Tensor:
     """As a kernel reads it from memory: contiguous, and without a minus sign that torch has put off."""
     return (tensor.resolve_neg() if tensor.is_neg() else tensor).contiguous()
-
-
-def _pack(matrix: BlockMatrix | Tensor | None) -> list[Tensor | None]:
-    if isinstance(matrix, BlockMatrix):
-        return [matrix.values, matrix.columns, matrix.starts, matrix.scales]
-    return [matrix, None, None, None]
-
-
-def _unpack(parts: Sequence[Tensor | None], shape: tuple[int, int], gates: int) -> BlockMatrix | Tensor | None:
-    values, columns, starts, scales = parts
-    if columns is None:
-        return values
-    return BlockMatrix(values, columns, starts, shape, gates, scales)  # type: ignore[arg-type]

@@ -13,9 +13,9 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from triton_sparse_rnn.ops.dispatch import PREPARE_LAYER, choose_backend
+from triton_sparse_rnn.ops.dispatch import BACKENDS, choose_backend
 from triton_sparse_rnn.ops.layer_weights import (
-    TENSORS_PER_DIRECTION,
+    NAMES,
     LayerWeights,
     RunLayer,
     pack_layer_weights,
@@ -60,12 +60,12 @@ def recurrent_layer(
     check_call(x, list(states), directions, batch_sizes, mode, activation_dtype)
     chosen = choose_backend(backend, mode, x.dtype, x.device, directions, activation_dtype)
     options = {"dtype": x.dtype, "activation_dtype": activation_dtype, "num_threads": num_threads}
-    return PREPARE_LAYER[chosen](mode, directions, **options)(x, list(states), batch_sizes)
+    return BACKENDS[chosen].prepare_layer(mode, directions, **options)(x, list(states), batch_sizes)
 
 
 @recurrent_layer.register_fake
 def _(x, states, weights, batch_sizes, mode, hidden_size, backend, activation_dtype, num_threads):
-    directions = len(weights) // TENSORS_PER_DIRECTION
+    directions = len(weights) // len(NAMES)
     return [x.new_empty(x.shape[0], directions * states[0].shape[2]), *(s.new_empty(s.shape) for s in states)]
 
 

@@ -169,8 +169,8 @@ def _check_blocks(name: str, matrix: BlockMatrix, shape: tuple[int, int], device
         raise ValueError(f"{name} must be of shape {shape}, got {matrix.shape}")
     if matrix.values.device != device:
         raise ValueError(f"{name} must be on {device}, got {matrix.values.device}")
-    for part in ("values", "columns", "starts", "scales"):
-        if (tensor := getattr(matrix, part)) is not None:
+    for part, tensor in matrix.parts().items():
+        if tensor is not None:
             check_memory(f"{name}_{part}", tensor)
     now = _indices_as_they_are(matrix)
     known = now is not None and _CHECKED.get(matrix.columns) == now

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn.pruning.weights import gate_names, recurrent_weights, split_gates
-from triton_sparse_rnn.sparse.blocks import to_blocks
 from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern
 
 
@@ -22,15 +20,15 @@ def group_lasso(model: nn.Module, pattern: PatternLike = (16, 1)) -> Tensor:
     Returns:
         A scalar to multiply by lambda and add to the loss. Its gradient at a block of zeros is zero.
 
+    >>> import torch
     >>> layer = nn.RNN(1, 2, bias=False)
     >>> layer.weight_ih_l0.data = torch.tensor([[3.0], [4.0]])
     >>> layer.weight_hh_l0.data = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
     >>> group_lasso(layer, pattern=(2, 1)).item()
     6.0
     """
-    block_size = as_pattern(pattern).block_size
-    blocks = (to_blocks(weight, block_size) for weight in _stacked_weights(model))
-    return _total(torch.linalg.vector_norm(each, dim=(-2, -1)).sum() for each in blocks)
+    pattern = as_pattern(pattern)
+    return _total(pattern.norms(weight).sum() for weight in _stacked_weights(model))
 
 
 def l1(model: nn.Module) -> Tensor:

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, SupportsIndex
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from triton_sparse_rnn.notices import warn
 from triton_sparse_rnn.pruning.attachment import Attachment, GradientHook, check_not_pruned_by_another
-from triton_sparse_rnn.pruning.masks import prune_to_sparsity, prune_to_threshold
 from triton_sparse_rnn.pruning.optimizers import is_optimizer, optimizers_in, parameter_ids, states_of
 from triton_sparse_rnn.pruning.schedules import ConstantMask, Schedule
-from triton_sparse_rnn.pruning.scores import block_scores, check_score, combine_gates
 from triton_sparse_rnn.pruning.state import pack_state, unpack_state
-from triton_sparse_rnn.pruning.targets import Target, Weight, find_weights, match_weights, warn_of_emptied_gates
+from triton_sparse_rnn.pruning.targets import Target, Weight, check_pattern, find_weights, match_weights
 from triton_sparse_rnn.pruning.weight_masks import WeightMasks
-from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern
+from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern, check_score
 
 
 class Pruner:
@@ -33,6 +30,7 @@ class Pruner:
     A weight that is NaN is pruned last, and NaN or infinity in a pruned place becomes zero. The pruner holds about as
     much memory as the weights that it prunes. It cannot be copied or pickled: its `state_dict` can.
 
+    >>> import torch
     >>> from triton_sparse_rnn import pruning
     >>> model = nn.GRU(8, 32)
     >>> optimizer = torch.optim.Adam(model.parameters())
@@ -69,16 +67,16 @@ class Pruner:
             model: every nn.RNN, nn.GRU and nn.LSTM in it has its recurrent and input weights (not biases, not
                 weight_hr) pruned, each gate scored apart from the others.
             schedule: for each weight that `targets` does not match; None leaves those dense.
-            pattern: which weights are pruned together: `Blocks`, or a pair (BR, BC) for them, BR hidden units of one
-                gate by BC inputs. Blocks at the edge of a gate may be smaller.
-                Both may be up to 4096, or as many as the gate has.
-            score: "max", "mean" or "l2" of the weights in a block; see `block_scores`. Narang et al. take "max"; "l2"
+            pattern: which weights are pruned together, here called a unit: `Blocks`, or a pair (BR, BC) for them, BR
+                hidden units of one gate by BC inputs. Blocks at the edge of a gate may be smaller. Both may be up to
+                4096, or as many as the gate has.
+            score: "max", "mean" or "l2" of the weights of a unit; see `Pattern.scores`. Narang et al. take "max"; "l2"
                 was 1 to 5 % more accurate on the tasks of docs/results.md.
             targets: {glob: schedule, None for dense, or {gate: schedule or None}}; the first glob that matches counts.
                 Gates are "r" "z" "n" of a GRU, "i" "f" "g" "o" of an LSTM, "h" of an RNN; one that is not named
                 follows `schedule`.
             tie_gates: one mask for all gates of a unit group; their scores are combined.
-            balanced: prune the same number of blocks in each unit group of each gate. Needs schedules by rank.
+            balanced: prune the same number in each unit group of each gate. Needs schedules by rank.
             include: globs of further parameters to prune, as `weight.flatten(1)`, such as ("decoder.weight",); not of
                 an nn.Embedding(sparse=True), whose backward raises a TypeError.
 
@@ -87,23 +85,22 @@ class Pruner:
                 cannot be pruned: frozen, tied, parametrized, or sharded (DTensor).
 
         Warns:
-            UserWarning: a gate, or with `balanced` a block row, has so few blocks that all of them will be pruned.
+            UserWarning: a gate, or with `balanced` a unit group of it, has so few that all will be pruned.
         """
         self.pattern = as_pattern(pattern)
-        self.block_size = self.pattern.block_size
         self.score = check_score(score)
         self.tie_gates = _checked_flag("tie_gates", tie_gates)
         self.balanced = _checked_flag("balanced", balanced)
         self._model = model
         self._weights = match_weights(model, schedule, targets, include)
         self._check_options()
-        warn_of_emptied_gates(self._weights, self.block_size, balanced=self.balanced)
+        check_pattern(self._weights, self.pattern, balanced=self.balanced)
         self._step_count = 0
         self._started = False
         self._attachment: Attachment | None = None
         self._gradient_hooks: list[Any] = []
-        full = {weight.name: self.full_block_mask(weight) for weight in self._weights}
-        self._masks = WeightMasks(self._weights, self.block_size, full)
+        full = {weight.name: self.full_mask(weight) for weight in self._weights}
+        self._masks = WeightMasks(self._weights, self.pattern, full)
         self._told_of_writes = False
         self._hook_gradients()
 
@@ -211,7 +208,7 @@ class Pruner:
             self._masks.apply(weight, found[weight.name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on as if never stopped: plain values and tensors, one bit for each block.
+        """Everything needed to go on as if never stopped: plain values and tensors, one bit for each unit.
 
         `torch.load(weights_only=True)` reads it. Save the model's and the optimizer's state with it. Pruned weights
         that somebody else wrote to are set to zero again first, so that both fit together.
@@ -220,7 +217,7 @@ class Pruner:
             UserWarning: that this was so, unless it was said before.
         """
         self._look(wait=True)
-        return pack_state(self._step_count, self._settings(), self._weights, self._masks.blocks)
+        return pack_state(self._step_count, self._settings(), self._weights, self._masks.of_units)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over masks and step count, and apply the masks to the weights.
@@ -230,38 +227,39 @@ class Pruner:
         Raises:
             TypeError, ValueError: it is no state of a pruner, or of one with other weights, schedules or settings.
         """
-        step_count, block_masks = unpack_state(state_dict, self._settings(), self._weights, self._masks.blocks)
+        step_count, unit_masks = unpack_state(state_dict, self._settings(), self._weights, self._masks.of_units)
         self._step_count, self._started = step_count, step_count > 0
         for weight in self._weights:
-            self._masks.set(weight, block_masks[weight.name])
+            self._masks.set(weight, unit_masks[weight.name])
             self._masks.apply(weight, weight.parameter)
 
-    def full_block_mask(self, weight: Weight) -> Tensor:
-        """Return the block mask of a weight before anything is pruned: all True, see `update_block_mask`."""
-        gates, rows, columns = weight.block_grid(self.block_size)
-        return torch.ones(1 if self.tie_gates else gates, rows, columns, dtype=torch.bool, device="cpu")
+    def full_mask(self, weight: Weight) -> Tensor:
+        """Return the pattern's mask of a weight before anything is pruned: all True, see `update_mask`."""
+        return self.pattern.full_mask(1 if self.tie_gates else weight.gates, *weight.matrix_shape)
 
-    def update_block_mask(self, weight: Weight, tensor: Tensor, block_mask: Tensor, step: int) -> Tensor:
-        """Return what an update at `step` makes of a block mask, given the weights in `tensor`.
+    def update_mask(self, weight: Weight, tensor: Tensor, mask: Tensor, step: int) -> Tensor:
+        """Return what an update at `step` makes of a pattern's mask, given the weights in `tensor`.
 
         Args:
             weight: one of `weights`; its schedules decide. Gates without an update at `step` keep their mask.
             tensor: of the weight's shape.
-            block_mask: [G, block rows, block columns], or [1, ...] with `tie_gates`, bool, True = kept.
+            mask: as `full_mask` has it, bool, True = kept.
             step: any, not only the present one.
         """
-        scores = block_scores(weight.stacked(tensor), self.block_size, self.score)
+        scores = self.pattern.scores(weight.stacked(tensor), self.score)
         if self.tie_gates:
-            scores = combine_gates(scores, self.score)
-        updated = block_mask.clone()
+            scores = self.pattern.combine_gates(scores, self.score)
+        updated = mask.clone()
         for gate, schedule in enumerate(weight.schedules[: len(scores)]):
             if schedule is None or not schedule.updates_at(step):
                 continue
             sparsity, threshold = schedule.sparsity_at(step), schedule.threshold_at(step)
             if sparsity is not None:
-                updated[gate] = prune_to_sparsity(scores[gate], block_mask[gate], sparsity, balanced=self.balanced)
+                updated[gate] = self.pattern.prune_to_sparsity(
+                    scores[gate], mask[gate], sparsity, balanced=self.balanced
+                )
             elif threshold is not None:
-                updated[gate] = prune_to_threshold(scores[gate], block_mask[gate], threshold)
+                updated[gate] = self.pattern.prune_to_threshold(scores[gate], mask[gate], threshold)
         return updated
 
     def _check_options(self) -> None:
@@ -272,7 +270,7 @@ class Pruner:
                 if self.balanced and schedule is not None and schedule.sparsity_at(schedule.last_step) is None:
                     raise ValueError(
                         f"balanced=True needs a schedule by rank, PolynomialDecay or OneShot: a "
-                        f"{type(schedule).__name__} (for {weight.name}) does not choose how many blocks it prunes"
+                        f"{type(schedule).__name__} (for {weight.name}) does not choose how many it prunes"
                     )
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
@@ -309,7 +307,7 @@ class Pruner:
         constant = self._constant_weights()
         dense = [weight.name for weight in constant if self._is_kept_whole(weight)]
         if dense:
-            found = f"ConstantMask found no {self.block_size} block of zeros in {', '.join(dense)}: "
+            found = f"ConstantMask found no {self.pattern.describe()} that is all zeros in {', '.join(dense)}: "
             if len(dense) == len(constant):
                 raise ValueError(
                     f"{found}load the pruned checkpoint before training, and give the pattern it was pruned with"
@@ -325,7 +323,7 @@ class Pruner:
 
     def _is_kept_whole(self, weight: Weight) -> bool:
         """Whether ConstantMask prunes nothing in the gates that it was given for."""
-        mask = self._masks.blocks[weight.name]
+        mask = self._masks.of_units[weight.name]
         gates = [gate for gate, one in enumerate(weight.schedules[: len(mask)]) if isinstance(one, ConstantMask)]
         return bool(mask[gates].all())
 
@@ -366,8 +364,8 @@ class Pruner:
     def _update_masks(self, step: int) -> None:
         for weight in self._weights:
             if any(schedule is not None and schedule.updates_at(step) for schedule in weight.schedules):
-                parameter, block_mask = weight.parameter.detach(), self._masks.blocks[weight.name]
-                updated = self.update_block_mask(weight, parameter, block_mask.to(parameter.device), step)
+                parameter, mask = weight.parameter.detach(), self._masks.of_units[weight.name]
+                updated = self.update_mask(weight, parameter, mask.to(parameter.device), step)
                 self._masks.set(weight, updated)
 
     def _settings(self) -> dict[str, Any]:

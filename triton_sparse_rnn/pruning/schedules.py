@@ -1,7 +1,7 @@
 """When a mask is updated, and how far it prunes at that step: frozen descriptions without state.
 
 Steps are finished optimizer steps, counted from 1; step 0 is before the first. An update at step t sees the weights
-after optimizer step t.
+after optimizer step t. A unit is what a pattern prunes as a whole, such as a block.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from triton_sparse_rnn.names import clean_name
-from triton_sparse_rnn.pruning.scores import block_scores, combine_gates
 from triton_sparse_rnn.pruning.weights import gate_names, name_matches, recurrent_weights, split_gates
 from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern
 
@@ -40,11 +39,11 @@ class Schedule(abc.ABC):
         """Whether the mask is updated at this step."""
 
     def sparsity_at(self, step: int) -> float | None:
-        """The fraction of blocks, those with the lowest scores, that an update at `step` prunes; None: not by rank."""
+        """The fraction of units, those with the lowest scores, that an update at `step` prunes; None: not by rank."""
         return None
 
     def threshold_at(self, step: int) -> float | None:
-        """The score up to which (inclusive) an update at `step` prunes a block; None: not by threshold."""
+        """The score up to which (inclusive) an update at `step` prunes a unit; None: not by threshold."""
         return None
 
 
@@ -55,10 +54,10 @@ class PolynomialDecay(Schedule):
         s(t) = s_f + (s_i - s_f) (1 - (t - begin) / (end - begin))^power
 
     Updates come at begin_step, every `frequency` steps after it, and at end_step, where exactly
-    round(final_sparsity * blocks) blocks of each gate are pruned.
+    round(final_sparsity * units) units of each gate are pruned.
 
     Args:
-        final_sparsity: s_f, fraction of blocks in [0, 1).
+        final_sparsity: s_f, fraction of units in [0, 1).
         begin_step, end_step: first and last update, 0 <= begin_step < end_step.
         initial_sparsity: s_i, the sparsity at begin_step, in [0, final_sparsity].
         frequency: steps between updates (the paper uses 100 to 1000).
@@ -99,7 +98,7 @@ class PolynomialDecay(Schedule):
 
         Args:
             total_steps: optimizer steps of the whole training, at least 2.
-            final_sparsity: fraction of blocks in [0, 1).
+            final_sparsity: fraction of units in [0, 1).
             **others: arguments of the class; those given are not chosen.
 
         >>> schedule = PolynomialDecay.for_training(20_000)
@@ -128,7 +127,7 @@ class PolynomialDecay(Schedule):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ThresholdRamp(Schedule):
-    """Prune every block whose score is at most a threshold that rises to q (Narang et al., ICLR 2017, Algorithm 1).
+    """Prune every unit whose score is at most a threshold that rises to q (Narang et al., ICLR 2017, Algorithm 1).
 
     The threshold rises by theta at each update before ramp_step and by phi = slope_ratio * theta after it:
 
@@ -201,7 +200,7 @@ class ThresholdRamp(Schedule):
         tie_gates: bool = False,
         **steps: Any,
     ) -> ThresholdRamp:
-        """Take q from a trained dense model: the score below which the fraction `sparsity` of its blocks lies.
+        """Take q from a trained dense model: the score below which the fraction `sparsity` of its units lies.
 
         The paper uses the 90th percentile, and a threshold for each type of layer: call this once for each type with
         its `names`, and give the results to `Pruner(targets=...)`.
@@ -212,7 +211,7 @@ class ThresholdRamp(Schedule):
             names: a glob over names of recurrent and input weights, whose scores are pooled.
             pattern: this, `score` and `tie_gates` as for the `Pruner` that will use the schedule.
             score: "max", "mean" or "l2".
-            tie_gates: whether all gates of a unit group are one block.
+            tie_gates: whether the units of all gates are scored as one.
             **steps: begin_step, ramp_step, end_step, and the other arguments of the class; or total_steps, and what of
                 them `for_training` is not to choose.
 
@@ -224,15 +223,15 @@ class ThresholdRamp(Schedule):
         12.0
         """
         sparsity = _checked_fraction("sparsity", sparsity)
-        block_size = as_pattern(pattern).block_size
+        pattern = as_pattern(pattern)
         if not isinstance(names, str):
             raise TypeError(f"names must be a glob such as '*weight_hh*', got {names!r}")
         pooled = []
         for path, module, attribute in recurrent_weights(model):
             if name_matches(clean_name(path), names):
                 weight = split_gates(getattr(module, attribute).detach(), len(gate_names(module)))
-                scores = block_scores(weight, block_size, score)
-                pooled.append((combine_gates(scores, score) if tie_gates else scores).flatten())
+                scores = pattern.scores(weight, score)
+                pooled.append((pattern.combine_gates(scores, score) if tie_gates else scores).flatten())
         if not pooled:
             raise ValueError(f"names={names!r} matched no recurrent or input weight of an nn.RNN, nn.GRU or nn.LSTM")
         scores = torch.cat(pooled)
@@ -240,7 +239,7 @@ class ThresholdRamp(Schedule):
         q = scores.kthvalue(count).values.item() if count else 0.0
         if not 0 < q < math.inf:
             raise ValueError(
-                f"sparsity={sparsity} of {len(scores)} blocks gives q={q}, which must be positive and finite"
+                f"sparsity={sparsity} of {pattern.describe(len(scores))} gives q={q}, which must be positive and finite"
             )
         return cls.for_training(q=q, **steps) if "total_steps" in steps else cls(q=q, **steps)
 
@@ -302,9 +301,9 @@ class OneShot(Schedule):
 class ConstantMask(Schedule):
     """Keep the zeros there are: to go on training a checkpoint that is pruned already.
 
-    A block is pruned when all its weights are zero at the moment the first gradient of the training arrives, or else
+    A unit is pruned when all its weights are zero at the moment the first gradient of the training arrives, or else
     an attached optimizer is about to step, so the checkpoint may be loaded before or after the pruner is made. A weight
-    without such a block is named in a warning, and is an error if it is so of all.
+    without such a unit is named in a warning, and is an error if it is so of all.
 
     >>> ConstantMask().updates_at(0), ConstantMask().updates_at(1), ConstantMask().threshold_at(0)
     (True, False, 0.0)

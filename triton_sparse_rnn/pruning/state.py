@@ -15,10 +15,10 @@ VERSION = 1
 
 
 def pack_state(
-    step_count: int, settings: dict[str, Any], weights: tuple[Weight, ...], block_masks: Mapping[str, Tensor]
+    step_count: int, settings: dict[str, Any], weights: tuple[Weight, ...], unit_masks: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Gather a checkpoint of plain values and uint8 tensors; see `Pruner.state_dict`."""
-    described = {weight.name: _describe(weight) | {"mask": pack_bits(block_masks[weight.name])} for weight in weights}
+    described = {weight.name: _describe(weight) | {"mask": pack_bits(unit_masks[weight.name])} for weight in weights}
     return {"version": VERSION, "step_count": step_count, "settings": settings, "weights": described}
 
 
@@ -26,9 +26,9 @@ def unpack_state(
     state: Mapping[str, Any],
     settings: dict[str, Any],
     weights: tuple[Weight, ...],
-    block_masks: Mapping[str, Tensor],
+    unit_masks: Mapping[str, Tensor],
 ) -> tuple[int, dict[str, Tensor]]:
-    """Check a checkpoint against this pruner and return its step count and block masks; the inputs stay as they are.
+    """Check a checkpoint against this pruner and return its step count and masks; the inputs stay as they are.
 
     Raises:
         TypeError, ValueError: see `Pruner.load_state_dict`.
@@ -49,7 +49,7 @@ def unpack_state(
         _check_keys(weight.name, saved, {*expected, "mask"})
         _check_same(weight.name, {key: saved[key] for key in expected}, expected)
         try:
-            masks[weight.name] = unpack_bits(saved["mask"], tuple(block_masks[weight.name].shape))
+            masks[weight.name] = unpack_bits(saved["mask"], tuple(unit_masks[weight.name].shape))
         except ValueError as error:
             raise ValueError(f"state_dict has a damaged mask for {weight.name}: {error}") from None
     return step_count, masks

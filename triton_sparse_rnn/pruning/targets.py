@@ -20,7 +20,7 @@ from triton_sparse_rnn.pruning.weights import (
     recurrent_weights,
     split_gates,
 )
-from triton_sparse_rnn.sparse.blocks import check_filling_up, count_blocks
+from triton_sparse_rnn.sparse.patterns import Pattern
 
 Target: TypeAlias = "Schedule | Mapping[str, Schedule | None] | None"
 
@@ -56,13 +56,9 @@ class Weight:
         """(H, C) of one gate."""
         return self.parameter.shape[0] // self.gates, self.parameter.shape[1:].numel()
 
-    def block_grid(self, block_size: tuple[int, int]) -> tuple[int, int, int]:
-        """(G, block rows of a gate, block columns)."""
-        check_filling_up(
-            block_size, *self.matrix_shape, name=f"each gate of {self.name}" if self.gates > 1 else self.name
-        )
-        block_rows, block_columns = count_blocks(*self.matrix_shape, block_size)
-        return self.gates, block_rows, block_columns
+    def every_gate(self, unit_mask: Tensor) -> Tensor:
+        """View a pattern's mask [G or 1, ...] as [G, ...]."""
+        return unit_mask.expand(self.gates, *unit_mask.shape[1:])
 
     def in_model(self, model: nn.Module) -> bool:
         """Whether the model still has this very parameter in its place."""
@@ -141,21 +137,21 @@ def _not_dense(value: object) -> str | None:
     return None if value.is_floating_point() else str(value.dtype)
 
 
-def warn_of_emptied_gates(weights: Iterable[Weight], block_size: tuple[int, int], *, balanced: bool) -> None:
-    """Warn of gates of which the final sparsity, rounded to whole blocks, leaves nothing."""
+def check_pattern(weights: Iterable[Weight], pattern: Pattern, *, balanced: bool) -> None:
+    """Refuse a pattern far larger than a weight; warn of gates of which the final sparsity, rounded, leaves nothing."""
     for weight in weights:
-        _, block_rows, block_columns = weight.block_grid(block_size)
-        blocks = block_columns if balanced else block_rows * block_columns
+        pattern.check_size(*weight.matrix_shape, f"each gate of {weight.name}" if weight.gates > 1 else weight.name)
+        units = pattern.count_units(*weight.matrix_shape, balanced=balanced)
         emptied = []
         for gate, schedule in zip(weight.gate_names, weight.schedules, strict=True):
             sparsity = None if schedule is None else schedule.sparsity_at(schedule.last_step)
-            if sparsity is not None and round(sparsity * blocks) == blocks:
+            if sparsity is not None and round(sparsity * units) == units:
                 emptied.append(gate)
         if emptied:
             gates = f" in gates {', '.join(emptied)}" if emptied != [""] else ""
             warn(
-                f"{weight.name} will be pruned to nothing{gates}: the final sparsity rounds to all blocks, {blocks} of "
-                f"{block_size[0]}x{block_size[1]} in each {'block row' if balanced else 'gate'}; use smaller blocks, "
+                f"{weight.name} will be pruned to nothing{gates}: the final sparsity rounds to all there is, "
+                f"{pattern.describe(units)} in each {'unit group' if balanced else 'gate'}; take a finer pattern, "
                 f"or leave it dense by targets={{{weight.name!r}: None}}"
             )
 

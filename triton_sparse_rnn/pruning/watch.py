@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_sparse_rnn.pruning.targets import Weight
+from triton_sparse_rnn.sparse.patterns import Pattern
 
 
 class PrunedSamples:
@@ -26,10 +27,11 @@ class PrunedSamples:
         self._flags: dict[str, Tensor] = {}
         self._looks: dict[str, int] = {}
 
-    def expect(self, weight: Weight, block_mask: Tensor, block_size: tuple[int, int]) -> None:
-        """Look from now on at a sample of what the mask [G or 1, block rows, block columns] has just made zero."""
+    def expect(self, weight: Weight, unit_mask: Tensor, pattern: Pattern) -> None:
+        """Look from now on at a sample of what the pattern's mask has just made zero."""
         if weight.name not in self._places:
-            self._places[weight.name] = _sample(weight, block_mask, block_size, self.PLACES)
+            every_gate = weight.every_gate(unit_mask)
+            self._places[weight.name] = pattern.pruned_places(every_gate, weight.stacked(), self.PLACES)
 
     def forget(self, weight: Weight) -> None:
         """Do not look at a weight until it is masked again, since its mask is new or nobody applies it."""
@@ -86,13 +88,3 @@ class StepWatch:
         self._seen = values
         self._changes += changed
         return changed and self._changes == self.PATIENCE
-
-
-def _sample(weight: Weight, block_mask: Tensor, block_size: tuple[int, int], count: int) -> Tensor:
-    """Flat indices [<= count] of weights that are the first of pruned blocks, spread evenly over those."""
-    pruned = (~block_mask).expand(weight.gates, -1, -1).nonzero()
-    count = min(count, len(pruned))
-    spread = torch.arange(count, dtype=torch.int64, device=pruned.device) * (len(pruned) - 1) // max(1, count - 1)
-    gate, row, column = pruned[spread].unbind(1)
-    rows, columns = weight.matrix_shape
-    return (gate * rows + row * block_size[0]) * columns + column * block_size[1]

@@ -10,41 +10,39 @@ from torch import Tensor
 
 from triton_sparse_rnn.pruning.masks import kept_bits, zero_pruned
 from triton_sparse_rnn.pruning.optimizers import state_tensors
-from triton_sparse_rnn.pruning.scores import block_weight_counts
 from triton_sparse_rnn.pruning.targets import Weight
 from triton_sparse_rnn.pruning.watch import PrunedSamples
+from triton_sparse_rnn.sparse.patterns import Pattern
 
 
 class WeightMasks:
-    """A mask over blocks for each weight.
+    """A mask of each weight, as its pattern has it.
 
     Attributes:
-        blocks: by name, [G, block rows, block columns], or [1, ...] for all gates alike; bool, True = kept.
+        of_units: by name, the pattern's masks, of each gate or of all alike; bool, True = kept.
         pruned_counts: by name, how many weights are pruned.
         samples: of pruned places, to look at.
     """
 
-    def __init__(
-        self, weights: tuple[Weight, ...], block_size: tuple[int, int], block_masks: dict[str, Tensor]
-    ) -> None:
+    def __init__(self, weights: tuple[Weight, ...], pattern: Pattern, unit_masks: dict[str, Tensor]) -> None:
         self._weights = weights
-        self._block_size = block_size
-        self.blocks = block_masks
-        self.pruned_counts = dict.fromkeys(block_masks, 0)
+        self._pattern = pattern
+        self.of_units = unit_masks
+        self.pruned_counts = dict.fromkeys(unit_masks, 0)
         self.samples = PrunedSamples()
         self._bits: dict[str, Tensor] = {}  # what `zero_pruned` takes, for each weight of which something is pruned
 
-    def set(self, weight: Weight, block_mask: Tensor) -> None:
-        """Take another mask; nothing is written to the weight."""
+    def set(self, weight: Weight, unit_mask: Tensor) -> None:
+        """Take another mask, spread over the weight as it is; nothing is written to it."""
         parameter = weight.parameter
         self.samples.forget(weight)
-        self.blocks[weight.name] = block_mask = block_mask.to(parameter.device)
-        every_gate = block_mask.expand(weight.gates, -1, -1)
-        counts = block_weight_counts(weight.matrix_shape, self._block_size, parameter.device)
-        pruned = self.pruned_counts[weight.name] = int((counts * ~every_gate).sum())
+        self.of_units[weight.name] = unit_mask = unit_mask.to(parameter.device)
+        every_gate = weight.every_gate(unit_mask)
+        pruned = self.pruned_counts[weight.name] = self._pattern.pruned_weights(every_gate, *weight.matrix_shape)
         self._bits.pop(weight.name, None)
         if pruned:
-            self._bits[weight.name] = kept_bits(every_gate, self._block_size, parameter.shape, parameter.dtype)
+            mask = self._pattern.spread(every_gate, weight.stacked()).view(parameter.shape)
+            self._bits[weight.name] = kept_bits(mask, parameter.dtype)
 
     def spread(self, weight: Weight) -> Tensor:
         """A mask of the weight's shape and device: bool, True = kept."""
@@ -76,7 +74,7 @@ class WeightMasks:
             parameter = weight.parameter
             self.apply(weight, parameter)
             if weight.name in self._bits:
-                self.samples.expect(weight, self.blocks[weight.name], self._block_size)
+                self.samples.expect(weight, self.of_units[weight.name], self._pattern)
             if parameter.grad is not None:
                 self.apply(weight, parameter.grad)
             for state in states:

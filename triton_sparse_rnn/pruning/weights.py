@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from triton_sparse_rnn.names import clean_name
-from triton_sparse_rnn.sparse.block_matrix import GATE_NAMES
+from triton_sparse_rnn.sparse.layer_config import LayerConfig
 
 
 def recurrent_weights(model: nn.Module) -> Iterator[tuple[str, nn.RNNBase, str]]:
@@ -21,10 +21,9 @@ def recurrent_weights(model: nn.Module) -> Iterator[tuple[str, nn.RNNBase, str]]
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     for prefix, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
-            for layer in range(module.num_layers):
-                for suffix in ("", "_reverse")[: 2 if module.bidirectional else 1]:
-                    for attribute in (f"weight_ih_l{layer}{suffix}", f"weight_hh_l{layer}{suffix}"):
-                        yield f"{prefix}.{attribute}".lstrip("."), module, attribute
+            for attribute in LayerConfig.of(module).weight_names():
+                if attribute.startswith(("weight_ih", "weight_hh")):
+                    yield f"{prefix}.{attribute}".lstrip("."), module, attribute
 
 
 def parameter_paths(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -49,9 +48,7 @@ def find_parameter(model: nn.Module, path: str) -> nn.Parameter | None:
 
 def gate_names(module: nn.RNNBase) -> str:
     """One letter for each gate, in the order in which they are stacked: "rzn", "ifgo" or "h"."""
-    if module.mode not in GATE_NAMES:
-        raise ValueError(f"expected an nn.RNN, nn.GRU or nn.LSTM, got {type(module).__name__} of mode {module.mode!r}")
-    return GATE_NAMES[module.mode]
+    return LayerConfig.of(module).gate_names
 
 
 def split_gates(weight: Tensor, gates: int) -> Tensor:

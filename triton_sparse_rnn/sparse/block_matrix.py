@@ -24,7 +24,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from triton_sparse_rnn.sparse.blocks import check_block_size, check_filling_up, count_blocks, from_blocks, to_blocks
+from triton_sparse_rnn.sparse.blocks import check_filling_up, count_blocks, from_blocks, to_blocks
+from triton_sparse_rnn.sparse.patterns import Blocks, PatternLike, as_pattern
 
 GATE_NAMES = {"RNN_TANH": "h", "RNN_RELU": "h", "GRU": "rzn", "LSTM": "ifgo"}  # by nn.RNNBase.mode, a letter each
 GATES = {mode: len(names) for mode, names in GATE_NAMES.items()}  # G
@@ -48,7 +49,7 @@ class BlockMatrix:
         scales: [rows], float32, for int8 only: a stored weight is its int8 value times the scale of its row.
 
     >>> weight = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 3.0, 0.0, 0.0]])
-    >>> matrix = BlockMatrix.from_dense(weight, block_size=(2, 1))
+    >>> matrix = BlockMatrix.from_dense(weight, pattern=(2, 1))
     >>> matrix.values.tolist(), matrix.columns.tolist(), matrix.density
     ([[[1.0, 0.0]], [[2.0, 3.0]]], [0, 1], 0.5)
     >>> torch.equal(matrix.to_dense(), weight)
@@ -68,6 +69,18 @@ class BlockMatrix:
         """Return the tensors by name, one for each of PARTS; None for what this matrix does without."""
         return {name: getattr(self, name) for name in self.PARTS}
 
+    def kinds(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return dtype and shape of each part that a matrix with these `values` has; the others must be None."""
+        NB, BC, BR = self.values.shape
+        gates, groups, _ = self.block_grid
+        scales = {"scales": (torch.float32, (self.shape[0],))} if self.values.dtype == torch.int8 else {}
+        return {
+            "values": (self.values.dtype, (NB, BC, BR)),
+            "columns": (INDEX_DTYPE, (NB,)),
+            "starts": (INDEX_DTYPE, (groups * gates + 1,)),
+            **scales,
+        }
+
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor | None], *, shape: tuple[int, int], gates: int) -> BlockMatrix:
         """Undo `parts`; the tensors are taken as they are, and looked at by `check` only."""
@@ -75,14 +88,14 @@ class BlockMatrix:
 
     @classmethod
     def from_dense(
-        cls, weight: Tensor, block_size: tuple[int, int], *, gates: int = 1, dtype: torch.dtype | None = None
+        cls, weight: Tensor, pattern: PatternLike, *, gates: int = 1, dtype: torch.dtype | None = None
     ) -> BlockMatrix:
         """Store every block that holds a weight other than zero (NaN is stored, a block of -0.0 is not).
 
         Args:
             weight: [G * H, columns], floating point, any strides.
-            block_size: (BR, BC); blocks at the edge of a gate are filled up with zeros. Both may be up to 4096, or as
-                many as a gate has rows and columns.
+            pattern: `Blocks`, or a pair (BR, BC); blocks at the edge of a gate are filled up with zeros. Both may be up
+                to 4096, or as many as a gate has rows and columns.
             gates: G; its rows are cut gate by gate.
             dtype: how weights are stored, None for that of `weight`. int8 is symmetric, with one scale for each row.
 
@@ -98,17 +111,16 @@ class BlockMatrix:
             )
         _check_gates(gates, weight.shape[0])
         dtype = check_storage_dtype(weight.dtype if dtype is None else dtype)
-        block_size = check_block_size(block_size)
+        block_size = as_pattern(pattern).block_size
         weight = weight.detach()
-        groups = to_blocks(_split_gates(weight, gates), block_size).transpose(0, 1)  # [groups, G, columns, BR, BC]
+        groups = to_blocks(weight.unflatten(0, (gates, -1)), block_size).transpose(0, 1)  # [groups, G, columns, BR, BC]
         # What is zero is decided before rounding: a tiny weight that a narrow dtype rounds to 0 stays in its block.
         kept = groups.ne(0).flatten(-2).any(-1)
-        ends = kept.sum(-1).flatten().cumsum(0)
         blocks = groups[kept]
         matrix = cls(
             values=blocks.transpose(1, 2),
-            columns=kept.nonzero()[:, 2].to(torch.int32),
-            starts=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
+            columns=kept.nonzero()[:, 2].to(INDEX_DTYPE),
+            starts=_starts(kept.sum(-1).flatten()).to(INDEX_DTYPE),
             shape=(weight.shape[0], weight.shape[1]),
             gates=gates,
         )
@@ -160,11 +172,10 @@ class BlockMatrix:
         block_rows = torch.arange(len(counts), dtype=torch.int64, device=counts.device)
         ours = block_rows.view(gates, -1).t().flatten()  # our order of rows of blocks: group by group
         order = torch.argsort(torch.argsort(ours)[block_rows.repeat_interleave(counts)], stable=True)
-        ends = counts[ours].cumsum(0)
         result = cls(
             values=blocks[order].transpose(1, 2).contiguous(),
-            columns=column_indices[order].to(torch.int32),
-            starts=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
+            columns=column_indices[order].to(INDEX_DTYPE),
+            starts=_starts(counts[ours]).to(INDEX_DTYPE),
             shape=(rows, columns),
             gates=gates,
         )
@@ -177,10 +188,9 @@ class BlockMatrix:
         counts = self.starts.diff().long()
         theirs = torch.arange(len(counts), dtype=torch.int64, device=counts.device).view(groups, gates).t().flatten()
         order = torch.argsort(torch.argsort(theirs)[self.block_rows], stable=True)
-        ends = counts[theirs].cumsum(0)
         scaled = self.scaled_blocks()
         return torch.sparse_bsr_tensor(
-            torch.cat([ends.new_zeros(1), ends]),
+            _starts(counts[theirs]),
             self.columns[order].long(),
             scaled[order],
             size=_padded_shape(*self.shape, self.block_size, gates),
@@ -208,31 +218,30 @@ class BlockMatrix:
         check_storage_dtype(self.values.dtype, "values")
         _check_shape(self.shape)
         _check_gates(self.gates, self.shape[0])
-        for name in ("columns", "starts"):
-            if getattr(self, name).dtype != INDEX_DTYPE:
-                raise ValueError(f"{name} must be int32, got {getattr(self, name).dtype}")
-        shapes = tuple(self.values.shape), tuple(self.columns.shape), tuple(self.starts.shape)
-        if self.values.dim() != 3 or 0 in self.block_size or self.columns.shape != self.values.shape[:1]:
-            raise ValueError(f"values, columns and starts do not fit together: their shapes are {shapes}")
-        check_filling_up(self.block_size, self.shape[0] // self.gates, self.shape[1])
-        gates, groups, block_columns = self.block_grid
-        if self.starts.shape != (groups * gates + 1,):
-            raise ValueError(f"values, columns and starts of a {self.shape} matrix do not fit together: {shapes}")
-        tensors = [self.values, self.columns, self.starts, *([] if self.scales is None else [self.scales])]
-        if not all(tensor.is_contiguous() and tensor.device == self.values.device for tensor in tensors):
-            raise ValueError("values, columns, starts and scales must be contiguous and on one device")
-        if (self.values.dtype == torch.int8) != (self.scales is not None):
-            raise ValueError("scales belong to int8 values and to no others")
-        if self.scales is not None and (self.scales.shape != (self.shape[0],) or self.scales.dtype != torch.float32):
+        if self.values.dim() != 3 or 0 in self.block_size:
             raise ValueError(
-                f"scales must be float32, one for each of {self.shape[0]} rows, got {self.scales.dtype} of shape "
-                f"{tuple(self.scales.shape)}"
+                f"values must be blocks [NB, BC, BR] that are not empty, got shape {tuple(self.values.shape)}"
             )
+        check_filling_up(self.block_size, self.shape[0] // self.gates, self.shape[1])
+        kinds, dtype, device = self.kinds(), self.values.dtype, self.values.device
+        for name, tensor in self.parts().items():
+            if (tensor is None) == (name in kinds):
+                raise ValueError(
+                    f"{name} {'are needed' if tensor is None else 'must be None'} beside values of {dtype}"
+                )
+            if tensor is not None and (tensor.dtype, tuple(tensor.shape)) != kinds[name]:
+                wanted, shape = kinds[name]
+                raise ValueError(
+                    f"{name} must be {wanted} of shape {shape}, got {tensor.dtype} of shape {tuple(tensor.shape)}: "
+                    f"parts of a {self.shape} matrix that do not fit together"
+                )
+            if tensor is not None and not (tensor.is_contiguous() and tensor.device == device):
+                raise ValueError(f"{name} must be contiguous and on {device}, the device of values")
         if indices:
-            self._check_indices(block_columns)
+            self._check_indices()
 
-    def _check_indices(self, block_columns: int) -> None:
-        NB = len(self.values)
+    def _check_indices(self) -> None:
+        NB, block_columns = len(self.values), self.block_grid[2]
         if self.starts[0] != 0 or self.starts[-1] != NB or (self.starts.diff() < 0).any():
             raise ValueError(f"starts must rise from 0 to the {NB} stored blocks")
         if NB and not 0 <= self.columns.min() <= self.columns.max() < block_columns:
@@ -261,6 +270,11 @@ class BlockMatrix:
         return torch.searchsorted(self.starts, blocks, right=True) - 1
 
     @property
+    def pattern(self) -> Blocks:
+        """In which the weights are stored."""
+        return Blocks(*self.block_size)
+
+    @property
     def block_size(self) -> tuple[int, int]:
         """(BR, BC)."""
         return self.values.shape[2], self.values.shape[1]
@@ -279,7 +293,7 @@ class BlockMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything stored: values, columns, starts and scales."""
+        """Bytes of everything stored."""
         return sum(tensor.nbytes for tensor in self.parts().values() if tensor is not None)
 
 
@@ -317,8 +331,9 @@ def row_scales(weight: Tensor) -> Tensor:
     return scales.where(scales > 0, 1)
 
 
-def _split_gates(weight: Tensor, gates: int) -> Tensor:
-    return weight.unflatten(0, (gates, -1))
+def _starts(counts: Tensor) -> Tensor:
+    """Where each row of blocks begins, and the last one ends, for the number of blocks in each."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def _padded_shape(rows: int, columns: int, block_size: tuple[int, int], gates: int) -> tuple[int, int]:

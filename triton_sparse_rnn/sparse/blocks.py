@@ -24,14 +24,16 @@ def check_block_size(block_size: tuple[int, int], name: str = "block_size") -> t
     """
     pair = tuple(block_size) if isinstance(block_size, (tuple, list, torch.Size)) else ()
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, numbers.Integral) for n in pair):
-        raise TypeError(f"{name} must be two integers (rows, columns), got {block_size!r}")
+        raise TypeError(f"{name} must be two integers (rows, columns), as in Blocks(16, 1), got {block_size!r}")
     rows, columns = map(int, pair)
     if min(rows, columns) < 1:
         raise ValueError(f"{name} must be at least (1, 1), got {block_size!r}")
     return rows, columns
 
 
-def check_filling_up(block_size: tuple[int, int], rows: int, columns: int, name: str = "a matrix") -> None:
+def check_filling_up(
+    block_size: tuple[int, int], rows: int, columns: int, where: str = "a matrix", name: str = "blocks"
+) -> None:
     """Raise ValueError where the zeros that blocks are filled up with could take any amount of memory.
 
     A block may reach beyond the matrix [rows, columns], as layers of different sizes are given one block size, but be
@@ -39,7 +41,7 @@ def check_filling_up(block_size: tuple[int, int], rows: int, columns: int, name:
     """
     most = max(rows, ALWAYS_ALLOWED), max(columns, ALWAYS_ALLOWED)
     if block_size[0] > most[0] or block_size[1] > most[1]:
-        raise ValueError(f"block_size must be at most {most} for {name} of {rows} x {columns}, got {block_size}")
+        raise ValueError(f"{name} must be at most {most} for {where} of {rows} x {columns}, got {block_size}")
 
 
 def count_blocks(rows: int, columns: int, block_size: tuple[int, int]) -> tuple[int, int]:

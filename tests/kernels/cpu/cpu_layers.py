@@ -11,10 +11,10 @@ from rounding import rounding_of_sums
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_sparse_rnn.kernels.cpu.recurrent_layer import Direction, RecurrentLayer
-from triton_sparse_rnn.ops.layer_weights import LayerWeights
+from triton_sparse_rnn.kernels.cpu.recurrent_layer import RecurrentLayer
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask
+from triton_sparse_rnn.sparse.layer_weights import LayerWeights
 
 MODES = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM", "LSTM projected")  # the last one has proj_size, where H allows it
 RAGGED = (5, 5, 4, 2, 2, 1, 1, 1)
@@ -65,7 +65,7 @@ class Layer:
         self.P = H // 2 if projected and H > 1 else H
         gates = GATES[self.mode]
         self.directions = [
-            Direction(
+            LayerWeights(
                 torch.randn(gates * H, I) / I**0.5
                 if block_ih is None
                 else random_matrix(gates, H, I, block_ih, density, dtype),
@@ -85,10 +85,6 @@ class Layer:
 
     def ready(self, *, quantized: bool = False, num_threads: int = 1) -> RecurrentLayer:
         return RecurrentLayer(self.mode, self.directions, quantized=quantized, num_threads=num_threads)
-
-    def weights(self) -> list[LayerWeights]:
-        """The same directions, as backends take them."""
-        return [LayerWeights(d.weight_ih, d.weight_hh, d.bias_ih, d.bias_hh, d.weight_hr) for d in self.directions]
 
     def by_torch(
         self, x: Tensor, states: list[Tensor], batch_sizes: Sequence[int], dtype: torch.dtype = torch.float64

@@ -12,7 +12,7 @@ from cpu_layers import Layer, assert_as_accurate_as_torch
 from triton_sparse_rnn.gate_gradients.backends import cpu, reference
 from triton_sparse_rnn.gate_gradients.contract import Arriving, Direction, Needed, Rule, Steps
 from triton_sparse_rnn.kernels.cpu import target
-from triton_sparse_rnn.ops.reference import recurrent_layer
+from triton_sparse_rnn.ops.backends.reference import recurrent_layer
 
 WIDE = [
     ("RNN_TANH", (16, 4), torch.float32),
@@ -33,7 +33,7 @@ def main() -> None:
         layer = Layer(mode, 21, 53, block_size, block_size, dtype=torch.int8)
         x, states = layer.random_inputs([15])
         ours = layer.ready(quantized=True)(x, states, None)
-        expected = recurrent_layer(x, states, layer.weights(), None, layer.mode, activation_dtype=torch.int8)
+        expected = recurrent_layer(x, states, layer.directions, None, layer.mode, activation_dtype=torch.int8)
         torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
     for rule in (Rule(), Rule("sample"), Rule("sample", "blocks", 5, 2)):
         check_backward(rule)

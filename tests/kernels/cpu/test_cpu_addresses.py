@@ -12,8 +12,9 @@ from triton_sparse_rnn.kernels.cpu import addresses
 from triton_sparse_rnn.kernels.cpu.addresses import address_of, address_of_rows
 from triton_sparse_rnn.kernels.cpu.gate_gradients.launcher import GateGradients, lstm_cells, place_steps
 from triton_sparse_rnn.kernels.cpu.gate_gradients.step import GateGradientFormat
-from triton_sparse_rnn.kernels.cpu.recurrent_layer import Direction, RecurrentLayer
+from triton_sparse_rnn.kernels.cpu.recurrent_layer import RecurrentLayer
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.layer_weights import LayerWeights
 
 FOLDER = Path(addresses.__file__).parent
 
@@ -74,7 +75,7 @@ def test_a_layer_of_wrong_tensors(change):
     if change != "bias":
         object.__setattr__(matrix, change, getattr(matrix, change).long())
     with pytest.raises(ValueError, match=rf"{change} must be \d+ numbers of torch\.\w+32 on the CPU"):
-        RecurrentLayer("GRU", [Direction(matrix, matrix, bias, bias, None)], quantized=False)
+        RecurrentLayer("GRU", [LayerWeights(matrix, matrix, bias, bias)], quantized=False)
 
 
 @pytest.mark.parametrize("name", ["gates", "c0", "y"])

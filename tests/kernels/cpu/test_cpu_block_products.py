@@ -2,16 +2,18 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from cpu_layers import random_matrix
 from emitted_code import call_kernel
 
+from triton_sparse_rnn.kernels.cpu.matrix import matrix_fields
 from triton_sparse_rnn.kernels.cpu.pack import PackFields, PackFormat
 from triton_sparse_rnn.kernels.cpu.products import ProductFields
 from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 from triton_sparse_rnn.kernels.cpu.support import MOST_COLUMNS
-from triton_sparse_rnn.ops.reference import quantize_activations
+from triton_sparse_rnn.ops.backends.reference import quantize_activations
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 SIZES = [(16, 4), (16, 1), (16, 6), (32, 20), (48, 8), (5, 3)]  # quads in and across blocks, wide blocks, no quads
@@ -33,11 +35,11 @@ def multiply(matrix: BlockMatrix, x: torch.Tensor, bias: torch.Tensor | None = N
     assert matrix.shape[0] == gates * units  # constants need no filling up
     bias = torch.zeros(matrix.shape[0]) if bias is None else bias
     output = torch.empty(rows, gates, units)
-    tensors = {"matrix_starts": matrix.starts, "matrix_columns": matrix.columns, "matrix_values": matrix.values}
-    tensors |= {"scales": matrix.scales, "bias": bias, "inputs": packed, "input_scales": scales, "output": output}
-    numbers = {"gates": gates, "gate_bytes": units * 4, "input_bytes": padded, "rows": rows}
-    fields = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    call_kernel(layout, ProductFields(**fields, **numbers, output_bytes=4 * matrix.shape[0]), 0, groups * layout.parts)
+    record = np.array(matrix_fields(matrix, bias, True), dtype=np.int64)
+    tensors = {"scales": matrix.scales, "bias": bias, "inputs": packed, "input_scales": scales, "output": output}
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    fields = ProductFields(record.ctypes.data, **addresses, rows=rows, output_bytes=4 * matrix.shape[0])
+    call_kernel(layout, fields, 0, groups * layout.parts)
     return output.flatten(1)
 
 

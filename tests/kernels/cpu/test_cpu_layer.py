@@ -6,7 +6,7 @@ import pytest
 import torch
 from cpu_layers import MODES, Layer
 
-from triton_sparse_rnn.ops.reference import recurrent_layer
+from triton_sparse_rnn.ops.backends.reference import recurrent_layer
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 INF, NAN = math.inf, math.nan
@@ -15,7 +15,7 @@ INF, NAN = math.inf, math.nan
 def by_reference(layer, x, states):
     """In float64. A block that is not stored does not read its input."""
     wide = [state.double() for state in states]
-    return recurrent_layer(x.double(), wide, layer.weights(), None, layer.mode)
+    return recurrent_layer(x.double(), wide, layer.directions, None, layer.mode)
 
 
 def vectors_of(layer, x, states):

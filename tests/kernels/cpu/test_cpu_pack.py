@@ -1,4 +1,4 @@
-"""The pack kernel alone, bit for bit, against the order and the rounding that pack.py and ops/reference.py define."""
+"""The pack kernel alone, bit for bit, against the order of pack.py and the rounding of ops/backends/reference.py."""
 
 import math
 
@@ -8,7 +8,7 @@ from emitted_code import call_kernel
 from torch.nn import functional as F
 
 from triton_sparse_rnn.kernels.cpu.pack import PackFields, PackFormat
-from triton_sparse_rnn.ops.reference import quantize_activations
+from triton_sparse_rnn.ops.backends.reference import quantize_activations
 
 FORMATS = [
     PackFormat(tile_rows=8, quad=1, quantized=False, offset=0),

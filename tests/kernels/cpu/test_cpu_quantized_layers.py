@@ -1,4 +1,4 @@
-"""Whole layers with quantised activations against ops/reference.
+"""Whole layers with quantised activations against ops/backends/reference.
 
 Given the same state, a step rounds the same activations; from a state that differs in its last bit it may round one of
 them to a neighbour. So it is single steps that are compared closely.
@@ -10,7 +10,7 @@ import pytest
 import torch
 from cpu_layers import MODES, RAGGED, Layer
 
-from triton_sparse_rnn.ops.reference import recurrent_layer
+from triton_sparse_rnn.ops.backends.reference import recurrent_layer
 
 BLOCKS = [(16, 4), (5, 3), (16, 1), (32, 20)]
 
@@ -24,7 +24,7 @@ def layers(number, I=21, H=53):
 
 def by_reference(layer, x, states, batch_sizes=None):
     sizes = None if batch_sizes is None else torch.tensor(batch_sizes)
-    return recurrent_layer(x, states, layer.weights(), sizes, layer.mode, activation_dtype=torch.int8)
+    return recurrent_layer(x, states, layer.directions, sizes, layer.mode, activation_dtype=torch.int8)
 
 
 @pytest.mark.parametrize("number", range(len(MODES)))

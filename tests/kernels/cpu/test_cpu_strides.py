@@ -1,4 +1,4 @@
-"""Tensors of every layout on their way through ops/cpu.prepare_layer."""
+"""Tensors of every layout on their way through ops/backends/cpu.prepare_layer."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import torch
 from cpu_layers import MODES, RAGGED, Layer
 from rounding import assert_same_sums
 
-from triton_sparse_rnn.ops import cpu
+from triton_sparse_rnn.ops.backends import cpu
 
 
 def transposed(tensor):
@@ -39,7 +39,7 @@ LAYOUTS = [transposed, sliced, offset, negative]
 
 
 def prepared(layer, dtype=torch.float32):
-    return cpu.prepare_layer(layer.mode, layer.weights(), dtype=dtype, activation_dtype=None, num_threads=1)
+    return cpu.prepare_layer(layer.mode, layer.directions, dtype=dtype, activation_dtype=None, num_threads=1)
 
 
 @pytest.mark.parametrize("mode", MODES)

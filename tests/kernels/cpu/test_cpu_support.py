@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from triton_sparse_rnn.kernels.cpu.support import MOST_COLUMNS, availability, unsupported_reason
+from triton_sparse_rnn.kernels.cpu.support import MOST_COLUMNS, availability, unreadable_reason
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 
@@ -36,15 +36,15 @@ def test_numba_is_not_imported_to_ask():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
 def test_any_block_and_dtype(rows, dtype):
     for columns in (1, 3, 40):
-        assert unsupported_reason("weight_hh", matrix((rows, columns), dtype), quantized=False) is None
+        assert unreadable_reason("weight_hh", matrix((rows, columns), dtype), quantized=False) is None
 
 
 def test_dense_weight():
-    assert unsupported_reason("weight_ih", torch.ones(48, 16), quantized=False) is None
+    assert unreadable_reason("weight_ih", torch.ones(48, 16), quantized=False) is None
 
 
 def test_quantised_activations():
-    assert unsupported_reason("weight_hh", matrix(dtype=torch.int8, columns=MOST_COLUMNS), quantized=True) is None
+    assert unreadable_reason("weight_hh", matrix(dtype=torch.int8, columns=MOST_COLUMNS), quantized=True) is None
 
 
 @pytest.mark.parametrize(
@@ -62,4 +62,4 @@ def test_quantised_activations():
     ],
 )
 def test_unsupported(weight, quantized, reason):
-    assert reason in (unsupported_reason("weight_hh", weight, quantized=quantized) or "")
+    assert reason in (unreadable_reason("weight_hh", weight, quantized=quantized) or "")

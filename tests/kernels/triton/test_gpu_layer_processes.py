@@ -15,8 +15,8 @@ from torch import Tensor
 from triton_sparse_rnn.kernels.triton import resident, streamed, time_loop
 from triton_sparse_rnn.kernels.triton.recurrent_layer import Direction, RecurrentLayer, RecurrentStack
 from triton_sparse_rnn.kernels.triton.tiles import SLOTS, TABLE, Choice
+from triton_sparse_rnn.ops.backends.reference import recurrent_layer
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
-from triton_sparse_rnn.ops.reference import recurrent_layer
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 
 CPU = torch.device("cpu")

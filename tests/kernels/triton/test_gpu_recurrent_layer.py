@@ -20,8 +20,8 @@ from triton_sparse_rnn.kernels.triton.recurrent_layer import (
     can_be_stacked,
     refuse_first_in_capture,
 )
+from triton_sparse_rnn.ops.backends.reference import recurrent_layer
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
-from triton_sparse_rnn.ops.reference import recurrent_layer
 from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
 
 MODES = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")

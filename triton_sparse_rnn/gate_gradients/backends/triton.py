@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from triton_sparse_rnn.gate_gradients.contract import Arriving, Direction, Gradients, Needed, Rule, Steps
 from triton_sparse_rnn.gate_gradients.states import rows_before
-from triton_sparse_rnn.ops import triton
+from triton_sparse_rnn.ops.backends import triton
 
 if TYPE_CHECKING:
     from triton_sparse_rnn.kernels.triton.gate_gradients.products import Kept

@@ -36,6 +36,22 @@ MakeLinear = Callable[["BlockMatrix | Tensor", "Tensor | None", torch.dtype], Li
 CHUNK_BYTES = 2**26  # of inputs and products that block_linear holds for every stored block at a time
 
 
+def availability() -> str | None:
+    """Return None: it runs everywhere."""
+    return None
+
+
+def unsupported_reason(
+    mode: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    directions: list[LayerWeights],
+    activation_dtype: torch.dtype | None,
+) -> str | None:
+    """Return None: it runs every layer."""
+    return None
+
+
 def prepare_layer(
     mode: str,
     directions: list[LayerWeights],

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer, plain
+from triton_sparse_rnn.kernels.cpu import support
+from triton_sparse_rnn.ops.layer_weights import MATRICES, LayerWeights, RunLayer, plain
+
+
+def availability() -> str | None:
+    """Return why no kernel for the CPU can run in this process, or None where one can."""
+    return support.availability()
 
 
 def unsupported_reason(
@@ -22,16 +28,9 @@ def unsupported_reason(
         return f"it needs tensors on the CPU, these are on {device}"
     if dtype == torch.float64:
         return "it computes in float32, the layer's dtype is torch.float64"
-    from triton_sparse_rnn.kernels.cpu import support
-
-    weights = (
-        (name, getattr(direction, name))
-        for direction in directions
-        for name in ("weight_ih", "weight_hh", "weight_hr")
-        if getattr(direction, name) is not None
-    )
+    weights = ((name, getattr(direction, name)) for direction in directions for name in MATRICES)
     quantized = activation_dtype is not None
-    reasons = (support.unsupported_reason(name, weight, quantized=quantized) for name, weight in weights)
+    reasons = (support.unreadable_reason(*weight, quantized=quantized) for weight in weights if weight[1] is not None)
     return next(filter(None, reasons), None)
 
 
@@ -44,13 +43,10 @@ def prepare_layer(
     num_threads: int,
 ) -> RunLayer:
     """Arguments and results of the callable are those of `reference.recurrent_layer`."""
-    from triton_sparse_rnn.kernels.cpu.recurrent_layer import Direction, RecurrentLayer
+    from triton_sparse_rnn.kernels.cpu.recurrent_layer import RecurrentLayer  # loads numba
 
     def make() -> RecurrentLayer:
-        wide = [
-            Direction(_float(w.weight_ih), w.weight_hh, _float(w.bias_ih), _float(w.bias_hh), w.weight_hr)
-            for w in directions
-        ]
+        wide = [LayerWeights(*map(_float, weights)) for weights in directions]
         return RecurrentLayer(mode, wide, quantized=activation_dtype is not None, num_threads=num_threads)
 
     layer = make()
