@@ -105,8 +105,8 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def strip(axes: Axes, labelsize: int = 9) -> None:
+def strip(axes: Axes) -> None:
     """Leave two thin spines, and numbers in INK."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(PALE)
-    axes.tick_params(colors=INK, labelsize=labelsize)
+    axes.tick_params(colors=INK, labelsize=9)
