@@ -50,37 +50,33 @@ def padded_rows(matrix: BlockMatrix) -> int:
 
 
 def matrix_fields(
-    matrix: BlockMatrix, bias: Tensor, quantized: bool, *, pack: int = 0, product: int = 0, scratch: int = 0
+    matrix: BlockMatrix, bias: Tensor, layout: BlockFormat, *, pack: int = 0, product: int = 0, scratch: int = 0
 ) -> MatrixFields:
     """Look at the parts of a matrix, and return its record.
 
     Args:
         matrix: [G * H, columns].
         bias: float32, a number for each row, or for each padded one.
-        quantized: whether its inputs are.
+        layout: `format_of` the matrix.
         pack, product: addresses of kernels that run_layer (layer.py) calls.
         scratch: offset of the place for a padded bias and padded scales, of `padded_rows` float32 each.
     """
-    (BR, BC), (gates, groups, block_columns), layout = (
-        matrix.block_size,
-        matrix.block_grid,
-        format_of(matrix, quantized),
-    )
-    rows, padded_inputs = matrix.shape[0] // gates, block_columns * BC
-    fits = rows == groups * BR
+    gates, groups, block_columns = matrix.block_grid
+    rows, padded, padded_inputs = matrix.shape[0] // gates, groups * layout.BR, block_columns * layout.BC
+    own_bias, own_scales = bias.shape[0] >= gates * padded, matrix.scales is None or rows == padded
     return MatrixFields(
         **addresses_of_parts(matrix),
         bias=address_of("bias", bias, torch.float32, matrix.shape[0]),
         gates=gates,
-        gate_bytes=groups * BR * FLOAT_BYTES,
-        input_bytes=padded_inputs * (1 if quantized else FLOAT_BYTES),
+        gate_bytes=padded * FLOAT_BYTES,
+        input_bytes=padded_inputs * (1 if layout.quantized else FLOAT_BYTES),
         inputs=matrix.shape[1],
         padded_inputs=padded_inputs,
-        quantized=quantized,
+        quantized=layout.quantized,
         row_bytes=rows * FLOAT_BYTES,
         vectors=groups * layout.parts,
         pack=pack,
         product=product,
-        padded_bias=-1 if fits or bias.shape[0] >= padded_rows(matrix) else scratch,
-        padded_scales=-1 if fits or matrix.scales is None else scratch + padded_rows(matrix) * FLOAT_BYTES,
+        padded_bias=-1 if own_bias else scratch,
+        padded_scales=-1 if own_scales else scratch + gates * padded * FLOAT_BYTES,
     )

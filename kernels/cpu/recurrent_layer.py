@@ -155,7 +155,7 @@ class RecurrentLayer:
             pack = kernel_address(PackFormat.for_product(layout))
             product = kernel_address(layout if mode is None else StepFormat(mode, layout))
             bias = self._no_bias if bias is None else bias
-            return matrix_fields(weight, bias, quantized, pack=pack, product=product, scratch=offset)
+            return matrix_fields(weight, bias, layout, pack=pack, product=product, scratch=offset)
 
         ih = read(direction.weight_ih, direction.bias_ih)
         hh = read(direction.weight_hh, direction.bias_hh, mode)

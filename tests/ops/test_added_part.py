@@ -40,7 +40,7 @@ def make(rows, columns, gates):
     return dataclasses.replace(plain, picks=torch.zeros(plain.values.shape[::2], dtype=torch.uint8))
 
 weights = LayerWeights(make(32, 3, 4), make(32, 6, 4), None, None, make(6, 8, 1))
-tensors = pack_layer_weights(weights)
+tensors = pack_layer_weights([weights])
 [again] = unpack_layer_weights(tensors, "LSTM", 3, (8, 6))
 for matrix, unpacked in ((weights[i], again[i]) for i in (0, 1, 4)):
     unpacked.check()
@@ -55,7 +55,7 @@ shapes = [None if tensor is None else tensor.shape for tensor in tensors]
 assert count_operations((5, 3), [], shapes) == 2 * 5 * sum(weights[i].values.numel() for i in (0, 1, 4))
 
 wrong = dataclasses.replace(weights.weight_hh, picks=weights.weight_hh.picks.int())
-call[2] = pack_layer_weights(weights._replace(weight_hh=wrong))
+call[2] = pack_layer_weights([weights._replace(weight_hh=wrong)])
 try:
     recurrent_layer(*call)
 except ValueError as error:

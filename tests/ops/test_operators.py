@@ -58,7 +58,7 @@ def make_arguments(
     **options,
 ):
     weights = [make_weights(mode, dtype, **options) for _ in range(directions)]
-    tensors = [tensor for direction in weights for tensor in pack_layer_weights(direction)]
+    tensors = pack_layer_weights(weights)
     batch_sizes = torch.tensor([3, 2, 2, 1]) if packed else None
     x = torch.randn(8 if packed else 12, I, dtype=dtype)
     states = [torch.randn(directions, 3, options.get("proj_size") or H, dtype=dtype)]
@@ -144,7 +144,7 @@ def test_a_named_backend_runs_or_raises():
 )
 def test_weights_packed_and_unpacked(options):
     packed = [make_weights("LSTM", **options) for _ in range(2)]
-    tensors = [tensor for weights in packed for tensor in pack_layer_weights(weights)]
+    tensors = pack_layer_weights(packed)
     assert len(tensors) == 2 * len(NAMES) == 28
     unpacked = unpack_layer_weights(tensors, "LSTM", I, (H, options.get("proj_size") or H))
     for ours, theirs in zip(unpacked, packed, strict=True):

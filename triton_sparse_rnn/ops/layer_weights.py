@@ -18,18 +18,20 @@ T = TypeVar("T")
 RunLayer: TypeAlias = Callable[[Tensor, list[Tensor], "Tensor | None"], list[Tensor]]
 
 
-def pack_layer_weights(weights: LayerWeights) -> list[Tensor | None]:
-    """Return the tensors of one direction, one for each of NAMES. The values of a dense weight are the weight."""
-    tensors: dict[str, Tensor | None] = {name: getattr(weights, name) for name in BIASES}
-    for name in MATRICES:
-        matrix = getattr(weights, name)
-        parts = matrix.parts() if isinstance(matrix, BlockMatrix) else {"values": matrix}
-        tensors |= {f"{name}_{part}": tensor for part, tensor in parts.items()}
-    return [tensors.get(name) for name in NAMES]
+def pack_layer_weights(directions: list[LayerWeights]) -> list[Tensor | None]:
+    """Return a tensor for each of NAMES, direction after direction. The values of a dense weight are the weight."""
+    packed = []
+    for weights in directions:
+        for name in MATRICES:
+            matrix = getattr(weights, name)
+            parts = matrix.parts() if isinstance(matrix, BlockMatrix) else {"values": matrix}
+            packed += [parts.get(part) for part in BlockMatrix.PARTS]
+        packed += [getattr(weights, name) for name in BIASES]
+    return packed
 
 
 def name_directions(packed: Sequence[T]) -> list[dict[str, T]]:
-    """Return, for each direction in a list of `pack_layer_weights`, what stands there by NAMES."""
+    """Return what stands in a list of `pack_layer_weights`, by NAMES, for each direction."""
     starts = range(0, len(packed), len(NAMES))
     return [dict(zip(NAMES, packed[start : start + len(NAMES)], strict=True)) for start in starts]
 
@@ -37,10 +39,10 @@ def name_directions(packed: Sequence[T]) -> list[dict[str, T]]:
 def unpack_layer_weights(
     tensors: Sequence[Tensor | None], mode: str, input_size: int, sizes: tuple[int, int]
 ) -> list[LayerWeights]:
-    """Undo `pack_layer_weights` for every direction in the list.
+    """Undo `pack_layer_weights`.
 
     Args:
-        tensors: those of a direction after those of another.
+        tensors: what that returned.
         mode: nn.RNNBase.mode, which tells the number of gates.
         input_size: columns of the input weight.
         sizes: (H, columns of the recurrent weight).

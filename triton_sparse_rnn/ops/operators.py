@@ -42,7 +42,7 @@ def recurrent_layer(
     Args:
         x: [N, I], the rows of a packed batch (nn.utils.rnn.PackedSequence.data).
         states: h0 [D, B, H or proj_size] and, for an LSTM, c0 [D, B, H]; dtype of x.
-        weights: D lists of `pack_layer_weights`, one behind the other.
+        weights: the list of `pack_layer_weights`.
         batch_sizes: [T], int64 on the CPU (PackedSequence.batch_sizes); None for B rows at every step.
         mode: nn.RNNBase.mode.
         hidden_size: H.
@@ -118,7 +118,7 @@ def traced_layer(
     num_threads: int,
 ) -> RunLayer:
     """Return a layer that is one operator to whoever traces or differentiates the call; see `recurrent_layer`."""
-    tensors = [tensor for weights in directions for tensor in pack_layer_weights(weights)]
+    tensors = pack_layer_weights(directions)
 
     def run_layer(x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
         refuse_tangents([x, *states])

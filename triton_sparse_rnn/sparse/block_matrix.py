@@ -73,13 +73,11 @@ class BlockMatrix:
         """Return dtype and shape of each part that a matrix with these `values` has; the others must be None."""
         NB, BC, BR = self.values.shape
         gates, groups, _ = self.block_grid
-        scales = {"scales": (torch.float32, (self.shape[0],))} if self.values.dtype == torch.int8 else {}
-        return {
-            "values": (self.values.dtype, (NB, BC, BR)),
-            "columns": (INDEX_DTYPE, (NB,)),
-            "starts": (INDEX_DTYPE, (groups * gates + 1,)),
-            **scales,
-        }
+        kinds = {"values": (self.values.dtype, (NB, BC, BR)), "columns": (INDEX_DTYPE, (NB,))}
+        kinds["starts"] = INDEX_DTYPE, (groups * gates + 1,)
+        if self.values.dtype == torch.int8:
+            kinds["scales"] = torch.float32, (self.shape[0],)
+        return kinds
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor | None], *, shape: tuple[int, int], gates: int) -> BlockMatrix:

@@ -35,7 +35,7 @@ def multiply(matrix: BlockMatrix, x: torch.Tensor, bias: torch.Tensor | None = N
     assert matrix.shape[0] == gates * units  # constants need no filling up
     bias = torch.zeros(matrix.shape[0]) if bias is None else bias
     output = torch.empty(rows, gates, units)
-    record = np.array(matrix_fields(matrix, bias, True), dtype=np.int64)
+    record = np.array(matrix_fields(matrix, bias, layout), dtype=np.int64)
     tensors = {"scales": matrix.scales, "bias": bias, "inputs": packed, "input_scales": scales, "output": output}
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     fields = ProductFields(record.ctypes.data, **addresses, rows=rows, output_bytes=4 * matrix.shape[0])

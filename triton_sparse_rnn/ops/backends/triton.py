@@ -107,7 +107,7 @@ class PreparedLayer:
         """
         G, (rows, hidden) = GATES[mode], directions[0].weight_hh.shape
         # Aliases share memory and counters with the tensors, but do not keep _PREPARED from seeing those die.
-        self._tensors = [None if tensor is None else tensor.detach() for tensor in _pack(directions)]
+        self._tensors = [None if tensor is None else tensor.detach() for tensor in pack_layer_weights(directions)]
         sizes = rows // G, hidden
         self._directions = unpack_layer_weights(self._tensors, mode, directions[0].weight_ih.shape[1], sizes)
         self._mode = mode
@@ -132,7 +132,7 @@ class PreparedLayer:
 
     def is_made_from(self, mode: str, directions: list[LayerWeights]) -> bool:
         """Whether these are the tensors; whether they were written to is another question."""
-        tensors = _pack(directions)
+        tensors = pack_layer_weights(directions)
         return (
             mode == self._mode
             and len(tensors) == len(self._tensors)
@@ -228,10 +228,6 @@ def _call(
 ) -> list[Tensor]:
     batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
     return run(plain(x), [plain(state) for state in states], batch_sizes)
-
-
-def _pack(directions: list[LayerWeights]) -> list[Tensor | None]:
-    return [tensor for weights in directions for tensor in pack_layer_weights(weights)]
 
 
 def _is_alias(kept: Tensor | None, given: Tensor | None) -> bool:
