@@ -57,6 +57,7 @@ def to_sparse(
             `model.forward = torch.no_grad()(model.forward)` does. Take that away, or convert the layer itself.
         BackendUnavailableError: `backend` is named and cannot run one of the layers.
 
+    >>> import torch
     >>> from triton_sparse_rnn import SparseGRU
     >>> model = nn.Sequential(nn.Linear(4, 4), SparseGRU(4, 8)).eval()
     >>> for weight in (model[1].weight_ih_l0, model[1].weight_hh_l0):
