@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.budgets import assert_within_budget
 from bench.workloads import Workload
@@ -92,16 +92,15 @@ class Ours:
 
     def prepare(self, work: Workload) -> tuple[Workload, Callable[[], Any]]:
         converted = work if self.zeros else work.without_zeros
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*little to skip")  # some layers are dense on purpose
-            fast = PERSISTENT[work.layer_name].from_dense(
-                converted.layer,
-                weight_dtype=self.weight_dtype,
-                activation_dtype=self.activation_dtype,
-                storage=work.block_size,
-                backend="cpu",
-            )
-        return converted, call_of(fast, work)
+        dtypes = {"weight_dtype": self.weight_dtype, "activation_dtype": self.activation_dtype}
+        return converted, call_of(persistent_layer(converted.layer, work, backend="cpu", **dtypes), work)
+
+
+def persistent_layer(dense: nn.RNNBase, work: Workload, **options: Any) -> Any:
+    """Convert a layer of a workload, without a warning: some are dense on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*little to skip")
+        return PERSISTENT[work.layer_name].from_dense(dense, storage=work.block_size, **options)
 
 
 def call_of(fast: Any, work: Workload) -> Callable[[], Tensor]:

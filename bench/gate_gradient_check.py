@@ -12,6 +12,7 @@ from triton_sparse_rnn import SparseLSTM
 from triton_sparse_rnn.gate_gradients.backends import reference
 from triton_sparse_rnn.gate_gradients.contract import Arriving, BackwardDirection, Gradients
 
+MOST_WARM_UPS, CLOSE_ENOUGH = 60, 0.02
 LARGEST_DIFFERING = 1e-3  # share of the gate gradients
 GRADIENTS = ("x", "h0", "c0", "weight_ih", "weight_hh", "bias_ih")
 
@@ -52,6 +53,15 @@ def assert_right(ours: Gradients, arguments: tuple[Any, ...], rounding: float) -
         right = getattr(exact, name)
         error = (getattr(ours, name).double() - right).norm() / right.norm()
         assert error < rounding, f"the gradient of {name} is off by {error:.1e}, so there is nothing to time"
+
+
+def settle(layer: SparseLSTM, x: Tensor, grad_y: Tensor, target: float) -> None:
+    """Run passes until the share of zeros is near the target."""
+    for _ in range(MOST_WARM_UPS):
+        layer(x)[0].backward(grad_y)
+        if abs(measured_zeros(layer) - target) < CLOSE_ENOUGH:
+            return
+    raise AssertionError(f"{measured_zeros(layer):.0%} zeros after {MOST_WARM_UPS} passes")
 
 
 def measured_zeros(layer: nn.LSTM) -> float:

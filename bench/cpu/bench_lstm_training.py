@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.gate_gradient_check import assert_right, measured_zeros
+from bench.gate_gradient_check import assert_right, measured_zeros, settle
 from triton_sparse_rnn import GateGradientSparsity, SparseLSTM
 from triton_sparse_rnn.gate_gradients.backends import cpu, reference
 from triton_sparse_rnn.gate_gradients.contract import Arriving, BackwardDirection, Decision, Gradients, Needed
@@ -25,7 +25,6 @@ from triton_sparse_rnn.kernels.cpu.gate_gradients.through_time import GateGradie
 
 B, T = 32, 64
 SIZES = (256, 512, 1024)  # H, and I
-MOST_WARM_UPS, CLOSE_ENOUGH = 60, 0.02
 ROUNDING = 1e-5
 OURS: dict[str, dict[str, Any] | None] = {
     "nn.LSTM": None,
@@ -93,12 +92,7 @@ def prepare(H: int, contender: str) -> tuple[nn.LSTM, Tensor, Tensor]:
     if options is None:
         return nn.LSTM(H, H), x, grad_y
     layer = SparseLSTM(H, H, gate_gradient=GateGradientSparsity(backend="cpu", **options))
-    for _ in range(MOST_WARM_UPS):
-        layer(x)[0].backward(grad_y)
-        if abs(measured_zeros(layer) - options.get("target", 0.0)) < CLOSE_ENOUGH:
-            break
-    else:
-        raise AssertionError(f"{measured_zeros(layer):.0%} zeros after {MOST_WARM_UPS} passes")
+    settle(layer, x, grad_y, options.get("target", 0.0))
     call = record(layer, x, grad_y)
     arguments = call.direction, call.arriving, call.needed, call.decision._replace(keep_gates=True)
     assert_right(cpu.direction_gradients(*arguments), arguments, ROUNDING)

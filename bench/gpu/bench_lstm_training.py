@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.gate_gradient_check import assert_right, measured_zeros
+from bench.gate_gradient_check import assert_right, measured_zeros, settle
 from bench.gpu.timing import median_device_us, synchronized
 from triton_sparse_rnn import GateGradientSparsity, SparseLSTM
 from triton_sparse_rnn.gate_gradients.backends import triton
@@ -26,7 +26,6 @@ from triton_sparse_rnn.gate_gradients.contract import Decision, Gradients
 
 pytestmark = pytest.mark.gpu
 
-MOST_WARM_UPS, CLOSE_ENOUGH = 60, 0.02
 EVENT_SECONDS = 0.1  # of timing by events, besides what pytest-benchmark does
 ROUNDING = {torch.float32: 0.01, torch.bfloat16: 0.05}  # of TF32, for float32
 BLOCKS = {"rule": "stochastic", "structure": "blocks"}
@@ -97,12 +96,7 @@ def prepare(work: Work, contender: str) -> tuple[nn.LSTM, Tensor, Tensor]:
     if options is None:
         return nn.LSTM(work.H, work.H, **where), x, grad_y
     layer = SparseLSTM(work.H, work.H, gate_gradient=GateGradientSparsity(backend="triton", **options), **where)
-    for _ in range(MOST_WARM_UPS):
-        layer(x)[0].backward(grad_y)
-        if abs(measured_zeros(layer) - options.get("target", 0.0)) < CLOSE_ENOUGH:
-            break
-    else:
-        raise AssertionError(f"{measured_zeros(layer):.0%} zeros after {MOST_WARM_UPS} passes")
+    settle(layer, x, grad_y, options.get("target", 0.0))
     check(layer, x, grad_y, ROUNDING[work.dtype])
     return layer, x, grad_y
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.budgets import assert_within_budget
-from bench.contenders import PERSISTENT, call_of
+from bench.contenders import call_of, persistent_layer
 from bench.gpu import floor
 from bench.gpu.machine import copy_bandwidth
 from bench.gpu.timing import median_device_us, replayed, synchronized
@@ -149,10 +148,7 @@ class Ours(GpuContender):
 
 def convert(work: Workload) -> tuple[Any, dict[str, Any]]:
     """Return the persistent layer of a workload, warmed up, and what its kernels report of themselves."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*little to skip")  # some layers are dense on purpose
-        dense = copy.deepcopy(work.layer).to(work.device)
-        fast = PERSISTENT[work.layer_name].from_dense(dense, storage=work.block_size, backend="triton")
+    fast = persistent_layer(copy.deepcopy(work.layer).to(work.device), work, backend="triton")
     with torch.inference_mode():
         fast(work.x.to(work.device))  # what is reported is how the last call of this batch size ran
     assert fast._plan is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -47,7 +46,7 @@ def size_of(task: Task, row: Row) -> Size:
 def parameters(task: Task, hidden_size: int) -> Parameters:
     """Count the parameters of a task's model with a GRU of that width."""
     with torch.device("meta"):
-        model = resized(task, hidden_size).build_model(SparseGRU, seed=0)
+        model = task.resized(hidden_size).build_model(SparseGRU, seed=0)
     prunable = sum(weight.numel() for weight in recurrent_weights(model))
     return Parameters(prunable, sum(parameter.numel() for parameter in model.parameters()) - prunable)
 
@@ -57,8 +56,3 @@ def recurrent_weights(model: nn.Module) -> list[nn.Parameter]:
     rnn = model.rnn
     assert isinstance(rnn, nn.RNNBase)
     return [parameter for name, parameter in rnn.named_parameters() if name.startswith("weight")]
-
-
-def resized(task: Task, hidden_size: int) -> Task:
-    """Return the task with a recurrent layer of that width."""
-    return dataclasses.replace(task, hidden_size=hidden_size)  # pyright: ignore[reportArgumentType, reportCallIssue]

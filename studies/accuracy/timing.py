@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from studies.accuracy.rows import ROWS, SEEDS, SENSITIVITY
-from studies.accuracy.sizes import resized
 from studies.accuracy.training import DEFAULT_BLOCK, convert
 from studies.runs.progress import one_thread
 from studies.runs.records import Key, Lines, line_of
@@ -71,7 +70,7 @@ def time_runs(
 def _contenders(task: Task, runs: Mapping[Key, dict[str, Any]], models: Path) -> Iterator[Contender]:
     x = None
     for key, run in runs.items():
-        model = resized(task, run["hidden_size"]).build_model(SparseGRU, 0).eval()
+        model = task.resized(run["hidden_size"]).build_model(SparseGRU, 0).eval()
         model.load_state_dict(load_file(weights_path(models, key)))
         block_size = None if run["pruner"] else DEFAULT_BLOCK  # or torch would multiply by an unpruned weight_ih
         for told in run["models"]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from studies.accuracy.rows import DENSE, Row
-from studies.accuracy.sizes import Size, recurrent_weights, resized, size_of
+from studies.accuracy.sizes import Size, recurrent_weights, size_of
 from studies.runs.records import Key
 from studies.runs.spread import thinned
 from studies.runs.study import OnStep, Place, keep_weights, weights_path
@@ -53,7 +53,7 @@ def train(task: Task, row: Row, key: Key, place: Place, on_step: OnStep) -> dict
         What the line of the run holds.
     """
     size = size_of(task, row)
-    task = resized(task, size.hidden_size)
+    task = task.resized(size.hidden_size)
     model = task.build_model(SparseGRU, key.seed).train()
     dense_path = weights_path(place.models, key._replace(row=DENSE.name))
     pruner = None if row.is_dense else make_pruner(model, row, size, key.steps, dense_path)
@@ -111,7 +111,7 @@ def _teacher(task: Task, row: Row, dense: Path) -> nn.Module | None:
         return None
     weights = load_file(dense)
     width = weights["rnn.weight_hh_l0"].shape[1]
-    teacher = resized(task, width).build_model(SparseGRU, 0)
+    teacher = task.resized(width).build_model(SparseGRU, 0)
     teacher.load_state_dict(weights)
     return teacher.eval()
 

@@ -41,9 +41,9 @@ THRESHOLDS = {"deterministic": "-", "stochastic": "--", "fixed threshold": ":"} 
 
 
 def plot_all(lines: Lines, folder: Path) -> list[Path]:
-    """Write trade-off.png, and gate-gradients-TASK.png for each task with a dense run; return their paths."""
+    """Write gate-gradients-trade-off.png, and gate-gradients-TASK.png for each task with a dense run."""
     found = rows_of(lines)
-    paths = [folder / "trade-off.png"]
+    paths = [folder / "gate-gradients-trade-off.png"]
     plot_side_by_side(found, _draw_trade_off, (6.4, 5.6), 4, paths[0])
     for section in found:
         dense = lines.runs.get(Key(section.task, DENSE.name, CALIBRATION_SEED, section.steps))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from studies.tasks.source_text import SourceText, cut_into_streams
-from studies.tasks.task import MakeRNN, Metric, distilled, numbers_of
+from studies.tasks.task import MakeRNN, Metric, Task, distilled, numbers_of
 
 SCORED_STREAMS, SCORED_WINDOW = 32, 256  # at most, side by side; symbols at once
 
@@ -34,7 +34,7 @@ class CharacterModel(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Characters:
+class Characters(Task):
     """`batch_size` streams of text are read side by side, `window` symbols a step; the state is carried along.
 
     Attributes:

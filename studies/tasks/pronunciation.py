@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from studies.tasks.task import MakeRNN, Metric, MissingDataError, distilled, numbers_of, share_of, straight_rate
+from studies.tasks.task import MakeRNN, Metric, MissingDataError, Task, distilled, numbers_of, share_of
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
 BLANK = 0  # of CTC; phonemes count from 1
@@ -58,7 +58,7 @@ class PronunciationModel(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pronunciation:
+class Pronunciation(Task):
     """Attributes beside those of every task.
 
     train, held_out: words. A word, all its variants, its plural and its possessive are on one side.
@@ -81,11 +81,6 @@ class Pronunciation:
     peak_rate: float = 4e-3
     warmup: float = 0.05
     steps: int = 1500
-
-    @property
-    def loss_scale(self) -> float:
-        """The loss is a mean over words."""
-        return 1 / self.batch_size
 
     @classmethod
     def load(cls) -> Pronunciation:
@@ -149,9 +144,6 @@ class Pronunciation:
         if not batches:
             raise ValueError(f"no {self.batch_size} words of the dictionary have one length; lower batch_size")
         return chance.sample(batches, len(batches))
-
-    def learning_rate(self, step: int, steps: int) -> float:
-        return self.peak_rate * straight_rate(step, steps, self.warmup)
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module) -> dict[str, float]:

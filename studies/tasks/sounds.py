@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from studies.tasks.task import MakeRNN, Metric, MissingDataError, distilled, numbers_of, share_of, straight_rate
+from studies.tasks.task import MakeRNN, Metric, MissingDataError, Task, distilled, numbers_of, share_of
 
 ROOT = Path("/usr/share/asterisk/sounds")
 VOICES = ("en_US_f_Allison", "es_MX_f_Allison", "fr_CA_f_June", "it_IT_m_Carlo", "ru_RU_f_IvrvoiceRU")
@@ -96,7 +96,7 @@ class LanguageModel(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sounds:
+class Sounds(Task):
     """Attributes beside those of every task.
 
     train: speech. A prompt is on one side in all languages, with those whose names end in a like word.
@@ -122,11 +122,6 @@ class Sounds:
     peak_rate: float = 7e-3
     warmup: float = 0.05
     steps: int = 1600
-
-    @property
-    def loss_scale(self) -> float:
-        """The loss is a mean over windows."""
-        return 1 / self.batch_size
 
     @classmethod
     def load(cls, root: Path = ROOT) -> Sounds:
@@ -175,9 +170,6 @@ class Sounds:
                     taught = teacher(features)
                 loss = distilled(loss, scores.log_softmax(1), taught.log_softmax(1))
             yield loss
-
-    def learning_rate(self, step: int, steps: int) -> float:
-        return self.peak_rate * straight_rate(step, steps, self.warmup)
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module) -> dict[str, float]:

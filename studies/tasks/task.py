@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import RNNBase
@@ -57,28 +58,26 @@ def numbers_of(task: Any) -> dict[str, int | float]:
     return {name: value for name, value in vars(task).items() if isinstance(value, int | float)}
 
 
-class Task(Protocol):
-    """Data, a model for it, and how well the model does on what was held out.
+class Task:
+    """Data, a model for it, and how well the model does on what was held out. A task is a frozen dataclass.
 
     Attributes:
         name: of the task on a command line.
         metrics: of `evaluate`. Models are compared by the first.
+        hidden_size: of the recurrent layer.
+        batch_size: predictions whose mean the loss of a step is, unless `loss_scale` says otherwise.
+        peak_rate: the largest of Adam's rates.
         steps: optimizer steps of a run, unless told otherwise.
-        hidden_size: of the recurrent layer; `dataclasses.replace(task, hidden_size=H)` is the task with another.
-        loss_scale: by which the sum of the losses of all predictions is multiplied to give the loss of a step.
+        warmup: share of the steps in which the rate rises.
     """
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[Metric, ...]]
-
-    @property
-    def steps(self) -> int: ...
-
-    @property
-    def hidden_size(self) -> int: ...
-
-    @property
-    def loss_scale(self) -> float: ...
+    hidden_size: int
+    batch_size: int
+    peak_rate: float
+    steps: int
+    warmup: float = 0.0
 
     @classmethod
     def load(cls) -> Task:
@@ -87,15 +86,28 @@ class Task(Protocol):
         Raises:
             MissingDataError: it is not there.
         """
-        ...
+        raise NotImplementedError
+
+    def resized(self, hidden_size: int) -> Task:
+        """Return the task with a recurrent layer of that width."""
+        return dataclasses.replace(self, hidden_size=hidden_size)  # type: ignore[type-var]
+
+    @property
+    def loss_scale(self) -> float:
+        """By which the sum of the losses of all predictions is multiplied to give the loss of a step."""
+        return 1 / self.batch_size
+
+    def learning_rate(self, step: int, steps: int) -> float:
+        """Adam's rate at a step from 0 to steps - 1."""
+        return self.peak_rate * straight_rate(step, steps, self.warmup)
 
     def settings(self) -> dict[str, Any]:
         """What decides the outcome of a run, for JSON."""
-        ...
+        raise NotImplementedError
 
     def build_model(self, make_rnn: MakeRNN, seed: int) -> nn.Module:
         """Return a model whose only recurrent layer is its attribute `rnn`, with initial weights drawn from `seed`."""
-        ...
+        raise NotImplementedError
 
     def losses(self, model: nn.Module, seed: int, teacher: nn.Module | None = None) -> Iterator[Tensor]:
         """Yield the loss of one batch after another, without end, in an order drawn from `seed`.
@@ -107,12 +119,8 @@ class Task(Protocol):
                 2015): the mean of the task's own and of the Kullback-Leibler divergence from the teacher's
                 predictions to the model's, over the same predictions.
         """
-        ...
-
-    def learning_rate(self, step: int, steps: int) -> float:
-        """Adam's rate at a step from 0 to steps - 1."""
-        ...
+        raise NotImplementedError
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Return every metric on held-out data, of a model in eval mode."""
-        ...
+        raise NotImplementedError

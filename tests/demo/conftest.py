@@ -1,20 +1,14 @@
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from triton_sparse_rnn.demo.settings import Settings
 from triton_sparse_rnn.demo.text import Text, load_text
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _on_one_thread(one_thread: None) -> None: ...
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 import dataclasses
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,17 +47,16 @@ def test_foreign_file(tmp_path: Path, tiny: Settings, text: Text, content: bytes
         load_checkpoint(path, tiny, text)
 
 
-@pytest.mark.parametrize("value", [{"format": 1}, [1, 2], {"states": {}, "seconds": {}, "run": {}, "format": 0}])
-def test_foreign_content(tmp_path: Path, tiny: Settings, text: Text, value: object):
-    path = tmp_path / "checkpoint.pt"
-    torch.save(value, path)
-    with pytest.raises(CheckpointError):
+def test_another_version(path: Path, tiny: Settings, text: Text):
+    torch.save(torch.load(path, weights_only=True) | {"format": 0}, path)
+    with pytest.raises(CheckpointError, match="written by another version"):
         load_checkpoint(path, tiny, text)
 
 
 @pytest.mark.parametrize(
     "change",
     [
+        [1, 2],
         {"run": 5},
         {"run": None},
         {"run": [1, 2]},
@@ -73,9 +73,8 @@ def test_foreign_content(tmp_path: Path, tiny: Settings, text: Text, value: obje
     ],
     ids=str,
 )
-def test_foreign_entries_are_like_any_damage(path: Path, tiny: Settings, text: Text, change: dict[str, object]):
-    state = torch.load(path, weights_only=True)
-    torch.save(state | change, path)
+def test_foreign_entries_are_like_any_damage(path: Path, tiny: Settings, text: Text, change: Any):
+    torch.save(torch.load(path, weights_only=True) | change if isinstance(change, dict) else change, path)
     with pytest.raises(CheckpointError, match="damaged, or not a checkpoint of this demo") as caught:
         load_checkpoint(path, tiny, text)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,5 @@
 import io
+import itertools
 
 import pytest
 import torch
@@ -31,3 +32,17 @@ def talk():
 
     held_out = {group: [said(1600 + 7 * i) for i in range(3)] for group in GROUPS}
     return Speech({"a": said(9000), "b": said(1000)}, held_out)
+
+
+@pytest.fixture
+def learn():
+    """Train a model on a task for some steps at a rate."""
+
+    def learn(task, model, steps, rate):
+        optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+        for loss in itertools.islice(task.losses(model, 0), steps):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return learn

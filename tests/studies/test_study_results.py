@@ -84,13 +84,14 @@ def test_pictures_of_accuracy(tmp_path):
 def test_pictures_of_gate_gradients(tmp_path, monkeypatch):
     lines = part("gate_gradients", lambda key: key.task == "characters")
     paths = gate_plots.plot_all(lines, tmp_path)
-    assert paths == [tmp_path / name for name in ("trade-off.png", "gate-gradients-characters.png")]
+    assert paths == [tmp_path / f"gate-gradients-{name}.png" for name in ("trade-off", "characters")]
     assert are_pictures(paths)
-    monkeypatch.setattr(gate_plots, "plot_distribution", lambda section, dense, path: path.touch())
+    for name in ("plot_distribution", "plot_side_by_side"):
+        monkeypatch.setattr(gate_plots, name, lambda *arguments: None)
     dense = {key: run for key, run in lines.runs.items() if key.row == "dense"}
     shorter = {key._replace(steps=20): run | {"steps": 20} for key, run in dense.items()}
     names = [path.name for path in gate_plots.plot_all(Lines(dense | shorter, {}), tmp_path)]
-    assert names == ["trade-off.png", "gate-gradients-characters-20.png", "gate-gradients-characters-500.png"]
+    assert names == [f"gate-gradients-{name}.png" for name in ("trade-off", "characters-20", "characters-500")]
 
 
 @pytest.mark.parametrize("rows", [None, ("noisy",)])

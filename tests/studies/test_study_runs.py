@@ -1,15 +1,8 @@
 """What programs that train many models share."""
 
-import doctest
-import io
-
 import pytest
-import torch
-from rich.console import Console
 
-from studies.runs import spread
 from studies.runs.figures import Label, new_figure, place_labels
-from studies.runs.progress import one_thread, run_bars
 from studies.runs.records import Key, Records
 
 RECORDS = Records("studies.some", frozenset({"quality"}), times=frozenset({"us"}))
@@ -17,16 +10,6 @@ RECORDS = Records("studies.some", frozenset({"quality"}), times=frozenset({"us"}
 
 def run(seed=0, quality=2.0):
     return {"task": "characters", "row": "dense", "seed": seed, "steps": 500, "quality": quality}
-
-
-def test_runs_are_written_and_read(tmp_path):
-    path = tmp_path / "runs.jsonl"
-    assert RECORDS.read(path) == []
-    runs = [run(seed) for seed in range(3)]
-    for each in runs:
-        RECORDS.append(path, each)
-    assert RECORDS.read(path) == runs
-    assert len(path.read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(
@@ -70,30 +53,6 @@ def test_files_are_joined(tmp_path):
         RECORDS.read_files([tmp_path / "d"])
 
 
-def test_progress_says_what_is_finished():
-    shown = io.StringIO()
-    with run_bars(Console(file=shown, width=120), "characters", runs=2, done=1) as begin:
-        under_way = begin("dense, seed 0", 3)
-        for _ in range(3):
-            under_way.on_step(1.5)
-        under_way.finish("all is well")
-    assert "characters, dense, seed 0: all is well" in shown.getvalue()
-    assert "2/2" in shown.getvalue()
-
-
-def test_threads_are_given_back():
-    torch.set_num_threads(2)
-
-    @one_thread()
-    def interrupted():
-        assert torch.get_num_threads() == 1
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert torch.get_num_threads() == 2
-
-
 def test_labels_keep_apart():
     axes = new_figure(4, 3).subplots()
     axes.set(xlim=(0, 1), ylim=(0, 1))
@@ -101,9 +60,3 @@ def test_labels_keep_apart():
     boxes = [note.get_window_extent() for note in axes.texts]
     assert len(boxes) == 4
     assert all(not a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
-
-
-def test_doctests():
-    found = doctest.testmod(spread)
-    assert found.attempted > 0
-    assert found.failed == 0

@@ -201,22 +201,14 @@ def test_examples_are_mixed_with_voices_and_noise(monkeypatch):
 
 
 @pytest.mark.parametrize("make_rnn", [nn.LSTM, SparseGRU])
-def test_tones_are_learned(task, make_rnn):
+def test_tones_are_learned(task, learn, make_rnn):
     model = task.build_model(make_rnn, 0)
     before = task.evaluate(model.eval())
-    learn(task, model.train(), 25)
+    learn(task, model.train(), 25, 0.02)
     after = task.evaluate(model.eval())
     assert list(after) == [metric.key for metric in task.metrics]
     assert after["nats"] < 0.5 * before["nats"]
     assert after["error_percent"] < 20
-
-
-def learn(task, model, steps):
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for loss in itertools.islice(task.losses(model, 0), steps):
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
 
 
 def test_errors_are_counted(task):

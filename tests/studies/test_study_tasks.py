@@ -1,6 +1,5 @@
 """The tasks of the evidence, on texts and dictionaries of a few lines."""
 
-import doctest
 import itertools
 import math
 import random
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from studies.tasks import TASKS, pronunciation, source_text
+from studies.tasks import pronunciation, source_text
 from studies.tasks.characters import Characters
 from studies.tasks.pronunciation import Pronunciation, Word
 from studies.tasks.source_text import SourceText
@@ -44,20 +43,11 @@ def held_out(monkeypatch):
     return words
 
 
-def test_tasks_go_by_their_names():
-    assert all(task.name == name for name, task in TASKS.items())
-
-
 def test_a_rate_rises_and_falls():
     rates = [straight_rate(step, 100, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11)
     assert max(rates) == rates[10] == 1.0
     assert rates[99] == pytest.approx(1 / 90)
-
-
-def test_doctests():
-    assert doctest.testmod(pronunciation).attempted > 0
-    assert doctest.testmod(pronunciation).failed == 0
 
 
 # Characters
@@ -101,21 +91,13 @@ def test_seeds_begin_elsewhere_and_repeat(text):
 
 
 @pytest.mark.parametrize("make_rnn", [nn.LSTM, SparseGRU])
-def test_characters_are_learned(text, make_rnn):
+def test_characters_are_learned(text, learn, make_rnn):
     task = Characters(text, embedding_size=8, hidden_size=16, batch_size=4, window=9)
     model = task.build_model(make_rnn, 0)
     before = task.evaluate(model.eval())
     learn(task, model.train(), 40, 0.03)
     assert set(before) == {metric.key for metric in task.metrics}
     assert task.evaluate(model.eval())["bits_per_character"] < 0.7 * before["bits_per_character"]
-
-
-def learn(task, model, steps, rate):
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    for loss in itertools.islice(task.losses(model, 0), steps):
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
 
 
 def test_bits_are_those_of_a_code_from_which_the_text_could_be_restored():
@@ -181,7 +163,7 @@ def test_batches_hold_words_of_one_length(held_out):
         next(Pronunciation.of(DICTIONARY, batch_size=4).losses(nn.Identity(), 0))
 
 
-def test_words_are_learned_and_scored_by_their_nearest_variant(held_out):
+def test_words_are_learned_and_scored_by_their_nearest_variant(held_out, learn):
     held_out |= {"cat"}
     task = Pronunciation.of(DICTIONARY, batch_size=2, embedding_size=8, hidden_size=16)
     model = task.build_model(nn.LSTM, 0)
