@@ -122,9 +122,8 @@ class LayerConfig:
         options |= {name: getattr(self, name) for name in ("num_layers", "bias", "batch_first", "bidirectional")}
         new_class: Any = layer_class  # nn.RNNBase itself would take a mode
         layer = new_class(self.input_size, self.hidden_size, **options, **factory)
-        layer.dropout = (
-            self.dropout
-        )  # now, as the constructor warns of dropout in a single layer: the user has heard it
+        # Set afterwards: the constructor warns of dropout in a single layer, which the user has heard.
+        layer.dropout = self.dropout
         return layer
 
     def shown(self) -> list[str]:
