@@ -27,7 +27,7 @@ def assert_right(ours: Gradients, arguments: tuple[Any, ...], rounding: float) -
 
     Args:
         ours: with the gate gradients (keep_gates).
-        arguments: what `direction_gradients` was called with; see `contract.Backend`.
+        arguments: what `direction_gradients` was called with; see `contract.BackwardBackend`.
         rounding: the largest error of a gradient, relative to its norm; of a gate gradient ten times that, relative to
             the largest one of its step.
     """

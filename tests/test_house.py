@@ -35,7 +35,7 @@ TWINS = {
     "RecurrentLayer": "a layer ready to run, of each backend's kernels",
     "availability": "of each backend",
     "direction_gradients": "of each backend",
-    "gru_cell": "the cell of ops/reference.py's equations, in each kernel language",
+    "gru_cell": "the cell of ops/backends/reference.py's equations, in each kernel language",
     "hash32": "the random numbers of gate_gradients/random.py, in each kernel language",
     "load_step": "what a step of backward reads, in each kernel language",
     "lstm_cell": "as gru_cell",

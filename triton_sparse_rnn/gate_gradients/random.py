@@ -3,10 +3,10 @@
     hash(x):  x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16     (32 bits, wraps around)
     u(seed, n, j) = ((hash(hash((seed ^ n) + 0x9e3779b9) + j) >> 9) + 0.5) / 2^23        in (0, 1), exact in float32
 
-n is the row of the batch (the first row of a block), as it is counted in `Steps`; j the element (gate * H + unit), the
-number of the block of units, or 0 for a whole row. u is never 0, so a group far below its threshold is never kept and
-multiplied by infinity. The hash is one of those that C. Wellons found by search ("lowbias32"). Seeds that differ in few
-bits permute rows, so they are hashed before they come here.
+n is the row of the batch (the first row of a block), as it is counted in `Steps`; j the element (gate * H + unit), or
+the number of the block of units. u is never 0, so a group far below its threshold is never kept and multiplied by
+infinity. The hash is one of those that C. Wellons found by search ("lowbias32"). Seeds that differ in few bits permute
+rows, so they are hashed before they come here.
 """
 
 from __future__ import annotations

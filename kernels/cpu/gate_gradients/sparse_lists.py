@@ -23,7 +23,7 @@ from numba.core import cgutils
 from triton_sparse_rnn.kernels.cpu import target
 from triton_sparse_rnn.kernels.cpu.vector_code import FLOAT_BYTES, INT16, INT32, INT64, Index, VectorCode
 
-VECTOR_FLOATS = 16  # floats of a vector
+VECTOR_FLOATS = 16
 PANEL_ROW_BYTES = 256
 TILE_ROWS = 128  # 32 KB in all, which a place counts; 96 to 192 are as fast
 _START_BYTES, _PLACE_BYTES = 4, 2

@@ -37,7 +37,7 @@ def unsupported_reason(direction: BackwardDirection, rule: Rule) -> str | None:
 def direction_gradients(
     direction: BackwardDirection, arriving: Arriving, needed: Needed, decision: Decision
 ) -> Gradients:
-    """Go back through time; see `contract.Backend`."""
+    """Go back through time; see `contract.BackwardBackend`."""
     from triton_sparse_rnn.kernels.cpu.gate_gradients.step import GateGradientFormat
     from triton_sparse_rnn.kernels.cpu.gate_gradients.through_time import GateGradients
 
@@ -98,7 +98,7 @@ def _skipping_pays(zeros: float, more_threads: float) -> bool:
 
 
 def _states(direction: BackwardDirection, h_before: Tensor) -> tuple[np.ndarray, Tensor, Tensor]:
-    """Return StepFields, activated gates [rows, 4 H] and c [N, H]: with the gates that forward kept, if it did."""
+    """Return PlaceFields, activated gates [rows, 4 H] and c [N, H]: with the gates that forward kept, if it did."""
     from triton_sparse_rnn.kernels.cpu.gate_gradients.through_time import lstm_cells, place_steps
 
     assert direction.c0 is not None

@@ -48,7 +48,7 @@ def unsupported_reason(direction: BackwardDirection, rule: Rule) -> None:
 def direction_gradients(
     direction: BackwardDirection, arriving: Arriving, needed: Needed, decision: Decision
 ) -> Gradients:
-    """Go back through time; see `contract.Backend`. Products are always dense."""
+    """Go back through time; see `contract.BackwardBackend`. Products are always dense."""
 
     def zero_small(gates: Tensor, first_row: int) -> Tensor:
         return apply_rule(gates, first_row, decision.rule, decision.thresholds, decision.seed)

@@ -69,7 +69,7 @@ def unsupported_reason(direction: BackwardDirection, rule: Rule) -> str | None:
 def direction_gradients(
     direction: BackwardDirection, arriving: Arriving, needed: Needed, decision: Decision
 ) -> Gradients:
-    """Go back through time; see `contract.Backend`.
+    """Go back through time; see `contract.BackwardBackend`.
 
     Raises:
         RuntimeError: in an earlier call a program waited in vain; its gradients were NaN.
