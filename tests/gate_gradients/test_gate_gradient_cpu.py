@@ -36,7 +36,8 @@ CASES = {  # batch sizes, I, H
     "ragged": ((6, 6, 5, 2, 1, 1), 9, 37),
     "many rows": ((40,) * 8, 10, 20),
 }
-GROUPS = [Rule(), *(Rule("small", "blocks", *size) for size in ((64, 1), (16, 2), (5, 3)))]  # the first: whole rows
+BLOCKS = (64, 1), (16, 2), (5, 3), (100, 100)  # the first: whole rows, the last: whole steps
+GROUPS = [Rule(), *(Rule("small", "blocks", *size) for size in BLOCKS)]
 RULES = [*GROUPS, *(dataclasses.replace(rule, selection="sample") for rule in GROUPS)]
 
 
@@ -173,6 +174,16 @@ def test_every_rule(rule, name, reverse):
     for likely_zeros in (0.0, 0.9):
         result = run(direction, arriving, rule, thresholds, likely_zeros=likely_zeros)
         assert_as_accurate_as_the_reference(result, direction, arriving, rule, thresholds)
+
+
+@pytest.mark.parametrize("rule", [*RULES[:2], *RULES[5:7]], ids=str)
+def test_nothing_is_made_zero_by_thresholds_of_zero(rule):
+    direction, arriving = random_direction("units left over", reverse=False)
+    thresholds = torch.zeros(4 if rule.group == "elements" else 1)
+    sparse, dense = (run(direction, arriving, rule, each).gates for each in (thresholds, None))
+    assert sparse is not None
+    assert dense is not None
+    assert torch.equal(sparse, dense)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.95, 1.0])
