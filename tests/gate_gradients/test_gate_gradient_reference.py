@@ -293,7 +293,7 @@ def test_sampling_is_unbiased(group):
 @pytest.mark.parametrize("mode", ["LSTM", "GRU"])
 def test_sampling_leaves_every_gradient_unbiased(mode):
     """Through time too: every step draws anew. For a GRU too, as r's gradient does not depend on what n's became."""
-    case, rule, draws = make_case(mode, (2, 2, 2, 2)), Rule("sample", "blocks", 3, 1), 250
+    case, rule, draws = make_case(mode, (2, 2, 2, 2)), Rule("sample", "blocks", 3, 1), 600
     dense, thresholds = run(case, rule, None), middle_thresholds(case, rule)
     torch.manual_seed(1)
     samples = [run(case, rule, thresholds, seed=seed) for seed in torch.randint(0, 2**32, (draws, 1))]
