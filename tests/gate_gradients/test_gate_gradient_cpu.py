@@ -162,6 +162,9 @@ def test_dense_backward(name, reverse, likely_zeros):
     direction, arriving = random_direction(name, reverse=reverse)
     result = run(direction, arriving, Rule(), None, likely_zeros=likely_zeros)
     assert_as_accurate_as_the_reference(result, direction, arriving, Rule(), None)
+    for rule in RULES[::2]:
+        zero = run(direction, arriving, rule, torch.zeros(4 if rule.group == "elements" else 1))
+        assert torch.equal(zero.gates, result.gates)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("reverse", [False, True])

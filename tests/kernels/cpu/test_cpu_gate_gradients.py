@@ -1,4 +1,4 @@
-"""States, steps back and products of gate gradients, each by itself; tests/gate_gradients has them together."""
+"""Other gates than those of forward, and products of gate gradients; tests/gate_gradients has them together."""
 
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,8 +8,6 @@ import torch
 from rounding import assert_exact_product
 from torch import Tensor
 
-from triton_sparse_rnn.gate_gradients.backends.reference import apply_rule, group_sizes
-from triton_sparse_rnn.gate_gradients.contract import Rule, Steps
 from triton_sparse_rnn.kernels.cpu import threads
 from triton_sparse_rnn.kernels.cpu.compilation import kernel_address, kernel_function
 from triton_sparse_rnn.kernels.cpu.gate_gradients import dense_products
@@ -18,67 +16,16 @@ from triton_sparse_rnn.kernels.cpu.gate_gradients.dense_products import multiply
 from triton_sparse_rnn.kernels.cpu.gate_gradients.products import DenseProducts, SkippingProducts
 from triton_sparse_rnn.kernels.cpu.gate_gradients.sparse_products import PanelFormat
 from triton_sparse_rnn.kernels.cpu.gate_gradients.states import CellFormat
-from triton_sparse_rnn.kernels.cpu.gate_gradients.step import GateGradientFormat
-from triton_sparse_rnn.kernels.cpu.gate_gradients.through_time import GateGradients, lstm_cells, place_steps
+from triton_sparse_rnn.kernels.cpu.gate_gradients.through_time import lstm_cells, place_steps
 
 H = 37  # two vectors, and five units one by one
 RAGGED = (5, 5, 3, 1)
-RULES = [
-    Rule(),
-    Rule(group="blocks", units=H, rows=1),
-    Rule(group="blocks", units=3, rows=2),
-    Rule(group="blocks", units=16, rows=4),
-    Rule(group="blocks", units=100, rows=100),
-]
 
 
 def random_gates(*shape: int) -> Tensor:
     """i, f, g, o of units in the last axis."""
     i, f, g, o = torch.randn(4, *shape).unbind()
     return torch.stack([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], dim=-2)
-
-
-def one_step(rule: Rule | None, thresholds: Tensor | None, *, B: int = 7, seed: int = 5) -> GateGradients:
-    """A step back from random states, the same in every call."""
-    torch.manual_seed(1)
-    gates, (grad_y, grad_h, grad_c) = random_gates(B, H).flatten(1), torch.randn(3, B, H)
-    c0 = torch.randn(B, H)
-    steps = place_steps((B,), reverse=False, gates_as_taken=False)
-    c, _ = lstm_cells(steps, gates, c0, torch.zeros(B, H))
-    kernel, group = GateGradientFormat("all"), (1, 1)
-    if rule is not None:
-        kernel, group = GateGradientFormat(rule.selection, grouped=rule.group == "blocks"), (rule.rows, rule.units)
-    back = GateGradients(kernel, steps, gates, c, c0, grad_y, grad_h, grad_c, thresholds, torch.tensor([seed]), group)
-    back.go_back(torch.randn(4 * H, H))
-    return back
-
-
-def test_steps_are_placed_in_the_order_in_which_they_are_taken():
-    forward = place_steps((3, 3, 1), reverse=False, gates_as_taken=False)
-    assert forward.tolist() == [[0, 3, 0, 6, 0], [3, 3, 3, 0, 3], [6, 1, 6, 3, 1]]
-    backward = place_steps((3, 3, 1), reverse=True, gates_as_taken=True)
-    assert backward.tolist() == [[6, 1, 0, 0, 0], [3, 3, 1, 6, 1], [0, 3, 4, 3, 3]]
-    assert forward.flags.c_contiguous
-    assert backward.flags.c_contiguous
-
-
-@pytest.mark.parametrize("sizes", [(1,), (4, 4, 4), RAGGED])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("units", [1, 16, H])
-def test_cells_are_those_of_the_equation(sizes, reverse, units):
-    gates, c0 = random_gates(sum(sizes), units), torch.randn(sizes[0], units)
-    i, f, g, o = gates.double().unbind(1)
-    c, expected = c0.double(), torch.empty(sum(sizes), units, dtype=torch.float64)
-    starts = [sum(sizes[:t]) for t in range(len(sizes))]
-    for t in range(len(sizes))[:: -1 if reverse else 1]:
-        rows = slice(starts[t], starts[t] + sizes[t])
-        c[: sizes[t]] = f[rows] * c[: sizes[t]] + i[rows] * g[rows]
-        expected[rows] = c[: sizes[t]]
-    steps = place_steps(sizes, reverse=reverse, gates_as_taken=False)
-    spaced = torch.cat([gates.flatten(1), torch.full((len(gates), 3), math.nan)], dim=1)[:, : 4 * units]
-    cells, right = lstm_cells(steps, spaced, c0, (o * expected.tanh()).float())
-    assert right
-    torch.testing.assert_close(cells.double(), expected, rtol=0, atol=1e-6)
 
 
 def forged(name: str, gates: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,30 +57,6 @@ def test_other_gates_are_found_out(name):
     assert lstm_cells(steps, gates.flatten(1), c0, y)[1]
     other_gates, other_y = forged(name, gates, y)
     assert not lstm_cells(steps, other_gates, c0, other_y)[1]
-
-
-@pytest.mark.parametrize("selection", ["small", "sample"])
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_a_step_makes_zero_what_the_reference_does(rule, selection):
-    rule = Rule(selection, rule.group, rule.units, rule.rows)
-    dense = one_step(None, None).gates.view(-1, 4, H)
-    sizes = group_sizes(dense, Steps((len(dense),), False), rule)
-    thresholds = sizes.quantile(0.6) * torch.tensor([0.5, 1, 2, 1] if rule.group == "elements" else [1.01])
-    thresholds *= 1 if selection == "small" else 2
-    back = one_step(rule, thresholds)
-    expected = apply_rule(dense, 0, rule, thresholds, torch.tensor([5]))
-    result = back.gates.view(-1, 4, H)
-    assert torch.equal(result == 0, expected == 0)
-    assert 0 < (result == 0).sum() < result.numel() or sizes.numel() == 1
-    assert torch.equal(back.zeros, (result == 0).sum((0, 2)))
-    torch.testing.assert_close(result, expected, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("selection", ["small", "sample"])
-@pytest.mark.parametrize("group", ["elements", "blocks"])
-def test_nothing_is_made_zero_by_thresholds_of_zero(selection, group):
-    thresholds = torch.zeros(4 if group == "elements" else 1)
-    assert torch.equal(one_step(Rule(selection, group), thresholds).gates, one_step(None, None).gates)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 300])
