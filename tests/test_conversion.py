@@ -1,5 +1,4 @@
 import copy
-import threading
 import warnings
 from typing import Any
 
@@ -73,41 +72,6 @@ def test_every_layer_is_converted_and_the_original_is_not_touched():
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     model(x).sum().backward()  # it can still be trained
     assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "cell" not in name)
-
-
-class Stateful(nn.Module):
-    """Keeps its hidden state, with its history, in a list."""
-
-    def __init__(self):
-        super().__init__()
-        self.rnn, self.hidden = zero_columns(nn.GRU(3, 4)), []
-
-    def forward(self, x):
-        y, h = self.rnn(x, *self.hidden)
-        self.hidden[:] = [h]
-        return y
-
-
-def test_a_model_that_keeps_its_state_in_a_list():
-    model, x = Stateful(), torch.randn(5, 2, 3)
-    model(x)
-    fast = to_sparse(model)
-    assert torch.equal(fast.hidden[0], model.hidden[0])  # type: ignore[index]
-    assert not fast.hidden[0].requires_grad  # type: ignore[index]
-    dense = to_dense(fast)
-    expected = model(x)
-    with torch.no_grad():
-        torch.testing.assert_close(fast(x), expected.detach())
-    assert torch.equal(dense(x), expected)
-
-
-def test_a_model_that_cannot_be_copied():
-    model: Any = Stateful()
-    model.lock = threading.Lock()
-    with pytest.raises(TypeError, match=r"model.lock holds a lock .* as in model.rnn = to_sparse\(model.rnn\)"):
-        to_sparse(model)
-    model.rnn = to_sparse(model.rnn)
-    assert isinstance(model.rnn, PersistentGRU)
 
 
 def test_to_dense_bit_for_bit():
@@ -211,6 +175,7 @@ def test_dense_weights_are_converted_with_a_warning():
         (nn.GRU(2, 2), {"storage": 4}, TypeError, "storage must be two integers"),
         (nn.GRU(2, 2), {"storage": (0, 4)}, ValueError, "storage must be at least"),
         (nn.GRU(2, 2), {"weight_dtype": "half"}, ValueError, "weight_dtype must be one of"),
+        (nn.GRU(2, 2), {"weight_dtype": torch.int16}, ValueError, "weight_dtype must be one of .* got torch.int16"),
         (
             nn.GRU(2, 2),
             {"backend": "triton", "weight_dtype": torch.int8},

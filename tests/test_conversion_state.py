@@ -234,17 +234,6 @@ def test_the_best_model_so_far_does_not_change():
     assert model.head.weight.abs().sum() > 0
 
 
-def test_a_policy_that_keeps_its_last_distribution():
-    model = make_model()
-    y = model(X)
-    model.last_distribution, model.last_values = torch.distributions.Normal(y, y.exp()), [{"v": y}]
-    fast: Any = to_sparse(model)
-    for tensor in (fast.last_distribution.loc, fast.last_distribution.scale, fast.last_values[0]["v"]):
-        assert not tensor.requires_grad
-    assert torch.equal(fast.last_distribution.loc, y)
-    assert model.last_distribution.loc is y
-
-
 def test_what_inference_mode_left_is_copied():
     model = make_model()
     with torch.inference_mode():

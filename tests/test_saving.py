@@ -1,76 +1,13 @@
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from saved_models import Model, assert_refused, forge, make_gru, make_model, prepare
 from torch import nn
 
 from triton_sparse_rnn import BackendUnavailableError, SparseGRU, load_sparse, save_sparse, to_dense, to_sparse
-from triton_sparse_rnn.errors import SparseFileError
 from triton_sparse_rnn.nn.persistent import PersistentLayer
-from triton_sparse_rnn.sparse import files
-
-
-class Model(nn.Module):
-    """Every kind of tensor a model may hold: tied, shared, integer, bool, 0-D, empty; and layers in several places."""
-
-    def __init__(self, cell: Any = nn.GRU, hidden_size=6, layers=2, dtype=torch.float32, **options):
-        super().__init__()
-        self.embedding = nn.Embedding(9, 4, dtype=dtype)
-        self.rnn = cell(4, hidden_size, layers, dtype=dtype, **options)
-        self.stack = nn.ModuleList([nn.LSTM(hidden_size, 4, proj_size=3, dtype=dtype), nn.Identity()])
-        self.rnn_again = self.rnn
-        self.head = nn.Linear(4, 9, bias=False, dtype=dtype)
-        self.head.weight = self.embedding.weight
-        self.norm = nn.BatchNorm1d(2)
-        self.register_buffer("flags", torch.tensor([True, False]))
-        self.register_buffer("empty", torch.empty(0, 2))
-        self.register_buffer("narrow", torch.ones(2, dtype=torch.bfloat16))
-
-    def forward(self, tokens):
-        return self.stack[0](self.rnn(self.embedding(tokens))[0])[0]  # type: ignore[operator]
-
-
-def make_model(seed=0, **options) -> Any:
-    torch.manual_seed(seed)
-    model = Model(**options).eval().requires_grad_(False)
-    for layer in (model.rnn, model.stack[0]):
-        for name, weight in layer.named_parameters():  # type: ignore[union-attr]
-            if name.startswith(("weight_ih", "weight_hh")):
-                weight[:, 1:] = 0
-    return model
-
-
-def prepare(path: Path, model: Any = None, **options) -> Any:
-    sparse = to_sparse(make_model() if model is None else model, storage=(2, 1), **options)
-    save_sparse(sparse, path)
-    return sparse
-
-
-def snapshot(model):
-    modules = list(model.modules())
-    tensors = [(tensor, tensor.detach().clone()) for tensor in model.state_dict(keep_vars=True).values()]
-    return modules, tensors
-
-
-def assert_untouched(model, before):
-    modules, tensors = before
-    assert [id(module) for module in model.modules()] == [id(module) for module in modules]
-    for tensor, (same, value) in zip(model.state_dict(keep_vars=True).values(), tensors, strict=True):
-        assert tensor is same
-        assert torch.equal(tensor, value)
-
-
-def assert_refused(path, message, model=None, error: type[Exception] = SparseFileError):
-    model = make_model(seed=1) if model is None else model
-    before = snapshot(model)
-    with pytest.raises(error, match=message):
-        load_sparse(model, path)
-    assert_untouched(model, before)
-
 
 TOKENS = torch.tensor([[1, 2], [3, 4], [8, 0]])
 
@@ -123,14 +60,6 @@ def test_the_file_is_plain_safetensors_and_smaller(tmp_path):
     assert plain["narrow"].dtype == torch.bfloat16
 
 
-def test_hooks_of_the_fresh_model_are_kept(tmp_path):
-    prepare(tmp_path / "file")
-    model, seen = make_model(1), []
-    model.rnn.register_forward_hook(lambda module, args, result: seen.append(type(module).__name__))
-    load_sparse(model, tmp_path / "file")(TOKENS)
-    assert seen == ["PersistentGRU"]
-
-
 def test_unconverted_subclasses_stay(tmp_path):
     class Stateful(nn.GRU):
         def reset(self): ...
@@ -143,26 +72,25 @@ def test_unconverted_subclasses_stay(tmp_path):
     assert torch.equal(loaded.rnn.state_dict()["weight_hh_l0"], model.rnn.weight_hh_l0)
 
 
+RELU = {"cell": nn.RNN, "nonlinearity": "relu"}
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "of_the_file", "message"),
     [
-        ({"hidden_size": 7}, "holds 'rnn' with hidden_size=6, the model's has 7"),
-        ({"layers": 1}, "holds 'rnn' with num_layers=2, the model's has 1"),
-        ({"bias": False}, "holds 'rnn' with bias=True, the model's has False"),
-        ({"bidirectional": True}, "holds 'rnn' with bidirectional=False, the model's has True"),
-        ({"cell": nn.LSTM}, "holds a PersistentGRU 'rnn', where the model has a LSTM; build the model with nn.GRU"),
-        ({"cell": nn.RNN}, "where the model has a RNN"),
-        ({"dtype": torch.float64}, r"'rnn' in float32, the model's is in float64; .* .to\(torch.float32\)"),
+        ({"hidden_size": 7}, None, "holds 'rnn' with hidden_size=6, the model's has 7"),
+        ({"layers": 1}, None, "holds 'rnn' with num_layers=2, the model's has 1"),
+        ({"bias": False}, None, "holds 'rnn' with bias=True, the model's has False"),
+        ({"bidirectional": True}, None, "holds 'rnn' with bidirectional=False, the model's has True"),
+        ({"cell": nn.LSTM}, None, "a PersistentGRU 'rnn', where the model has a LSTM; build the model with nn.GRU"),
+        ({"cell": nn.RNN}, None, "where the model has a RNN"),
+        ({"cell": nn.RNN}, RELU, "with mode=RNN_RELU, the model's has RNN_TANH"),
+        ({"dtype": torch.float64}, None, r"'rnn' in float32, the model's is in float64; .* .to\(torch.float32\)"),
     ],
 )
-def test_another_architecture_is_refused(tmp_path, options, message):
-    prepare(tmp_path / "file")
+def test_another_architecture_is_refused(tmp_path, options, of_the_file, message):
+    prepare(tmp_path / "file", make_model(**(of_the_file or {})))
     assert_refused(tmp_path / "file", message, make_model(1, **options))
-
-
-def test_another_nonlinearity_is_refused(tmp_path):
-    prepare(tmp_path / "file", make_model(cell=nn.RNN, nonlinearity="relu"))
-    assert_refused(tmp_path / "file", "with mode=RNN_RELU, the model's has RNN_TANH", make_model(1, cell=nn.RNN))
 
 
 @pytest.mark.parametrize(
@@ -222,22 +150,12 @@ def test_the_meta_device_is_refused(tmp_path):
 
 
 def test_a_named_backend_of_a_converted_model_is_kept_or_refused(tmp_path):
-    gru: Any = nn.GRU(4, 6).requires_grad_(False)
-    for weight in (gru.weight_ih_l0, gru.weight_hh_l0):
-        weight[:, 1:] = 0
+    gru = make_gru()
     for name, weight_dtype in (("float", None), ("double", torch.float64)):
         save_sparse(to_sparse(gru, storage=(2, 1), weight_dtype=weight_dtype), tmp_path / name)
     model = to_sparse(gru, storage=(2, 1), backend="cpu")
     assert load_sparse(model, tmp_path / "float").backend == "cpu"
     assert_refused(tmp_path / "double", "backend 'cpu' cannot run this layer", model, BackendUnavailableError)
-
-
-def make_gru(seed=0, zeroed=("weight_ih_l0", "weight_hh_l0")) -> Any:
-    torch.manual_seed(seed)
-    gru = nn.GRU(4, 6).requires_grad_(False)
-    for name in zeroed:
-        getattr(gru, name)[:, 1:] = 0
-    return gru
 
 
 def test_quantized_activations_are_saved_and_what_runs_them_is_not(tmp_path):
@@ -328,141 +246,3 @@ def test_not_a_model_and_no_file(tmp_path):
         load_sparse({}, tmp_path / "file")  # type: ignore[type-var]
     assert_refused(tmp_path / "file", "No such file", error=FileNotFoundError)
     assert_refused(tmp_path, "Is a directory", error=IsADirectoryError)
-
-
-@pytest.mark.parametrize("damage", [lambda c: c[:-1], lambda c: c + b"\0", lambda c: b"", lambda c: c[: len(c) // 2]])
-def test_a_damaged_file_leaves_the_model_alone(tmp_path, damage):
-    prepare(tmp_path / "file")
-    content = (tmp_path / "file").read_bytes()
-    (tmp_path / "file").write_bytes(damage(content))
-    assert_refused(tmp_path / "file", "nothing was loaded")
-
-
-def test_every_damaged_tensor_is_found(tmp_path):
-    path = tmp_path / "file"
-    prepare(path)
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    model = make_model(1)
-    before = snapshot(model)
-    for name, tensor in header.items():
-        if name != "__metadata__" and tensor["data_offsets"][0] < tensor["data_offsets"][1]:
-            damaged = bytearray(content)
-            damaged[start + tensor["data_offsets"][1] - 1] ^= 64
-            path.write_bytes(damaged)
-            with pytest.raises(SparseFileError, match="is damaged"):
-                load_sparse(model, path)
-    assert_untouched(model, before)
-
-
-def test_a_foreign_safetensors_file(tmp_path):
-    save_file({"weight": torch.zeros(3)}, tmp_path / "file")
-    assert_refused(tmp_path / "file", r"was not written by save_sparse\(\)")
-    torch.save(make_model().state_dict(), tmp_path / "file")
-    assert_refused(tmp_path / "file", "is not a safetensors file")
-
-
-def forge(path, change_tensors, change_content=lambda content: None):
-    """Rewrite a file with other tensors and description, and a digest that fits."""
-    with safe_open(path, "pt") as file:
-        metadata = dict(file.metadata())
-    tensors = load_file(path)
-    description = json.loads(metadata["description"])
-    change_tensors(tensors)
-    change_content(description["content"]["modules"])
-    metadata["description"] = json.dumps(description)
-    metadata["sha256"] = files._digest(tensors, metadata["description"])
-    save_file(tensors, path, metadata=metadata)
-
-
-NAME = "rnn.weight_hh_l1"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.update({f"{NAME}_starts": t[f"{NAME}_starts"] + 1}), "starts must rise from 0"),
-        (lambda t: t.update({f"{NAME}_starts": t[f"{NAME}_starts"] * 1000}), "starts must rise from 0"),
-        (lambda t: t.update({f"{NAME}_starts": t[f"{NAME}_starts"][:-1].clone()}), "do not fit together"),
-        (lambda t: t.update({f"{NAME}_starts": t[f"{NAME}_starts"].long()}), "starts must be torch.int32"),
-        (lambda t: t.update({f"{NAME}_columns": t[f"{NAME}_columns"] + 6}), "columns must lie in 0..5"),
-        (lambda t: t.update({f"{NAME}_columns": t[f"{NAME}_columns"] - 1}), "columns must lie in 0..5"),
-        (lambda t: t.update({f"{NAME}_values": t[f"{NAME}_values"][:-1].clone()}), "do not fit together"),
-        (lambda t: t.update({f"{NAME}_values": t[f"{NAME}_values"][0].clone()}), "do not fit together"),
-        (lambda t: t.update({f"{NAME}_values": t[f"{NAME}_values"].int()}), "values must be one of"),
-        (lambda t: t.update({f"{NAME}_values": t[f"{NAME}_values"].to(torch.int8)}), "scales are needed beside"),
-        (lambda t: t.update({f"{NAME}_scales": torch.ones(18)}), "scales must be None beside"),
-        (lambda t: t.pop(f"{NAME}_values"), "describes its tensors wrongly .*_values"),
-        (lambda t: t.pop("rnn.bias_ih_l0"), "describes its tensors wrongly .*bias_ih_l0"),
-        (lambda t: t.update({"rnn.bias_ih_l0": torch.zeros(17)}), r"bias_ih_l0 is torch.float32 of shape \(17,\)"),
-        (lambda t: t.update({"rnn.bias_ih_l0": torch.zeros(18).double()}), "bias_ih_l0 is torch.float64"),
-        (lambda t: t.update({"stack.0.weight_hr_l0": torch.zeros(3, 4)}), "weight_hr_l0 must be a BlockMatrix"),
-        (
-            lambda t: t.update({"rnn.weight_ih_l0": torch.zeros(18, 4)}),
-            "with rnn.weight_ih_l0_columns, .*, which the mo",
-        ),
-        (lambda t: t.update({"rnn.more": torch.zeros(1)}), "with rnn.more, which the model does not have"),
-    ],
-)
-def test_forged_tensors_are_refused(tmp_path, change, message):
-    prepare(tmp_path / "file")
-    forge(tmp_path / "file", change)
-    assert_refused(tmp_path / "file", message)
-
-
-@pytest.mark.parametrize("block_size", [(10**9, 1), (1, 10**9), (4097, 1)])
-@pytest.mark.parametrize("backend", [None, "cpu"])
-def test_blocks_larger_than_their_matrix_and_none_stored_are_refused(tmp_path, block_size, backend):
-    """A file of 3 KB, of which the first call took gigabytes."""
-    BR, BC = block_size
-    save_sparse(to_sparse(make_gru(), storage=(2, 1)), tmp_path / "file")
-
-    def enlarge(tensors):
-        tensors["weight_hh_l0_values"] = torch.empty(0, BC, BR)
-        tensors["weight_hh_l0_columns"] = torch.empty(0, dtype=torch.int32)
-        tensors["weight_hh_l0_starts"] = torch.zeros(4, dtype=torch.int32)
-
-    forge(tmp_path / "file", enlarge)
-    model = make_gru(1) if backend is None else to_sparse(make_gru(1), storage=(2, 1), backend=backend)
-    assert_refused(tmp_path / "file", r"blocks must be at most \(4096, 4096\) for a matrix of 6 x 6, got", model)
-
-
-def test_a_recurrent_weight_that_is_not_in_blocks_is_refused(tmp_path):
-    prepare(tmp_path / "file")
-    forge(tmp_path / "file", lambda tensors: tensors.update({NAME: torch.zeros(18, 6)}))
-    assert_refused(tmp_path / "file", "weight_hh_l1 must be a BlockMatrix")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda modules: modules["rnn"].pop("class"),
-        lambda modules: modules["rnn"].update({"class": "Linear"}),
-        lambda modules: modules["rnn"].update(config=3),
-        lambda modules: modules["rnn"].pop("dtype"),
-        lambda modules: modules["rnn"].update(dtype="load"),
-        lambda modules: modules["rnn"]["config"].update(width=3),
-        lambda modules: modules["rnn"]["config"].update(weight_ih_l0=3),
-        lambda modules: modules["rnn"]["config"].update(weight_ih_l0=[[1.0]]),
-        lambda modules: modules["rnn"]["config"].update(forward=3),
-        lambda modules: modules["rnn"]["config"].update(__class__="x"),
-        lambda modules: modules["rnn"]["config"].pop("mode"),
-        lambda modules: modules["rnn"]["config"].update(bias=None),
-        lambda modules: modules["rnn"]["config"].update(hidden_size="6"),
-        lambda modules: modules["rnn"]["config"].update(hidden_size=[6]),
-        lambda modules: modules["rnn"]["config"].update(hidden_size=10**12),
-        lambda modules: modules["rnn"]["config"].update(batch_first=False),
-        lambda modules: modules["rnn"].pop("config"),
-        lambda modules: modules["rnn"].pop("activation_dtype"),
-        lambda modules: modules["rnn"].update(activation_dtype="int8"),  # its weights are not
-        lambda modules: modules["rnn"].update(activation_dtype="float16"),
-        lambda modules: modules["rnn"].update(activation_dtype=[]),
-        lambda modules: modules.update(rnn=None),
-        lambda modules: modules.pop("rnn"),
-    ],
-)
-def test_a_forged_description_is_refused(tmp_path, change):
-    prepare(tmp_path / "file")
-    forge(tmp_path / "file", lambda tensors: None, change)
-    assert_refused(tmp_path / "file", "describes its tensors wrongly|holds")

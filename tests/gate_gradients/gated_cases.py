@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from layer_pairs import B, H, I, T, identify, tensors_of
 from rounding import rounding_of_sums, terms_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from triton_sparse_rnn import GateGradientSparsity, SparseGRU, SparseLSTM
 
-T, B, I, H = 5, 3, 4, 7
 CELLS: list[Any] = [(nn.LSTM, SparseLSTM), (nn.GRU, SparseGRU)]
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -31,12 +31,8 @@ PACKED_FORMS = ["packed", "packed state", "packed unsorted", "packed unsorted st
 NOTHING = GateGradientSparsity(threshold=0.0, backend="reference")
 
 
-def _identify(value):
-    return value.__name__ if isinstance(value, type) else str(value)
-
-
-cells = pytest.mark.parametrize(("dense_class", "sparse_class"), CELLS, ids=_identify)
-layers = pytest.mark.parametrize(("dense_class", "sparse_class", "options"), LAYERS, ids=_identify)
+cells = pytest.mark.parametrize(("dense_class", "sparse_class"), CELLS, ids=identify)
+layers = pytest.mark.parametrize(("dense_class", "sparse_class", "options"), LAYERS, ids=identify)
 
 
 def make_pair(dense_class: Any, sparse_class: Any, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
@@ -46,13 +42,6 @@ def make_pair(dense_class: Any, sparse_class: Any, options: dict[str, Any] | Non
     sparse = sparse_class(I, H, **(options or {}), gate_gradient=NOTHING)
     sparse.load_state_dict(dense.state_dict(), strict=True)
     return dense, sparse
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """Every tensor of a call's result, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [] if value is None else [tensor for part in value for tensor in tensors_of(part)]
 
 
 def rounding_of(layer: Any, dtype: torch.dtype) -> float:
@@ -74,16 +63,6 @@ def has_other_operands(layer: Any, form: str) -> bool:
     takes_onednn = layer.mode == "LSTM" and layer.weight_ih_l0.dtype == torch.float32 and not layer.proj_size
     is_apart = form == "strided" or (layer.batch_first and not form.startswith(("packed", "unbatched")))
     return is_apart and layer.bias and not (takes_onednn and torch.backends.mkldnn.is_available())
-
-
-def assert_same(actual: Any, expected: Any, rounding: float = 0) -> None:
-    """To the bit, or within a share of their size: bits are for operators that are given the same numbers alike."""
-    assert type(actual) is type(expected)
-    ours, theirs = tensors_of(actual), tensors_of(expected)
-    assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
-        assert error([one], [other])[0] <= rounding if rounding else torch.equal(one, other)
 
 
 def random_state(layer: Any, batch: tuple[int, ...]) -> Any:
@@ -127,10 +106,3 @@ def run(layer: Any, form: str, dtype: torch.dtype) -> tuple[Any, list[Tensor]]:
     gradients = [tensor.grad for tensor in [*leaves, *layer.parameters()]]
     assert all(gradient is not None for gradient in gradients)
     return result, gradients  # type: ignore[return-value]
-
-
-def error(actual: list[Tensor], exact: list[Tensor]) -> list[float]:
-    return [
-        float((one.double() - other).detach().norm() / other.detach().norm().clamp(min=1e-30))
-        for one, other in zip(actual, exact, strict=True)
-    ]

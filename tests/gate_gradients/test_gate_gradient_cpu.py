@@ -163,6 +163,10 @@ def test_dense_backward(name, reverse, likely_zeros):
     direction, arriving = random_direction(name, reverse=reverse)
     result = run(direction, arriving, Rule(), None, likely_zeros=likely_zeros)
     assert_as_accurate_as_the_reference(result, direction, arriving, Rule(), None)
+    for rule in RULES[::2]:
+        thresholds = torch.zeros(4 if rule.group == "elements" else 1)
+        zero = run(direction, arriving, rule, thresholds, likely_zeros=likely_zeros)
+        assert torch.equal(zero.gates, result.gates)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("reverse", [False, True])

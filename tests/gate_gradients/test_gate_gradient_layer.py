@@ -6,17 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from gated_cases import (
-    NOTHING,
-    B,
-    H,
-    I,
-    T,
-    cells,
-    error,
-    make_pair,
-    rounding_of,
-)
+from gated_cases import NOTHING, cells, make_pair, rounding_of
+from layer_pairs import B, H, I, T, error
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint

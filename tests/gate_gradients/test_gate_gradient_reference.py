@@ -227,9 +227,8 @@ def test_gradients_are_those_of_autograd_with_rules_at_its_gate_nodes(mode, proj
 
 
 @pytest.mark.parametrize(("mode", "proj_size"), MODES)
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bias", "reverse"), [(False, False), (True, True)])
 @pytest.mark.parametrize("sizes", [(1,), (3,), (1, 1, 1), UNIFORM, RAGGED])
-@pytest.mark.parametrize("reverse", [False, True])
 def test_without_a_threshold_gradients_are_autograds(mode, proj_size, bias, sizes, reverse):
     case = make_case(mode, sizes, reverse=reverse, bias=bias, proj_size=proj_size)
     result = run(case, Rule("sample", "blocks", 3, 2), None)
@@ -293,7 +292,7 @@ def test_sampling_is_unbiased(group):
 @pytest.mark.parametrize("mode", ["LSTM", "GRU"])
 def test_sampling_leaves_every_gradient_unbiased(mode):
     """Through time too: every step draws anew. For a GRU too, as r's gradient does not depend on what n's became."""
-    case, rule, draws = make_case(mode, (2, 2, 2, 2)), Rule("sample", "blocks", 3, 1), 600
+    case, rule, draws = make_case(mode, (8, 8, 8, 8)), Rule("sample", "blocks", 3, 1), 150  # of every row
     dense, thresholds = run(case, rule, None), middle_thresholds(case, rule)
     torch.manual_seed(1)
     samples = [run(case, rule, thresholds, seed=seed) for seed in torch.randint(0, 2**32, (draws, 1))]
@@ -316,17 +315,6 @@ def test_nan_and_infinity_always_stay(rule, value):
     for group in groups_of(gates.shape, rule):  # all of a group with a strange value stays as it is
         if strange[group.place].any():
             torch.testing.assert_close(result[group.place], gates[group.place], rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_nan_and_infinity_reach_the_weights(value):
-    case = make_case("LSTM", UNIFORM)
-    case.arriving.y[-1, 2] = value
-    result = run(case, Rule(), torch.full((4,), 1e9))
-    for gradient in (result.x, result.weight_ih, result.weight_hh, result.bias_ih):
-        assert gradient is not None
-        assert not gradient.isfinite().all()
-    assert result.zeros.sum() < sum(UNIFORM) * 4 * H
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=str)

@@ -19,6 +19,10 @@ every_cell_on_the_cpu = pytest.mark.parametrize(("cell", "backend"), CELLS_AND_B
 # Without its interpreter "triton" takes no tensors on the CPU; with it one cell must do, as it takes its time.
 INTERPRETED_CELLS = [(nn.LSTM, "triton")] if INTERPRETED else []
 every_cell_and_backend = pytest.mark.parametrize(("cell", "backend"), CELLS_AND_BACKENDS + INTERPRETED_CELLS)
+# For what no cell does in a way of its own.
+each_backend = pytest.mark.parametrize(
+    ("cell", "backend"), [(nn.RNN, "reference"), (nn.GRU, "cpu"), *INTERPRETED_CELLS]
+)
 
 
 def make_pruned(cell: type[nn.RNNBase], *sizes: int, **options: Any) -> Any:

@@ -12,6 +12,7 @@ from persistent_cases import (
     CELLS,
     assert_same_bits,
     convert,
+    each_backend,
     every_cell_and_backend,
     make_pruned,
 )
@@ -19,7 +20,6 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 from triton_sparse_rnn import BackendUnavailableError, BlockMatrix, PersistentGRU, PersistentLSTM, PersistentRNN
-from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES
 from triton_sparse_rnn.nn.persistent_tools import PersistentTools
 from triton_sparse_rnn.sparse.patterns import Blocks
@@ -165,42 +165,6 @@ def test_meta_and_back():
     assert_same_bits(empty(x), ours(x))
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"backend": "cuda"}, ValueError, "backend must be None or one of 'triton', 'cpu', 'reference', got 'cuda'"),
-        ({"backend": 1}, ValueError, "backend must be None or one of"),
-        (
-            {"backend": "triton", "weight_dtype": torch.int8},
-            BackendUnavailableError,
-            "backend 'triton' cannot run this layer: .*backend=None",
-        ),
-        ({"storage": 16}, TypeError, "storage must be two integers"),
-        ({"storage": (16, 0)}, ValueError, "storage must be at least"),
-        ({"weight_dtype": torch.int16}, ValueError, "weight_dtype must be one of .* got torch.int16"),
-        ({"weight_dtype": "int8"}, ValueError, "weight_dtype must be one of .* got int8"),
-        (
-            {"backend": "cpu", "weight_dtype": torch.float64},
-            BackendUnavailableError,
-            "cannot run this layer: .* torch.float64",
-        ),
-    ],
-)
-def test_wrong_options(options, error, message):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other blocks store more
-        with pytest.raises(error, match=message):
-            convert(make_pruned(nn.GRU), **options)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_named_backend_is_never_replaced(cell):
-    layer = make_pruned(cell).double()
-    with pytest.raises(BackendUnavailableError, match="backend 'cpu' cannot run this layer: it computes in float32"):
-        convert(layer, "cpu")
-    assert convert(layer, None)(torch.zeros(1, 1, 5, dtype=torch.float64))[0].shape == (1, 1, 7)
-
-
 @every_cell_and_backend
 def test_calls_follow_what_is_changed_after_the_first(cell, backend):
     layer = make_pruned(cell, num_layers=2)
@@ -281,7 +245,7 @@ def test_data_of_buffers_in_a_dtype_that_the_backend_does_not_run():
     assert_same_bits(free(x.double()), convert(make_pruned(nn.GRU)).double()(x.double()))
 
 
-@every_cell_and_backend
+@each_backend
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -307,19 +271,6 @@ def test_assigned_tensors_are_checked(cell, backend, name, change, message, call
             ours(x)
     ours.load_state_dict(state, assign=True)
     assert_same_bits(ours(x), convert(make_pruned(cell), backend)(x))
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference", *(["triton"] if INTERPRETED else [])])
-def test_indices_that_were_loaded_in_place_are_checked(backend):
-    ours = convert(make_pruned(nn.GRU), backend)
-    x = torch.randn(4, 2, 5)
-    expected = ours(x)
-    state = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
-    ours.load_state_dict(state | {"weight_hh_l0_columns": state["weight_hh_l0_columns"] + 1000})
-    with pytest.raises(ValueError, match="columns must lie in"):
-        ours(x)
-    ours.load_state_dict(state)
-    assert_same_bits(ours(x), expected)
 
 
 @pytest.mark.parametrize("cell", CELLS)

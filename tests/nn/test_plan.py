@@ -11,6 +11,7 @@ from persistent_cases import (
     CELLS,
     assert_same_bits,
     convert,
+    each_backend,
     every_cell_and_backend,
     every_cell_on_the_cpu,
     make_pruned,
@@ -151,7 +152,7 @@ CHANGES: dict[str, Any] = {
 }
 
 
-@every_cell_and_backend
+@each_backend
 @pytest.mark.parametrize("change", CHANGES)
 def test_tensors_that_move_are_prepared_anew(prepared, cell, backend, change):
     """Prepared layers keep addresses, and what was there is freed."""
@@ -216,7 +217,7 @@ def test_weights_that_are_written_to_count(make, dtype, backend):
     assert_same_bits(ours(x), convert(ours.to_dense(), backend)(x))
 
 
-@every_cell_and_backend
+@each_backend
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("left_bytes", [0, 4])
 def test_buffers_that_were_freed(cell, backend, call, left_bytes):
@@ -230,7 +231,7 @@ def test_buffers_that_were_freed(cell, backend, call, left_bytes):
             CALLS[call](ours, x)
 
 
-@every_cell_and_backend
+@each_backend
 @pytest.mark.parametrize("left_bytes", [0, 4])
 def test_inputs_and_states_that_were_freed(cell, backend, left_bytes):
     ours = convert(make_pruned(cell), backend)

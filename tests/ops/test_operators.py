@@ -5,15 +5,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from triton_sparse_rnn.errors import BackendUnavailableError
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 from triton_sparse_rnn.ops.backends import reference
 from triton_sparse_rnn.ops.layer_weights import (
     GATES,
-    NAMES,
     LayerWeights,
     pack_layer_weights,
-    unpack_layer_weights,
 )
 from triton_sparse_rnn.ops.operators import is_observed, recurrent_layer
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
@@ -116,57 +113,6 @@ def test_schema():
     )
 
 
-@pytest.mark.parametrize(("mode", "backend"), MODES_AND_BACKENDS)
-def test_fresh_outputs_and_untouched_inputs(mode, backend):
-    arguments = make_arguments(mode, backend, 2)
-    x, states, tensors = arguments[:3]
-    given = [x, *states, *(tensor for tensor in tensors if tensor is not None)]
-    before = [tensor.clone() for tensor in given]
-    outputs = recurrent_layer(*arguments)
-    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
-    storages = [tensor.untyped_storage().data_ptr() for tensor in (*outputs, *given)]
-    assert len(set(storages)) == len(storages)
-    fake = recurrent_layer(x.to("meta"), [s.to("meta") for s in states], *arguments[2:])
-    for a, b in zip(outputs, fake, strict=True):
-        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
-
-
-def test_a_named_backend_runs_or_raises():
-    with pytest.raises(BackendUnavailableError, match=r"backend 'cpu' cannot run this layer: .*torch.float64"):
-        recurrent_layer(*make_arguments("RNN_TANH", "cpu", dtype=torch.float64))
-    with pytest.raises(BackendUnavailableError, match="backend 'triton' cannot run this layer"):
-        recurrent_layer(*make_arguments("LSTM", "triton", proj_size=2))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"proj_size": 2}, {"bias": False}, {"weight_dtype": torch.int8, "proj_size": 2}, {"dense_input": True}],
-)
-def test_weights_packed_and_unpacked(options):
-    packed = [make_weights("LSTM", **options) for _ in range(2)]
-    tensors = pack_layer_weights(packed)
-    assert len(tensors) == 2 * len(NAMES) == 28
-    unpacked = unpack_layer_weights(tensors, "LSTM", I, (H, options.get("proj_size") or H))
-    for ours, theirs in zip(unpacked, packed, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            if isinstance(a, BlockMatrix) and isinstance(b, BlockMatrix):
-                a.check()
-                assert (a.shape, a.gates) == (b.shape, b.gates)
-                assert a.values is b.values
-                assert a.scales is b.scales
-            else:
-                assert a is b
-
-
-def test_wrong_options():
-    with pytest.raises(ValueError, match=r"activation_dtype=torch.int8 needs weights in torch.int8, got torch.float32"):
-        recurrent_layer(*make_arguments(activation_dtype=torch.int8))
-    with pytest.raises(ValueError, match=r"activation_dtype must be None or torch.int8, got torch.float16"):
-        recurrent_layer(*make_arguments(activation_dtype=torch.float16))
-    with pytest.raises(ValueError, match="num_threads must be at least 1, got 0"):
-        recurrent_layer(*make_arguments(num_threads=0))
-
-
 class Wrapped(Tensor):
     """A subclass of Tensor."""
 
@@ -184,32 +130,6 @@ def test_what_must_go_through_the_operator():
         assert not is_observed(wanted, states)
     with FlopCounterMode(display=False):
         assert is_observed(x, states)
-
-
-@pytest.mark.parametrize("mode", GATES)
-def test_the_reference_is_its_equations_in_float64(mode):
-    weights = make_weights(mode, torch.float64)
-    assert isinstance(weights.weight_ih, BlockMatrix)
-    assert weights.bias_ih is not None
-    assert weights.bias_hh is not None
-    x, h, c = (torch.randn(4, n, dtype=torch.float64) for n in (I, H, H))
-    p = x @ weights.weight_ih.to_dense().t() + weights.bias_ih
-    a = h @ weights.weight_hh.to_dense().t() + weights.bias_hh
-    if mode == "GRU":
-        (p_r, p_z, p_n), (a_r, a_z, a_n) = p.chunk(3, 1), a.chunk(3, 1)
-        r, z = torch.sigmoid(p_r + a_r), torch.sigmoid(p_z + a_z)
-        expected = [(1 - z) * torch.tanh(p_n + r * a_n) + z * h]
-    elif mode == "LSTM":
-        i, f, g, o = (p + a).chunk(4, 1)
-        c_next = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        expected = [torch.sigmoid(o) * torch.tanh(c_next), c_next]
-    else:
-        expected = [torch.tanh(p + a) if mode == "RNN_TANH" else torch.relu(p + a)]
-    states = [h[None], c[None]][: len(expected)]
-    y, *ends = reference.recurrent_layer(x, states, [weights], None, mode)
-    torch.testing.assert_close(y, expected[0], rtol=0, atol=1e-14)
-    for end, wanted in zip(ends, expected, strict=True):
-        torch.testing.assert_close(end[0], wanted, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("block_size", [(1, 1), (2, 3), (4, 2), (16, 16)])

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from triton_sparse_rnn.errors import BackendUnavailableError
 from triton_sparse_rnn.kernels.triton import exchange, recurrent_layer
-from triton_sparse_rnn.nn.persistent import PersistentGRU, PersistentLSTM, PersistentRNN
+from triton_sparse_rnn.nn.persistent import PersistentGRU, PersistentRNN
 from triton_sparse_rnn.ops.backends import triton
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.ops.validation import check_not_capturing
@@ -141,18 +141,6 @@ def test_an_old_gpu_beside_a_new_one(monkeypatch):
     assert reasons == ["it needs a GPU of compute capability 8.0 or newer, cuda:0 has 7.5", None]
 
 
-def test_refusals_of_a_module():
-    pruned: Any = nn.LSTM(I, H, proj_size=2).to(DEVICE).requires_grad_(False)
-    for weight in (pruned.weight_ih_l0, pruned.weight_hh_l0):
-        weight[:, 1:] = 0
-    with pytest.raises(BackendUnavailableError, match=r"'triton' cannot run this layer: the layer has proj_size"):
-        PersistentLSTM.from_dense(pruned, backend="triton", storage=(4, 1))
-    with pytest.raises(BackendUnavailableError, match=r"cannot run this layer: weight_ih is stored as torch.int8"):
-        convert(make_gru(), weight_dtype=torch.int8)
-    with pytest.raises(BackendUnavailableError, match=r"cannot run this layer: it computes in float32"):
-        convert(make_gru().double())
-
-
 def test_a_block_of_fewer_than_16_rows_reads_its_input_for_16_units():
     dense: Any = nn.RNN(8, 20, nonlinearity="relu").requires_grad_(False)
     for weight in (dense.weight_ih_l0, dense.weight_hh_l0):
@@ -263,12 +251,8 @@ def test_the_repr_says_how_it_runs_once_it_has_run():
     ours.backend = "reference"
     assert "kernels" not in repr(ours)
     assert "kernels" not in repr(convert(make_gru(), backend="reference"))
-
-
-def test_the_repr_of_a_module_that_cannot_run_where_it_is():
-    ours = convert(make_gru())
-    ours.warm_up()
-    assert repr(ours.to("meta")).endswith("backend='triton')")
+    ours.backend = "triton"
+    assert repr(ours.to("meta")).endswith("backend='triton')")  # where it cannot run
 
 
 @pytest.mark.parametrize("capturing", [True, False])
@@ -352,61 +336,6 @@ def test_compile_with_fake_cuda_tensors(fake_cuda, backend):
     with fake_cuda:
         y, h = compiled(torch.empty(6, 2, I, device="cuda"))
     assert [(t.device.type, tuple(t.shape)) for t in (y, h)] == [("cuda", (6, 2, H)), ("cuda", (1, 2, H))]
-
-
-def test_the_operator_with_fake_cuda_tensors(fake_cuda):
-    from triton_sparse_rnn.ops.operators import traced_layer
-
-    with fake_cuda:
-        weights = BlockMatrix(
-            torch.empty(6, 1, 4, device="cuda"),
-            torch.empty(6, dtype=torch.int32, device="cuda"),
-            torch.empty(7, dtype=torch.int32, device="cuda"),
-            (3 * H, I),
-            3,
-        )
-        layer = traced_layer(
-            "GRU",
-            H,
-            [LayerWeights(weights, weights, None, None)] * 2,
-            backend="triton",
-            activation_dtype=None,
-            num_threads=1,
-        )
-        x, h = torch.empty(8, I, device="cuda"), torch.empty(2, 4, H, device="cuda")
-        outputs: list[Tensor] = layer(x, [h], torch.tensor([4, 3, 1]))
-    assert [(t.device.type, tuple(t.shape)) for t in outputs] == [("cuda", (8, 2 * H)), ("cuda", (2, 4, H))]
-
-
-@pytest.mark.gpu
-def test_a_graph_is_captured_after_a_call_and_not_before():
-    ours = convert(make_gru())
-    x = torch.randn(7, 2, I, device=DEVICE)
-    graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="call it once"), torch.cuda.graph(graph):
-        ours(x)
-    expected = ours(x)[0]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = ours(x)[0]
-    for _ in range(3):
-        y.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(y, expected)
-    x.mul_(2)
-    graph.replay()
-    assert torch.equal(y, ours(x)[0])
-
-
-@pytest.mark.gpu
-def test_a_layer_on_another_device_than_the_current_one():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    dense = make_gru(num_layers=2)
-    x = torch.randn(7, 2, I, device=DEVICE)
-    with torch.cuda.device(0):
-        there = convert(dense.to("cuda:1"))(x.to("cuda:1"))[0]
-        assert torch.equal(there.cpu(), convert(dense.to("cuda:0"))(x)[0].cpu())
 
 
 @pytest.mark.gpu

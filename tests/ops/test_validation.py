@@ -220,18 +220,6 @@ def test_indices_are_read_again_only_after_a_write(monkeypatch):
     assert [check(False), check(False)] == [1, 0]
 
 
-@pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("first", [False, True])
-def test_wrong_indices_are_found(first, inference):
-    with torch.inference_mode(inference):
-        weights = make_weights()
-        check_weights([weights], "GRU", I, torch.float32, CPU, indices=first)
-        weights.weight_hh.columns.add_(H)
-        for indices in (False, True):
-            with pytest.raises(ValueError, match=r"columns must lie in 0..4"):
-                check_weights([weights], "GRU", I, torch.float32, CPU, indices=indices)
-
-
 def free(tensor: Tensor, left_bytes: int = 0) -> None:
     tensor.untyped_storage().resize_(left_bytes)
 

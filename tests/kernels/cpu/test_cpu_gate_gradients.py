@@ -1,4 +1,4 @@
-"""States and products of gate gradients, each by itself; tests/gate_gradients has them together, and steps back."""
+"""Other gates than those of forward, and products of gate gradients; tests/gate_gradients has them together."""
 
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,34 +26,6 @@ def random_gates(*shape: int) -> Tensor:
     """i, f, g, o of units in the last axis."""
     i, f, g, o = torch.randn(4, *shape).unbind()
     return torch.stack([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], dim=-2)
-
-
-def test_steps_are_placed_in_the_order_in_which_they_are_taken():
-    forward = place_steps((3, 3, 1), reverse=False, gates_as_taken=False)
-    assert forward.tolist() == [[0, 3, 0, 6, 0], [3, 3, 3, 0, 3], [6, 1, 6, 3, 1]]
-    backward = place_steps((3, 3, 1), reverse=True, gates_as_taken=True)
-    assert backward.tolist() == [[6, 1, 0, 0, 0], [3, 3, 1, 6, 1], [0, 3, 4, 3, 3]]
-    assert forward.flags.c_contiguous
-    assert backward.flags.c_contiguous
-
-
-@pytest.mark.parametrize("sizes", [(1,), (4, 4, 4), RAGGED])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("units", [1, 16, H])
-def test_cells_are_those_of_the_equation(sizes, reverse, units):
-    gates, c0 = random_gates(sum(sizes), units), torch.randn(sizes[0], units)
-    i, f, g, o = gates.double().unbind(1)
-    c, expected = c0.double(), torch.empty(sum(sizes), units, dtype=torch.float64)
-    starts = [sum(sizes[:t]) for t in range(len(sizes))]
-    for t in range(len(sizes))[:: -1 if reverse else 1]:
-        rows = slice(starts[t], starts[t] + sizes[t])
-        c[: sizes[t]] = f[rows] * c[: sizes[t]] + i[rows] * g[rows]
-        expected[rows] = c[: sizes[t]]
-    steps = place_steps(sizes, reverse=reverse, gates_as_taken=False)
-    spaced = torch.cat([gates.flatten(1), torch.full((len(gates), 3), math.nan)], dim=1)[:, : 4 * units]
-    cells, right = lstm_cells(steps, spaced, c0, (o * expected.tanh()).float())
-    assert right
-    torch.testing.assert_close(cells.double(), expected, rtol=0, atol=1e-6)
 
 
 def forged(name: str, gates: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

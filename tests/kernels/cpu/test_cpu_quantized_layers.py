@@ -58,22 +58,6 @@ def test_ragged_batches(number):
 
 
 @pytest.mark.parametrize("number", range(len(MODES)))
-def test_steps_are_the_whole(number):
-    layer = Layer(MODES[number], 21, 53, BLOCKS[1], BLOCKS[number % 4], D=1, dtype=torch.int8)
-    ready = layer.ready(quantized=True)
-    x, states = layer.random_inputs([3] * 6)
-    whole = ready(x, states, None)
-    outputs = []
-    for x_t in x.split(3):
-        expected = by_reference(layer, x_t, states)
-        y, *states = ready(x_t, states, None)
-        torch.testing.assert_close([y, *states], expected, rtol=0, atol=2e-6)
-        outputs.append(y)
-    for ours, expected in zip([torch.cat(outputs), *states], whole, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("number", range(len(MODES)))
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_no_blocks_and_all_blocks(number, density):
     layer = Layer(MODES[number], 21, 53, BLOCKS[1], BLOCKS[number % 4], density=density, dtype=torch.int8)

@@ -1,4 +1,4 @@
-"""Tensors of every layout on their way through ops/backends/cpu.prepare_layer."""
+"""Weights at any address, and narrow inputs, on their way through ops/backends/cpu.prepare_layer."""
 
 import dataclasses
 
@@ -10,16 +10,6 @@ from rounding import assert_same_sums
 from triton_sparse_rnn.ops.backends import cpu
 
 
-def transposed(tensor):
-    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def sliced(tensor):
-    wide = torch.full((*tensor.shape[:-1], 3 * tensor.shape[-1]), torch.nan)
-    wide[..., 1::3] = tensor
-    return wide[..., 1::3]
-
-
 def offset(tensor):
     """Contiguous, and at an address that no vector would choose."""
     memory = torch.full((tensor.numel() + 16,), torch.nan)
@@ -28,40 +18,8 @@ def offset(tensor):
     return memory.copy_(tensor.flatten()).view(tensor.shape)
 
 
-def negative(tensor):
-    """With a minus sign that torch has put off."""
-    view = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
-    assert view.is_neg()
-    return view
-
-
-LAYOUTS = [transposed, sliced, offset, negative]
-
-
 def prepared(layer, dtype=torch.float32):
     return cpu.prepare_layer(layer.mode, layer.directions, dtype=dtype, activation_dtype=None, num_threads=1)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_inputs_and_states(mode, layout):
-    layer = Layer(mode, 21, 37, (5, 3), (4, 3))
-    x, states = layer.random_inputs(RAGGED)
-    sizes = torch.tensor(RAGGED)
-    expected = layer.ready()(x, states, sizes)
-    laid_out = layout(x), [layout(state) for state in states]
-    assert torch.equal(laid_out[0], x)
-    assert all(map(torch.equal, prepared(layer)(*laid_out, sizes), expected))
-    assert all(map(torch.equal, prepared(layer)(x, laid_out[1], sizes), expected))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_expanded_inputs_and_states(mode):
-    layer = Layer(mode, 21, 37, (5, 3), (4, 3))
-    x, states = layer.random_inputs([1])
-    x, states = x.expand(12, -1), [state.expand(-1, 3, -1) for state in states]
-    expected = layer.ready()(x.contiguous(), [state.contiguous() for state in states], None)
-    assert all(map(torch.equal, prepared(layer)(x, states, None), expected))
 
 
 @pytest.mark.parametrize("block_ih", [(5, 3), None])
@@ -92,14 +50,6 @@ def moved(weight):
         return offset(weight)
     columns = torch.cat([weight.columns[:1], weight.columns])[1:]
     return dataclasses.replace(weight, values=offset(weight.values), columns=columns)
-
-
-def test_sizes_with_gaps():
-    layer = Layer("GRU", 21, 37, (5, 3), (4, 3))
-    x, states = layer.random_inputs(RAGGED)
-    sizes = torch.tensor(RAGGED)
-    gaps = torch.stack([sizes, torch.ones_like(sizes)], dim=1)[:, 0]
-    assert all(map(torch.equal, prepared(layer)(x, states, gaps), prepared(layer)(x, states, sizes)))
 
 
 @pytest.mark.parametrize("mode", MODES)

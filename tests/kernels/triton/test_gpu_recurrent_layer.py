@@ -110,6 +110,8 @@ def test_cells_in_both_directions_of_a_ragged_batch(way: str, mode: str):
         (20, (1, 1), (5, 5)),
         (48, (16, 4), (2, 1)),
         (7, (16, 16), (9,)),
+        (20, (16, 1), (2,)),  # with those above, every tile of streamed.py
+        (20, (16, 1), (17,)),
     ],
 )
 def test_sizes_and_block_sizes(way: str, H: int, block_size: tuple[int, int], batch_sizes: tuple[int, ...]):
@@ -123,11 +125,12 @@ def test_sizes_and_block_sizes(way: str, H: int, block_size: tuple[int, int], ba
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
-@pytest.mark.parametrize("mode", ["RNN_TANH", "GRU"])
-def test_no_blocks_and_all_blocks(way: str, mode: str, density: float):
+@pytest.mark.parametrize(("mode", "H"), [("RNN_TANH", 150), ("GRU", 24)])
+def test_no_blocks_and_all_blocks(way: str, mode: str, H: int, density: float):
+    """150 columns are more than a program reads at a time."""
     torch.manual_seed(0)
-    directions = random_directions(mode, 4, 24, density=density)
-    x, states, sizes = random_call(mode, 4, 24, 1, (2, 2, 2))
+    directions = random_directions(mode, 4, H, density=density)
+    x, states, sizes = random_call(mode, 4, H, 1, (2, 2, 2))
     results = RecurrentLayer(mode, directions, device=DEVICE)(x, states, None)
     assert_close(results, expected(mode, directions, x, states, sizes))
 
@@ -227,7 +230,7 @@ def test_h0_may_hold_the_bits_of_the_sentinel():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_step_is_one_launch_and_the_same_as_a_call(mode: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_step_is_one_launch_and_the_same_as_a_call(way: str, mode: str, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     directions = random_directions(mode, 6, 20, D=2)
     x, states, sizes = random_call(mode, 6, 20, 2, (3,))

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from triton_sparse_rnn.kernels.triton.exchange import BETWEEN, NONE
+from triton_sparse_rnn.kernels.triton.streamed import choose_streamed_tile
 from triton_sparse_rnn.kernels.triton.tiles import (
     H200,
     SLOTS,
@@ -174,3 +176,10 @@ def test_tied_gates_fit_where_others_do_not():
     tied = choose_residency("GRU", 2560, 312, 4, tied=True)
     assert tied is not None
     assert tied.tile.tied
+
+
+@pytest.mark.parametrize("mode", [NONE, BETWEEN])
+def test_tiles_of_streamed_weights_hold_the_batch_or_are_the_largest(mode: int):
+    tiles = [choose_streamed_tile(B, getattr(mode, "value", mode)) for B in range(1, 100)]
+    assert all(tile.rows >= B or tile.rows == tiles[-1].rows for B, tile in enumerate(tiles, 1))
+    assert not any(tile.dot and mode is BETWEEN for tile in tiles)
