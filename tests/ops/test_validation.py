@@ -14,7 +14,8 @@ from triton_sparse_rnn.ops.validation import (
     check_num_threads,
     check_weights,
 )
-from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.layer_config import GATES
 
 B, I, H, P = 3, 4, 5, 2
 CPU = torch.device("cpu")

@@ -7,7 +7,8 @@ from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 
-from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.layer_config import GATES
 from triton_sparse_rnn.sparse.layer_weights import LayerWeights
 
 MATRICES, BIASES = ("weight_ih", "weight_hh", "weight_hr"), ("bias_ih", "bias_hh")

@@ -15,8 +15,9 @@ from triton_sparse_rnn.kernels.triton.exchange import BETWEEN, NONE, new_exchang
 from triton_sparse_rnn.kernels.triton.streamed import choose_streamed_tile, launch_streamed
 from triton_sparse_rnn.ops.backends.reference import recurrent_layer
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
-from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask
+from triton_sparse_rnn.sparse.layer_config import GATES
 from triton_sparse_rnn.sparse.row_blocks import row_blocks, stack_directions
 
 

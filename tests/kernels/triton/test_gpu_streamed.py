@@ -4,7 +4,7 @@ from gpu_layers import Layer, assert_close
 
 from triton_sparse_rnn.kernels.triton.exchange import BETWEEN, NONE
 from triton_sparse_rnn.kernels.triton.streamed import choose_streamed_tile
-from triton_sparse_rnn.sparse.block_matrix import GATES
+from triton_sparse_rnn.sparse.layer_config import GATES
 
 ODD = (5, 3)  # rows and columns of blocks that do not fit into columns of 16
 

@@ -22,7 +22,8 @@ from triton_sparse_rnn.ops.layer_weights import (
     unpack_layer_weights,
 )
 from triton_sparse_rnn.ops.validation import check_not_capturing
-from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.layer_config import GATES
 
 if TYPE_CHECKING:
     from triton_sparse_rnn.kernels.triton.recurrent_layer import RecurrentLayer, RecurrentStack
