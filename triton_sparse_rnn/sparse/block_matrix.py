@@ -80,7 +80,7 @@ class BlockMatrix:
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor | None], *, shape: tuple[int, int], gates: int) -> BlockMatrix:
         """Undo `parts`; the tensors are taken as they are, and looked at by `check` only."""
-        return cls(**{name: parts.get(name) for name in cls.PARTS}, shape=shape, gates=gates)  # type: ignore[arg-type]
+        return cls(**parts, shape=shape, gates=gates)  # type: ignore[arg-type]
 
     @classmethod
     def from_dense(
