@@ -43,7 +43,7 @@ def from_buffers(config: LayerConfig, name: str, buffers: Mapping[str, Tensor | 
     parts = {part: buffers.get(f"{name}_{part}") for part in BlockMatrix.PARTS}
     if parts["values"] is None:
         raise KeyError(f"{name}_values")
-    return BlockMatrix.from_parts(parts, shape=config.weight_shape(name), gates=config.gate_count(name))
+    return BlockMatrix.from_parts(parts, shape=config.weight_shape(name), gates=config.gate_count(name))  # type: ignore[arg-type]
 
 
 def layer_weights(config: LayerConfig, buffers: Mapping[str, Tensor | None], layer: int) -> list[LayerWeights]:
