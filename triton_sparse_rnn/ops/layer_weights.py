@@ -1,10 +1,11 @@
-"""The flat list of tensors in which an operator takes the weights of a layer."""
+"""A layer as backends take it, and the flat list of tensors in which an operator takes its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
@@ -17,6 +18,16 @@ _NO_PARTS: dict[str, Tensor | None] = dict.fromkeys(BlockMatrix.PARTS)
 
 # A layer that a backend has prepared: (x, states, batch_sizes) -> [y, h_n(, c_n)], as `reference.recurrent_layer`.
 RunLayer: TypeAlias = Callable[[Tensor, list[Tensor], "Tensor | None"], list[Tensor]]
+
+
+class StoredLayer(NamedTuple):
+    """A layer without its inputs: what a backend is asked for."""
+
+    mode: str  # nn.RNNBase.mode
+    directions: list[LayerWeights]
+    dtype: torch.dtype  # of inputs and biases
+    device: torch.device  # of all tensors
+    activation_dtype: torch.dtype | None = None  # torch.int8 for activations that are quantised
 
 
 def pack_layer_weights(directions: list[LayerWeights]) -> list[Tensor | None]:
