@@ -239,6 +239,7 @@ def replace_item(tensor, index, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda m: {"columns": None}, "columns are needed beside values of torch.float32"),
         (lambda m: {"columns": m.columns.long()}, "columns must be torch.int32"),
         (lambda m: {"starts": m.starts.float()}, "starts must be torch.int32"),
         (lambda m: {"values": m.values.int()}, "values must be one of"),

@@ -185,9 +185,12 @@ _CHECKED = WeakTensorKeyDictionary()
 
 
 def _indices_as_they_are(matrix: BlockMatrix) -> tuple[object, ...] | None:
-    """What changes with the indices of a matrix, or with what they must fit; None where torch counts no writes."""
+    """What changes with the indices of a matrix, or with what they must fit.
+
+    None where torch counts no writes, and where somebody has taken an index away.
+    """
     columns, starts = matrix.columns, matrix.starts
-    if columns.is_inference() or starts.is_inference():
+    if columns is None or starts is None or columns.is_inference() or starts.is_inference():
         return None
     places = columns.data_ptr(), columns._version, starts.data_ptr(), starts._version
     return *places, matrix.shape, matrix.gates, matrix.values.shape
