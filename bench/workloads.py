@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from bench.gpu.machine import gpu_facts
 from triton_sparse_rnn.doctor import processor_name
-from triton_sparse_rnn.sparse.block_matrix import GATES
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask
+from triton_sparse_rnn.sparse.layer_config import GATES
 
 LAYERS = {
     "GRU": nn.GRU,

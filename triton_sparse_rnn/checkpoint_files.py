@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_sparse_rnn.nn.storage import from_buffers, to_buffers
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.files import FORMAT, open_regular, read_file
 from triton_sparse_rnn.sparse.layer_config import LayerConfig
@@ -126,8 +127,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor | BlockMatrix]:
 
 def _join_blocks(tensors: dict[str, Tensor], description: dict[str, Any]) -> dict[str, Tensor | BlockMatrix]:
     """Put a BlockMatrix in the place of its parts in a file of `save_sparse`; raise if they do not fit."""
-    from triton_sparse_rnn.nn.storage import from_buffers, to_buffers
-
     joined: dict[str, Tensor | BlockMatrix] = {}
     for module, described in description["modules"].items():
         config, prefix = LayerConfig(**described["config"]), f"{module}.".lstrip(".")

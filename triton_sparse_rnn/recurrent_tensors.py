@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from triton_sparse_rnn.sparse.block_matrix import GATE_NAMES, BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.layer_config import GATE_NAMES
 
 NAMES_BY_COUNT = {len(names): names for names in GATE_NAMES.values()}
 _MATRIX = re.compile(r"(?P<prefix>.*)weight_(?P<kind>ih|hh|hr)(?P<suffix>(_l\d+(_reverse)?)?)")

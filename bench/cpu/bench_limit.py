@@ -17,7 +17,8 @@ from torch import Tensor
 from bench.budgets import assert_within_budget
 from bench.workloads import Workload
 from triton_sparse_rnn.kernels.cpu.recurrent_layer import RecurrentLayer
-from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.layer_config import GATES
 from triton_sparse_rnn.sparse.layer_weights import LayerWeights
 
 WORKLOADS = [

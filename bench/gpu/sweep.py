@@ -25,7 +25,8 @@ from bench.gpu.timing import median_device_us, replayed
 from bench.gpu.warm import WORKERS, Job, only, warm, workers
 from bench.workloads import Workload
 from triton_sparse_rnn.kernels.triton import tiles
-from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.layer_config import GATES
 from triton_sparse_rnn.sparse.row_blocks import row_blocks
 
 F32, BF16 = torch.float32, torch.bfloat16

@@ -150,12 +150,13 @@ class RecurrentLayer:
             nonlocal scratch
             if not isinstance(weight, BlockMatrix):
                 return NO_MATRIX
-            layout, offset = format_of(weight, quantized), scratch
-            scratch += 2 * _whole_lines(padded_rows(weight) * FLOAT_BYTES)
+            layout = format_of(weight, quantized)
             pack = kernel_address(PackFormat.for_product(layout))
             product = kernel_address(layout if mode is None else StepFormat(mode, layout))
             bias = self._no_bias if bias is None else bias
-            return matrix_fields(weight, bias, layout, pack=pack, product=product, scratch=offset)
+            fields = matrix_fields(weight, bias, layout, pack=pack, product=product, scratch=scratch)
+            scratch += 2 * _whole_lines(fields.gates * fields.gate_bytes)
+            return fields
 
         ih = read(direction.weight_ih, direction.bias_ih)
         hh = read(direction.weight_hh, direction.bias_hh, mode)

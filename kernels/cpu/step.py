@@ -27,7 +27,7 @@ from triton_sparse_rnn.kernels.cpu.gates import gru_cell, lstm_cell, relu, tanh
 from triton_sparse_rnn.kernels.cpu.matrix import MatrixFields
 from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 from triton_sparse_rnn.kernels.cpu.vector_code import Index, Vector, VectorCode
-from triton_sparse_rnn.sparse.block_matrix import GATES
+from triton_sparse_rnn.sparse.layer_config import GATES
 
 _CELLS = 8  # of vectors of units, run after their sums: each waits for its own results, several fill the time
 

@@ -28,7 +28,8 @@ from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED, NONE
 from triton_sparse_rnn.kernels.triton.streamed import choose_streamed_tile, launch_streamed
 from triton_sparse_rnn.kernels.triton.tiles import chain_layers
 from triton_sparse_rnn.kernels.triton.time_loop import LoopCall, TimeLoop
-from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.layer_config import GATES
 from triton_sparse_rnn.sparse.row_blocks import RowBlocks, row_blocks, stack_directions
 
 _MOST_SHAPES = 10000  # of calls that are remembered

@@ -23,7 +23,7 @@ from triton_sparse_rnn.gate_gradients.contract import (
     Steps,
 )
 from triton_sparse_rnn.gate_gradients.function import run_layer
-from triton_sparse_rnn.sparse.block_matrix import GATES
+from triton_sparse_rnn.sparse.layer_config import GATES
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # of nn.LSTM
 I, H = 5, 7

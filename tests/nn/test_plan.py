@@ -32,9 +32,9 @@ def prepared(monkeypatch) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
 
     def spy(prepare_layer):
-        def prepare(mode, directions, **options):
-            seen.append(options)
-            return prepare_layer(mode, directions, **options)
+        def prepare(layer, num_threads):
+            seen.append({"dtype": layer.dtype, "activation_dtype": layer.activation_dtype, "num_threads": num_threads})
+            return prepare_layer(layer, num_threads)
 
         return prepare
 

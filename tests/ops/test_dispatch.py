@@ -4,7 +4,7 @@ import torch
 from triton_sparse_rnn.errors import BackendUnavailableError
 from triton_sparse_rnn.ops.backends import triton
 from triton_sparse_rnn.ops.dispatch import BACKENDS, check_backend, choose_backend, unavailable_reason
-from triton_sparse_rnn.ops.layer_weights import LayerWeights
+from triton_sparse_rnn.ops.layer_weights import LayerWeights, StoredLayer
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 
@@ -31,13 +31,14 @@ CPU = torch.device("cpu")
     ],
 )
 def test_the_fastest_that_fits(mode, dtype, device, weights, chosen):
-    assert choose_backend(None, mode, dtype, device, weights) == chosen
-    assert choose_backend("reference", mode, dtype, device, weights) == "reference"
+    layer = StoredLayer(mode, weights, dtype, device)
+    assert choose_backend(None, layer) == chosen
+    assert choose_backend("reference", layer) == "reference"
     if chosen == "cpu":
-        assert choose_backend("cpu", mode, dtype, device, weights) == "cpu"
+        assert choose_backend("cpu", layer) == "cpu"
     else:
         with pytest.raises(BackendUnavailableError, match=r"'cpu' cannot run this layer: .* backend=None takes"):
-            choose_backend("cpu", mode, dtype, device, weights)
+            choose_backend("cpu", layer)
 
 
 @pytest.mark.parametrize(
@@ -46,16 +47,16 @@ def test_the_fastest_that_fits(mode, dtype, device, weights, chosen):
 def test_only_cuda_tensors_take_triton_by_themselves(monkeypatch, device, chosen):
     """Triton's interpreter, which would run this layer on the CPU, is taken by name alone."""
     if device.startswith("cuda"):
-        monkeypatch.setattr(triton, "unsupported_reason", lambda *layer: None)
-    assert choose_backend(None, "GRU", torch.float32, torch.device(device), make_weights()) == chosen
+        monkeypatch.setattr(triton, "unsupported_reason", lambda layer: None)
+    assert choose_backend(None, StoredLayer("GRU", make_weights(), torch.float32, torch.device(device))) == chosen
 
 
 def test_cuda_tensors_that_triton_does_not_take(monkeypatch):
     monkeypatch.setattr(triton, "availability", lambda: "it is gone")
-    device = torch.device("cuda")
-    assert choose_backend(None, "GRU", torch.float32, device, make_weights()) == "reference"
+    layer = StoredLayer("GRU", make_weights(), torch.float32, torch.device("cuda"))
+    assert choose_backend(None, layer) == "reference"
     with pytest.raises(BackendUnavailableError, match=r"'triton' cannot run this layer: it is gone\. backend=None"):
-        choose_backend("triton", "GRU", torch.float32, device, make_weights())
+        choose_backend("triton", layer)
 
 
 def test_every_available_backend_can_run():

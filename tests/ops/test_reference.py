@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_sparse_rnn.ops.backends import reference
-from triton_sparse_rnn.ops.layer_weights import LayerWeights
-from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.ops.layer_weights import LayerWeights, StoredLayer
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.layer_config import GATES
 
 
 class LargestTensor(TorchDispatchMode):
@@ -106,8 +107,7 @@ def test_a_prepared_layer(activation_dtype, proj_size):
     weights = [make_layer("LSTM", torch.int8, proj_size)] * 2
     x, states = make_call("LSTM", proj_size)
     states, sizes = [state.repeat(2, 1, 1) for state in states], torch.tensor([3, 3, 3, 3, 2, 1])
-    options = {"dtype": torch.float32, "activation_dtype": activation_dtype, "num_threads": 1}
-    run_layer = reference.prepare_layer("LSTM", weights, **options)
+    run_layer = reference.prepare_layer(StoredLayer("LSTM", weights, torch.float32, x.device, activation_dtype), 1)
     for batch_sizes in (None, sizes):
         expected = reference.recurrent_layer(x, states, weights, batch_sizes, "LSTM", activation_dtype=activation_dtype)
         assert_close(run_layer(x, states, batch_sizes), expected)

@@ -14,7 +14,7 @@ from triton_sparse_rnn.errors import BackendUnavailableError
 from triton_sparse_rnn.kernels.triton import exchange, recurrent_layer
 from triton_sparse_rnn.nn.persistent import PersistentGRU, PersistentRNN
 from triton_sparse_rnn.ops.backends import triton
-from triton_sparse_rnn.ops.layer_weights import LayerWeights
+from triton_sparse_rnn.ops.layer_weights import LayerWeights, StoredLayer
 from triton_sparse_rnn.ops.validation import check_not_capturing
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
@@ -50,7 +50,7 @@ def made(monkeypatch) -> list[Any]:
 
 
 def prepare(directions: list[LayerWeights], mode: str = "GRU") -> Any:
-    return triton.prepare_layer(mode, directions, dtype=torch.float32, activation_dtype=None, num_threads=1)
+    return triton.prepare_layer(StoredLayer(mode, directions, torch.float32, DEVICE), 1)
 
 
 def make_gru(num_layers: int = 1) -> Any:
@@ -116,14 +116,7 @@ DOUBLE = BlockMatrix.from_dense(torch.eye(H).repeat(3, 1), (4, 1), gates=3, dtyp
     ],
 )
 def test_why_it_cannot_run_a_layer(change, reason):
-    layer = {
-        "mode": "GRU",
-        "dtype": torch.float32,
-        "device": DEVICE,
-        "directions": [make_weights()],
-        "activation_dtype": None,
-    }
-    found = triton.unsupported_reason(**(layer | change))
+    found = triton.unsupported_reason(StoredLayer("GRU", [make_weights()], torch.float32, DEVICE)._replace(**change))
     if reason is None:
         assert found is None
     else:
@@ -135,9 +128,8 @@ def test_why_it_cannot_run_a_layer(change, reason):
 def test_an_old_gpu_beside_a_new_one(monkeypatch):
     monkeypatch.setattr(exchange, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 5), (9, 0)][device.index])
-    reasons = [
-        triton.unsupported_reason("GRU", torch.float32, torch.device("cuda", i), [make_weights()], None) for i in (0, 1)
-    ]
+    layers = [StoredLayer("GRU", [make_weights()], torch.float32, torch.device("cuda", i)) for i in (0, 1)]
+    reasons = [*map(triton.unsupported_reason, layers)]
     assert reasons == ["it needs a GPU of compute capability 8.0 or newer, cuda:0 has 7.5", None]
 
 

@@ -14,7 +14,8 @@ from triton_sparse_rnn.ops.validation import (
     check_num_threads,
     check_weights,
 )
-from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.layer_config import GATES
 
 B, I, H, P = 3, 4, 5, 2
 CPU = torch.device("cpu")
@@ -137,6 +138,7 @@ def spread(tensor: Tensor) -> Tensor:
             "columns must be torch.int32",
         ),
         (lambda w: {"weight_hh": changed(w.weight_hh, starts=w.weight_hh.starts[1:])}, "do not fit together"),
+        (lambda w: {"weight_hh": changed(w.weight_hh, starts=None)}, "starts are needed beside values"),
         (lambda w: {"weight_ih": changed(w.weight_ih, values=w.weight_ih.values.to(torch.int8))}, "scales are needed"),
     ],
 )

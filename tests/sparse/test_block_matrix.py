@@ -7,9 +7,10 @@ import torch
 
 from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES, BlockMatrix
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask, to_blocks
-from triton_sparse_rnn.sparse.patterns import Blocks
+from triton_sparse_rnn.sparse.patterns import Blocks, Pattern
 
 BLOCK_SIZES = [(1, 1), (2, 1), (3, 2), (4, 5), (16, 1), (7, 16)]
+OTHER_PATTERN = type("OtherPattern", (Pattern,), dict.fromkeys(Pattern.__abstractmethods__))()
 FLOAT_DTYPES = [dtype for dtype in STORAGE_DTYPES if dtype.is_floating_point]
 
 
@@ -173,6 +174,7 @@ def test_any_strides_and_a_copy():
         ({"gates": 2.0}, TypeError, "gates must be an integer, got 2.0"),
         ({"gates": True}, TypeError, "gates must be an integer"),
         ({"pattern": (0, 1)}, ValueError, "pattern must be at least"),
+        ({"pattern": OTHER_PATTERN}, TypeError, "a BlockMatrix stores Blocks, got <"),
         ({"pattern": 16}, TypeError, "pattern must be two integers"),
         ({"dtype": torch.int32}, ValueError, "dtype must be one of torch.float32, .* got torch.int32"),
         ({"dtype": "int8"}, ValueError, "dtype must be one of"),
@@ -237,6 +239,7 @@ def replace_item(tensor, index, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda m: {"columns": None}, "columns are needed beside values of torch.float32"),
         (lambda m: {"columns": m.columns.long()}, "columns must be torch.int32"),
         (lambda m: {"starts": m.starts.float()}, "starts must be torch.int32"),
         (lambda m: {"values": m.values.int()}, "values must be one of"),

@@ -21,7 +21,7 @@ from triton_sparse_rnn.gate_gradients.stats import (
     macs_per_gate_gradient,
 )
 from triton_sparse_rnn.gate_gradients.thresholds import HIGHEST, LOWEST, arriving_scale, fitting_log_thresholds
-from triton_sparse_rnn.sparse.block_matrix import GATE_NAMES
+from triton_sparse_rnn.sparse.layer_config import GATE_NAMES
 
 START = -3.0  # of log_thresholds, until they are calibrated
 VERSION = 1

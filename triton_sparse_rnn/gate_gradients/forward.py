@@ -13,7 +13,7 @@ import torch
 from torch import _VF, Tensor
 from torch.backends.cudnn import rnn as cudnn_rnn
 
-from triton_sparse_rnn.sparse.block_matrix import GATES
+from triton_sparse_rnn.sparse.layer_config import GATES
 
 _ONEDNN_LSTM = 2  # mode of aten::mkldnn_rnn_layer
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from triton_sparse_rnn.gate_gradients.contract import BackwardDirection, Steps
-from triton_sparse_rnn.sparse.block_matrix import GATES
+from triton_sparse_rnn.sparse.layer_config import GATES
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

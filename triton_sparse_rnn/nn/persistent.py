@@ -6,7 +6,7 @@ blocks; see persistent_weights.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -34,7 +34,7 @@ from triton_sparse_rnn.ops.calls import (
 )
 from triton_sparse_rnn.ops.dispatch import check_backend, choose_backend, unsupported_reason
 from triton_sparse_rnn.ops.flop_counting import count_in_active_modes
-from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
+from triton_sparse_rnn.ops.layer_weights import RunLayer, StoredLayer
 from triton_sparse_rnn.ops.operators import is_observed, traced_layer
 from triton_sparse_rnn.ops.validation import check_activation_dtype, check_num_threads
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix, check_storage_dtype
@@ -173,10 +173,8 @@ class PersistentLayer(PersistentTools):
         persistent = cls(config, weights, dtype=dtype, **run)
         persistent.training = dense.training  # train() would say that it changes nothing
         if backend is None and "reference" in (backends := persistent.chosen_backends()):
-            directions = layer_weights(config, persistent._buffers, backends.index("reference"))
             wanted = "triton" if persistent.device.type == "cuda" else "cpu"
-            place = config.mode, dtype, persistent.device
-            warn_if_slow(wanted, unsupported_reason(wanted, *place, directions, activation_dtype))
+            warn_if_slow(wanted, unsupported_reason(wanted, persistent._layers()[backends.index("reference")]))
         return persistent
 
     def to_dense(self) -> nn.RNNBase:
@@ -279,9 +277,8 @@ class PersistentLayer(PersistentTools):
     def _traced_layers(self) -> list[RunLayer]:
         if not is_compiling():
             count_in_active_modes()
-        options: dict[str, Any] = {name: getattr(self, name) for name in ("backend", "activation_dtype", "num_threads")}
-        config = self._config
-        return [traced_layer(config.mode, config.hidden_size, weights, **options) for weights in self._layers()]
+        options: dict[str, Any] = {"backend": self.backend, "num_threads": self.num_threads}
+        return [traced_layer(layer, self._config.hidden_size, **options) for layer in self._layers()]
 
     def _eager_layers(self) -> list[RunLayer]:
         """Layers without the operator, which takes several microseconds, as much as a step of a small layer."""
@@ -292,12 +289,13 @@ class PersistentLayer(PersistentTools):
 
     def chosen_backends(self) -> list[str]:
         """The backend that runs each layer where it is now: the named one, or the fastest that fits."""
-        place = self.mode, self.dtype, self.device
-        return [choose_backend(self.backend, *place, layer, self.activation_dtype) for layer in self._layers()]
+        return [choose_backend(self.backend, layer) for layer in self._layers()]
 
-    def _layers(self) -> Iterator[list[LayerWeights]]:
-        """The weights of each direction, layer by layer."""
-        return (layer_weights(self._config, self._buffers, layer) for layer in range(self._config.num_layers))
+    def _layers(self) -> list[StoredLayer]:
+        """Each layer, as backends are asked for it."""
+        config, place = self._config, (self.dtype, self.device, self.activation_dtype)
+        weights = (layer_weights(config, self._buffers, layer) for layer in range(config.num_layers))
+        return [StoredLayer(config.mode, directions, *place) for directions in weights]
 
     @property
     def _call_layout(self) -> CallLayout:

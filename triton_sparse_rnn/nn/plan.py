@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
-from triton_sparse_rnn.nn.storage import buffer_names, layer_weights
+from triton_sparse_rnn.nn.storage import buffer_names
 from triton_sparse_rnn.ops.backends.triton import PreparedLayer, PreparedStack, stack_layers
 from triton_sparse_rnn.ops.calls import CallLayout
 from triton_sparse_rnn.ops.dispatch import BACKENDS, choose_backend
-from triton_sparse_rnn.ops.layer_weights import RunLayer
+from triton_sparse_rnn.ops.layer_weights import RunLayer, StoredLayer
 from triton_sparse_rnn.ops.operators import is_watched
 from triton_sparse_rnn.ops.validation import check_not_capturing, check_num_threads, check_weights
 from triton_sparse_rnn.sparse.block_matrix import INDEX_DTYPE
@@ -32,6 +32,8 @@ class Planned(Protocol):
 
     @property
     def _call_layout(self) -> CallLayout: ...
+
+    def _layers(self) -> list[StoredLayer]: ...
 
 
 class Plan(NamedTuple):
@@ -126,7 +128,7 @@ def make_plan(module: Planned) -> Plan:
     """
     config, layout = module._config, module._call_layout
     check_not_capturing(layout.device)
-    backend, activation_dtype, num_threads = settings = module.backend, module.activation_dtype, module.num_threads
+    backend, _, num_threads = settings = module.backend, module.activation_dtype, module.num_threads
     num_threads = check_num_threads(num_threads)
     names = {*buffer_names(config), "_marker"}
     count_writes(module._buffers, names)
@@ -145,15 +147,12 @@ def make_plan(module: Planned) -> Plan:
         [tensor._version for tensor in indices],
         [],
     )
-    layers = [layer_weights(config, module._buffers, layer) for layer in range(config.num_layers)]
-    place, input_size = (layout.dtype, layout.device), layout.input_size
-    for directions in layers:
-        check_weights(directions, config.mode, input_size, *place, activation_dtype=activation_dtype)
+    layers, input_size = module._layers(), layout.input_size
+    for mode, directions, dtype, device, activation_dtype in layers:
+        check_weights(directions, mode, input_size, dtype, device, activation_dtype=activation_dtype)
         input_size = len(directions) * directions[0].weight_hh.shape[1]
-    for directions in layers:
-        chosen = choose_backend(backend, config.mode, *place, directions, activation_dtype)
-        options = {"dtype": layout.dtype, "activation_dtype": activation_dtype, "num_threads": num_threads}
-        plan.layers.append(BACKENDS[chosen].prepare_layer(config.mode, directions, **options))
+    for layer in layers:
+        plan.layers.append(BACKENDS[choose_backend(backend, layer)].prepare_layer(layer, num_threads))
     plan.layers[:] = stack_layers(plan.layers)
     return plan
 

@@ -33,15 +33,16 @@ def to_buffers(name: str, weight: BlockMatrix | Tensor) -> dict[str, Tensor]:
 
 
 def from_buffers(config: LayerConfig, name: str, buffers: Mapping[str, Tensor | None]) -> BlockMatrix | Tensor:
-    """Undo `to_buffers`; a weight has the tensors themselves, not copies.
+    """Undo `to_buffers`; a weight has the tensors themselves, not copies, and `check` tells whether parts are missing.
 
     Raises:
         KeyError: there are no buffers for this weight.
     """
     if name in buffers:
         return buffers[name]  # type: ignore[return-value]
-    parts = {part: buffers[f"{name}_{part}"] for part in BlockMatrix.PARTS if part != "scales"}
-    parts["scales"] = buffers.get(f"{name}_scales")
+    parts = {part: buffers.get(f"{name}_{part}") for part in BlockMatrix.PARTS}
+    if parts["values"] is None:
+        raise KeyError(f"{name}_values")
     return BlockMatrix.from_parts(parts, shape=config.weight_shape(name), gates=config.gate_count(name))  # type: ignore[arg-type]
 
 

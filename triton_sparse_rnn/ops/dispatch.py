@@ -9,7 +9,7 @@ import torch
 
 from triton_sparse_rnn.errors import BackendUnavailableError
 from triton_sparse_rnn.ops.backends import cpu, reference, triton
-from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
+from triton_sparse_rnn.ops.layer_weights import RunLayer, StoredLayer
 
 
 class Backend(Protocol):
@@ -19,26 +19,11 @@ class Backend(Protocol):
         """Return why it cannot run in this process at all, or None where it can."""
         ...
 
-    def unsupported_reason(
-        self,
-        mode: str,
-        dtype: torch.dtype,
-        device: torch.device,
-        directions: list[LayerWeights],
-        activation_dtype: torch.dtype | None,
-    ) -> str | None:
+    def unsupported_reason(self, layer: StoredLayer) -> str | None:
         """Return why it cannot run a layer, where `availability` is None, or None where it can."""
         ...
 
-    def prepare_layer(
-        self,
-        mode: str,
-        directions: list[LayerWeights],
-        *,
-        dtype: torch.dtype,
-        activation_dtype: torch.dtype | None,
-        num_threads: int,
-    ) -> RunLayer:
+    def prepare_layer(self, layer: StoredLayer, num_threads: int) -> RunLayer:
         """Return a supported layer, ready to run."""
         ...
 
@@ -58,47 +43,19 @@ def unavailable_reason(backend: str) -> str | None:
     return BACKENDS[backend].availability()
 
 
-def unsupported_reason(
-    backend: str,
-    mode: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    directions: list[LayerWeights],
-    activation_dtype: torch.dtype | None = None,
-) -> str | None:
+def unsupported_reason(backend: str, layer: StoredLayer) -> str | None:
     """Why a backend cannot run this layer here; None if it can."""
-    reason = unavailable_reason(backend)
-    if reason is not None:
-        return reason
-    return BACKENDS[backend].unsupported_reason(mode, dtype, device, directions, activation_dtype)
+    return unavailable_reason(backend) or BACKENDS[backend].unsupported_reason(layer)
 
 
-def choose_backend(
-    backend: str | None,
-    mode: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    directions: list[LayerWeights],
-    activation_dtype: torch.dtype | None = None,
-) -> str:
-    """Return the backend that runs this layer.
-
-    Args:
-        backend: one of BACKENDS, or None.
-        mode: nn.RNNBase.mode.
-        dtype, device: of inputs and biases.
-        directions: the weights of each direction.
-        activation_dtype: torch.int8 for activations that are quantised, or None.
+def choose_backend(backend: str | None, layer: StoredLayer) -> str:
+    """Return the backend that runs this layer: one of BACKENDS, which may be named.
 
     Raises:
         ValueError: there is no backend of that name.
         BackendUnavailableError: `backend` is named and cannot run it.
     """
-
-    def reason_of(name: str) -> str | None:
-        return unsupported_reason(name, mode, dtype, device, directions, activation_dtype)
-
-    return choose(backend, device, reason_of, "this layer")
+    return choose(backend, layer.device, lambda name: unsupported_reason(name, layer), "this layer")
 
 
 def choose(backend: str | None, device: torch.device, reason_of: Callable[[str], str | None], what: str) -> str:

@@ -5,6 +5,7 @@ That module loads Triton, so it is not imported here; by the time it counts, som
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from triton_sparse_rnn.ops.layer_weights import MATRICES, name_directions
+from triton_sparse_rnn.ops.layer_weights import NAMES
 
 
 def count_operations(x_shape: Sequence[int], states: Any, weights: Sequence[Any], *args: Any, **kwargs: Any) -> int:
@@ -27,8 +28,9 @@ def count_operations(x_shape: Sequence[int], states: Any, weights: Sequence[Any]
     >>> count_operations((5, 4), [(1, 1, 3)], [(12, 4), None, None, None, (2, 1, 16), *[None] * 9])
     800
     """
-    values = (direction[f"{name}_values"] for direction in name_directions(weights) for name in MATRICES)
-    return 2 * x_shape[0] * sum(math.prod(shape) for shape in values if shape is not None)
+    names = itertools.cycle(NAMES)
+    values = (shape for name, shape in zip(names, weights) if name.endswith("_values") and shape is not None)  # noqa: B905
+    return 2 * x_shape[0] * sum(map(math.prod, values))
 
 
 def count_in_active_modes() -> None:

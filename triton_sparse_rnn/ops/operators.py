@@ -16,8 +16,8 @@ from torch.compiler import is_compiling
 from triton_sparse_rnn.ops.dispatch import BACKENDS, choose_backend
 from triton_sparse_rnn.ops.layer_weights import (
     NAMES,
-    LayerWeights,
     RunLayer,
+    StoredLayer,
     pack_layer_weights,
     unpack_layer_weights,
 )
@@ -58,9 +58,8 @@ def recurrent_layer(
     directions = unpack_layer_weights(weights, mode, x.shape[-1], (hidden_size, states[0].shape[-1]))
     num_threads = check_num_threads(num_threads)
     check_call(x, list(states), directions, batch_sizes, mode, activation_dtype)
-    chosen = choose_backend(backend, mode, x.dtype, x.device, directions, activation_dtype)
-    options = {"dtype": x.dtype, "activation_dtype": activation_dtype, "num_threads": num_threads}
-    return BACKENDS[chosen].prepare_layer(mode, directions, **options)(x, list(states), batch_sizes)
+    layer = StoredLayer(mode, directions, x.dtype, x.device, activation_dtype)
+    return BACKENDS[choose_backend(backend, layer)].prepare_layer(layer, num_threads)(x, list(states), batch_sizes)
 
 
 @recurrent_layer.register_fake
@@ -108,22 +107,14 @@ def refuse_tangents(tensors: list[Tensor]) -> None:
         )
 
 
-def traced_layer(
-    mode: str,
-    hidden_size: int,
-    directions: list[LayerWeights],
-    *,
-    backend: str | None,
-    activation_dtype: torch.dtype | None,
-    num_threads: int,
-) -> RunLayer:
+def traced_layer(layer: StoredLayer, hidden_size: int, *, backend: str | None, num_threads: int) -> RunLayer:
     """Return a layer that is one operator to whoever traces or differentiates the call; see `recurrent_layer`."""
-    tensors = pack_layer_weights(directions)
+    tensors = pack_layer_weights(layer.directions)
 
     def run_layer(x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
         refuse_tangents([x, *states])
-        options = backend, activation_dtype, num_threads
-        return recurrent_layer(x, states, tensors, batch_sizes, mode, hidden_size, *options)
+        options = backend, layer.activation_dtype, num_threads
+        return recurrent_layer(x, states, tensors, batch_sizes, layer.mode, hidden_size, *options)
 
     return run_layer
 

@@ -13,7 +13,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from triton_sparse_rnn.kernels.cpu.addresses import reached_bytes
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
-from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.layer_config import GATES
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
@@ -184,9 +185,12 @@ _CHECKED = WeakTensorKeyDictionary()
 
 
 def _indices_as_they_are(matrix: BlockMatrix) -> tuple[object, ...] | None:
-    """What changes with the indices of a matrix, or with what they must fit; None where torch counts no writes."""
+    """What changes with the indices of a matrix, or with what they must fit.
+
+    None where torch counts no writes, and where somebody has taken an index away.
+    """
     columns, starts = matrix.columns, matrix.starts
-    if columns.is_inference() or starts.is_inference():
+    if columns is None or starts is None or columns.is_inference() or starts.is_inference():
         return None
     places = columns.data_ptr(), columns._version, starts.data_ptr(), starts._version
     return *places, matrix.shape, matrix.gates, matrix.values.shape

@@ -17,18 +17,16 @@ contiguous vector of BR weights: a processor multiplies it by one broadcast numb
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from triton_sparse_rnn.sparse.blocks import check_filling_up, count_blocks, from_blocks, to_blocks
+from triton_sparse_rnn.sparse.blocks import check_filling_up, check_gates, count_blocks, from_blocks, to_blocks
+from triton_sparse_rnn.sparse.bsr import make_bsr, read_bsr, rows_of_blocks, starts_of
 from triton_sparse_rnn.sparse.patterns import Blocks, PatternLike, as_pattern
 
-GATE_NAMES = {"RNN_TANH": "h", "RNN_RELU": "h", "GRU": "rzn", "LSTM": "ifgo"}  # by nn.RNNBase.mode, a letter each
-GATES = {mode: len(names) for mode, names in GATE_NAMES.items()}  # G
 INDEX_DTYPE = torch.int32  # of columns and starts
 _SIZES_END = 2**31  # block columns are int32, and the product of two sizes is an int64
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8)
@@ -82,7 +80,7 @@ class BlockMatrix:
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor | None], *, shape: tuple[int, int], gates: int) -> BlockMatrix:
         """Undo `parts`; the tensors are taken as they are, and looked at by `check` only."""
-        return cls(**{name: parts.get(name) for name in cls.PARTS}, shape=shape, gates=gates)  # type: ignore[arg-type]
+        return cls(**parts, shape=shape, gates=gates)  # type: ignore[arg-type]
 
     @classmethod
     def from_dense(
@@ -107,18 +105,21 @@ class BlockMatrix:
                 "weight must be a floating-point matrix of layout torch.strided, "
                 f"got {weight.dtype} of shape {tuple(weight.shape)} and layout {weight.layout}"
             )
-        _check_gates(gates, weight.shape[0])
+        check_gates(gates, weight.shape[0])
         dtype = check_storage_dtype(weight.dtype if dtype is None else dtype)
-        block_size = as_pattern(pattern).block_size
+        pattern = as_pattern(pattern)
+        if not isinstance(pattern, Blocks):
+            raise TypeError(f"a BlockMatrix stores Blocks, got {pattern!r}")
         weight = weight.detach()
-        groups = to_blocks(weight.unflatten(0, (gates, -1)), block_size).transpose(0, 1)  # [groups, G, columns, BR, BC]
+        by_gate = to_blocks(weight.unflatten(0, (gates, -1)), pattern.block_size)
+        groups = by_gate.transpose(0, 1)  # [groups, G, block columns, BR, BC]
         # What is zero is decided before rounding: a tiny weight that a narrow dtype rounds to 0 stays in its block.
         kept = groups.ne(0).flatten(-2).any(-1)
         blocks = groups[kept]
         matrix = cls(
             values=blocks.transpose(1, 2),
             columns=kept.nonzero()[:, 2].to(INDEX_DTYPE),
-            starts=_starts(kept.sum(-1).flatten()).to(INDEX_DTYPE),
+            starts=starts_of(kept.sum(-1).flatten()).to(INDEX_DTYPE),
             shape=(weight.shape[0], weight.shape[1]),
             gates=gates,
         )
@@ -143,38 +144,12 @@ class BlockMatrix:
         Raises:
             ValueError, TypeError: an argument is wrong, or the indices of `matrix` do not fit together.
         """
-        if not isinstance(matrix, Tensor):
-            raise TypeError(f"matrix must be a tensor, got {type(matrix).__name__}")
-        if matrix.layout != torch.sparse_bsr or matrix.dim() != 2 or matrix.values().dim() != 3:
-            raise ValueError(
-                "matrix must have layout torch.sparse_bsr and no batch or dense axes, "
-                f"got {matrix.layout} of shape {tuple(matrix.shape)}"
-            )
-        matrix = matrix.detach()
-        rows, columns = map(operator.index, matrix.shape if shape is None else shape)
-        _check_gates(gates, rows)
-        blocks, column_indices, row_starts = matrix.values(), matrix.col_indices(), matrix.crow_indices()
-        block_size = (blocks.shape[1], blocks.shape[2])
-        padded = _padded_shape(rows, columns, block_size, gates)
-        if padded != tuple(matrix.shape):
-            raise ValueError(
-                f"shape {(rows, columns)} with gates={gates} fills up to {padded} in blocks of {block_size}, "
-                f"but matrix has {tuple(matrix.shape)}"
-            )
-        own = {"dtype": blocks.dtype, "device": blocks.device}
-        try:  # torch checks the indices of a BSR tensor only when it is told to
-            torch.sparse_bsr_tensor(row_starts, column_indices, blocks, size=matrix.shape, **own, check_invariants=True)
-        except RuntimeError as error:
-            raise ValueError(f"matrix is not a valid BSR tensor: {error}") from error
-        counts = row_starts.diff().long()
-        block_rows = torch.arange(len(counts), dtype=torch.int64, device=counts.device)
-        ours = block_rows.view(gates, -1).t().flatten()  # our order of rows of blocks: group by group
-        order = torch.argsort(torch.argsort(ours)[block_rows.repeat_interleave(counts)], stable=True)
+        blocks, columns, starts, shape = read_bsr(matrix, shape, gates)
         result = cls(
-            values=blocks[order].transpose(1, 2).contiguous(),
-            columns=column_indices[order].to(INDEX_DTYPE),
-            starts=_starts(counts[ours]).to(INDEX_DTYPE),
-            shape=(rows, columns),
+            values=blocks.transpose(1, 2).contiguous(),
+            columns=columns.to(INDEX_DTYPE),
+            starts=starts.to(INDEX_DTYPE),
+            shape=shape,
             gates=gates,
         )
         result.check()
@@ -182,20 +157,7 @@ class BlockMatrix:
 
     def to_bsr(self) -> Tensor:
         """Return a torch BSR tensor; the edge blocks of each gate stay filled up with zeros."""
-        groups, gates = self.block_grid[1], self.gates
-        counts = self.starts.diff().long()
-        theirs = torch.arange(len(counts), dtype=torch.int64, device=counts.device).view(groups, gates).t().flatten()
-        order = torch.argsort(torch.argsort(theirs)[self.block_rows], stable=True)
-        scaled = self.scaled_blocks()
-        return torch.sparse_bsr_tensor(
-            _starts(counts[theirs]),
-            self.columns[order].long(),
-            scaled[order],
-            size=_padded_shape(*self.shape, self.block_size, gates),
-            dtype=scaled.dtype,
-            device=scaled.device,
-            check_invariants=True,
-        )
+        return make_bsr(self.scaled_blocks(), self.columns, self.starts, self.shape, self.gates)
 
     def to_dense(self) -> Tensor:
         """Return the matrix [rows, columns] as an ordinary tensor; int8 weights come back times their scale."""
@@ -215,7 +177,7 @@ class BlockMatrix:
         """
         check_storage_dtype(self.values.dtype, "values")
         _check_shape(self.shape)
-        _check_gates(self.gates, self.shape[0])
+        check_gates(self.gates, self.shape[0])
         if self.values.dim() != 3 or 0 in self.block_size:
             raise ValueError(
                 f"values must be blocks [NB, BC, BR] that are not empty, got shape {tuple(self.values.shape)}"
@@ -263,9 +225,7 @@ class BlockMatrix:
     @property
     def block_rows(self) -> Tensor:
         """[NB], int64, the row of blocks in which each stored block stands (group * G + gate)."""
-        # Not repeat_interleave: however small, it starts threads, on which a process hangs that was forked later.
-        blocks = torch.arange(len(self.columns), device=self.starts.device, dtype=torch.int32)
-        return torch.searchsorted(self.starts, blocks, right=True) - 1
+        return rows_of_blocks(self.starts, len(self.columns))
 
     @property
     def pattern(self) -> Blocks:
@@ -301,13 +261,6 @@ def _check_shape(shape: tuple[int, int]) -> None:
         raise ValueError(f"shape must be two integers from 0 to {_SIZES_END - 1}, rows and columns, got {shape!r}")
 
 
-def _check_gates(gates: int, rows: int) -> None:
-    if isinstance(gates, bool) or not isinstance(gates, int):
-        raise TypeError(f"gates must be an integer, got {gates!r}")
-    if gates < 1 or rows % gates:
-        raise ValueError(f"gates must divide the {rows} rows of the matrix, got {gates}")
-
-
 def check_storage_dtype(dtype: torch.dtype, name: str = "dtype") -> torch.dtype:
     """Return dtype if weights can be stored in it, or raise naming the argument."""
     if dtype not in STORAGE_DTYPES:
@@ -327,13 +280,3 @@ def row_scales(weight: Tensor) -> Tensor:
         raise ValueError("weight holds NaN or infinity, which int8 cannot store; use a floating-point weight_dtype")
     scales = largest / 127
     return scales.where(scales > 0, 1)
-
-
-def _starts(counts: Tensor) -> Tensor:
-    """Where each row of blocks begins, and the last one ends, for the number of blocks in each."""
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
-def _padded_shape(rows: int, columns: int, block_size: tuple[int, int], gates: int) -> tuple[int, int]:
-    block_rows, block_columns = count_blocks(rows // gates, columns, block_size)
-    return gates * block_rows * block_size[0], block_columns * block_size[1]

@@ -5,30 +5,11 @@ zeros, so every function here takes every size that `check_filling_up` does. Lea
 [G * H, I] is passed as [G, H, I], and no block then reaches over the border between two gates.
 """
 
-import numbers
-
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 VECTOR_ROWS = 16  # of float32 in a vector of 512 bits: blocks of fewer rows leave part of it empty
 ALWAYS_ALLOWED = 4096  # rows or columns of a block, however small the matrix is
-
-
-def check_block_size(block_size: tuple[int, int], name: str = "block_size") -> tuple[int, int]:
-    """Return block_size as a pair of plain ints, or raise naming the argument.
-
-    Raises:
-        TypeError: not a pair of integers, Python's or numpy's.
-        ValueError: one of them is below 1.
-    """
-    pair = tuple(block_size) if isinstance(block_size, (tuple, list, torch.Size)) else ()
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, numbers.Integral) for n in pair):
-        raise TypeError(f"{name} must be two integers (rows, columns), as in Blocks(16, 1), got {block_size!r}")
-    rows, columns = map(int, pair)
-    if min(rows, columns) < 1:
-        raise ValueError(f"{name} must be at least (1, 1), got {block_size!r}")
-    return rows, columns
 
 
 def check_filling_up(
@@ -44,6 +25,14 @@ def check_filling_up(
         raise ValueError(f"{name} must be at most {most} for {where} of {rows} x {columns}, got {block_size}")
 
 
+def check_gates(gates: int, rows: int) -> None:
+    """Raise TypeError or ValueError unless so many matrices can be stacked in so many rows."""
+    if isinstance(gates, bool) or not isinstance(gates, int):
+        raise TypeError(f"gates must be an integer, got {gates!r}")
+    if gates < 1 or rows % gates:
+        raise ValueError(f"gates must divide the {rows} rows of the matrix, got {gates}")
+
+
 def count_blocks(rows: int, columns: int, block_size: tuple[int, int]) -> tuple[int, int]:
     """Return how many blocks stand below and beside each other, those at the edge included."""
     return -(-rows // block_size[0]), -(-columns // block_size[1])
@@ -55,6 +44,7 @@ def to_blocks(matrix: Tensor, block_size: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: see `check_filling_up`.
 
+    >>> import torch
     >>> to_blocks(torch.arange(6).view(2, 3), (2, 2)).tolist()
     [[[[0, 1], [3, 4]], [[2, 0], [5, 0]]]]
     """
@@ -69,6 +59,7 @@ def to_blocks(matrix: Tensor, block_size: tuple[int, int]) -> Tensor:
 def from_blocks(blocks: Tensor, rows: int, columns: int) -> Tensor:
     """Undo `to_blocks`: [..., block rows, block columns, BR, BC] -> contiguous [..., rows, columns].
 
+    >>> import torch
     >>> matrix = torch.arange(15).view(3, 5)
     >>> torch.equal(from_blocks(to_blocks(matrix, (2, 4)), 3, 5), matrix)
     True

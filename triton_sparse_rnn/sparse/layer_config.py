@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from triton_sparse_rnn.sparse.block_matrix import GATE_NAMES
-
+GATE_NAMES = {"RNN_TANH": "h", "RNN_RELU": "h", "GRU": "rzn", "LSTM": "ifgo"}  # by nn.RNNBase.mode, a letter each
+GATES = {mode: len(names) for mode, names in GATE_NAMES.items()}  # G
 LayerT = TypeVar("LayerT", bound=nn.RNNBase)
 
 
@@ -122,8 +122,7 @@ class LayerConfig:
         options |= {name: getattr(self, name) for name in ("num_layers", "bias", "batch_first", "bidirectional")}
         new_class: Any = layer_class  # nn.RNNBase itself would take a mode
         layer = new_class(self.input_size, self.hidden_size, **options, **factory)
-        # Set afterwards: the constructor warns of dropout in a single layer, which the user has heard.
-        layer.dropout = self.dropout
+        layer.dropout = self.dropout  # the constructor would warn of it in a single layer, which the user has heard
         return layer
 
     def shown(self) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import numbers
 from typing import TypeAlias
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from triton_sparse_rnn.sparse.blocks import (
     VECTOR_ROWS,
-    check_block_size,
     check_filling_up,
     count_blocks,
     expand_block_mask,
@@ -196,7 +196,7 @@ class Blocks(Pattern):
     columns: int = 1
 
     def __post_init__(self) -> None:
-        sizes = check_block_size((self.rows, self.columns), "rows and columns of Blocks")
+        sizes = _check_pair((self.rows, self.columns), "rows and columns of Blocks")
         for name, size in zip(("rows", "columns"), sizes, strict=True):
             object.__setattr__(self, name, size)  # a plain int, whatever integer came
 
@@ -257,4 +257,15 @@ def as_pattern(pattern: PatternLike, name: str = "pattern") -> Pattern:
     Raises:
         TypeError, ValueError: naming the argument, for what is neither.
     """
-    return pattern if isinstance(pattern, Pattern) else Blocks(*check_block_size(pattern, name))
+    return pattern if isinstance(pattern, Pattern) else Blocks(*_check_pair(pattern, name))
+
+
+def _check_pair(pair: tuple[int, int], name: str) -> tuple[int, int]:
+    """Return a pair of positive integers, Python's or numpy's, as plain ints, or raise TypeError or ValueError."""
+    given = tuple(pair) if isinstance(pair, (tuple, list, torch.Size)) else ()
+    if len(given) != 2 or any(isinstance(n, bool) or not isinstance(n, numbers.Integral) for n in given):
+        raise TypeError(f"{name} must be two integers (rows, columns), as in Blocks(16, 1), got {pair!r}")
+    rows, columns = map(int, given)
+    if min(rows, columns) < 1:
+        raise ValueError(f"{name} must be at least (1, 1), got {pair!r}")
+    return rows, columns

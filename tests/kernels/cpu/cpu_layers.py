@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_sparse_rnn.kernels.cpu.recurrent_layer import RecurrentLayer
-from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask
+from triton_sparse_rnn.sparse.layer_config import GATES
 from triton_sparse_rnn.sparse.layer_weights import LayerWeights
 
 MODES = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM", "LSTM projected")  # the last one has proj_size, where H allows it

@@ -8,6 +8,7 @@ from cpu_layers import MODES, RAGGED, Layer
 from rounding import assert_same_sums
 
 from triton_sparse_rnn.ops.backends import cpu
+from triton_sparse_rnn.ops.layer_weights import StoredLayer
 
 
 def offset(tensor):
@@ -19,7 +20,7 @@ def offset(tensor):
 
 
 def prepared(layer, dtype=torch.float32):
-    return cpu.prepare_layer(layer.mode, layer.directions, dtype=dtype, activation_dtype=None, num_threads=1)
+    return cpu.prepare_layer(StoredLayer(layer.mode, layer.directions, dtype, torch.device("cpu")), 1)
 
 
 @pytest.mark.parametrize("block_ih", [(5, 3), None])

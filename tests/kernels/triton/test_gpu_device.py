@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from triton_sparse_rnn import PersistentGRU, PersistentLSTM, PersistentRNN
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
-from triton_sparse_rnn.sparse.block_matrix import GATES
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask
+from triton_sparse_rnn.sparse.layer_config import GATES
 
 pytestmark = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(INTERPRETED, reason="needs an NVIDIA GPU")

@@ -17,7 +17,8 @@ from triton_sparse_rnn.kernels.triton.recurrent_layer import Direction, Recurren
 from triton_sparse_rnn.kernels.triton.tiles import SLOTS, TABLE, Residency
 from triton_sparse_rnn.ops.backends.reference import recurrent_layer
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
-from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.layer_config import GATES
 
 CPU = torch.device("cpu")
 I = 3

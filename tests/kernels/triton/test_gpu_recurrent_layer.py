@@ -22,7 +22,8 @@ from triton_sparse_rnn.kernels.triton.recurrent_layer import (
 )
 from triton_sparse_rnn.ops.backends.reference import recurrent_layer
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
-from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.layer_config import GATES
 
 MODES = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")
 RAGGED = (4, 3, 1)

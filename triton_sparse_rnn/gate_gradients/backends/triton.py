@@ -32,6 +32,7 @@ from triton_sparse_rnn.gate_gradients.contract import (
 )
 from triton_sparse_rnn.gate_gradients.states import rows_before
 from triton_sparse_rnn.ops.backends import triton
+from triton_sparse_rnn.ops.layer_weights import StoredLayer
 
 if TYPE_CHECKING:
     from triton_sparse_rnn.kernels.triton.gate_gradients.products import Kept
@@ -50,7 +51,8 @@ def unsupported_reason(direction: BackwardDirection, rule: Rule) -> str | None:
     """Why the kernels cannot run this backward, where Triton can run at all; None if they can."""
     from triton_sparse_rnn.kernels.triton.gate_gradients.through_time import LARGEST_BLOCK
 
-    if (reason := triton.unsupported_reason("LSTM", direction.x.dtype, direction.x.device, [], None)) is not None:
+    x = direction.x
+    if (reason := triton.unsupported_reason(StoredLayer("LSTM", [], x.dtype, x.device))) is not None:
         return reason
     if direction.mode != "LSTM":
         return f"its kernels are those of an LSTM, and this is a {direction.mode}"

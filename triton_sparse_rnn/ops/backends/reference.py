@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer
+from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer, StoredLayer
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 Linear = Callable[[Tensor], Tensor]  # [n, columns] -> [n, rows]
@@ -41,28 +41,16 @@ def availability() -> str | None:
     return None
 
 
-def unsupported_reason(
-    mode: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    directions: list[LayerWeights],
-    activation_dtype: torch.dtype | None,
-) -> str | None:
+def unsupported_reason(layer: StoredLayer) -> str | None:
     """Return None: it runs every layer."""
     return None
 
 
-def prepare_layer(
-    mode: str,
-    directions: list[LayerWeights],
-    *,
-    dtype: torch.dtype,
-    activation_dtype: torch.dtype | None,
-    num_threads: int,
-) -> RunLayer:
+def prepare_layer(layer: StoredLayer, num_threads: int) -> RunLayer:
     """Return `recurrent_layer` of these weights; torch takes the threads of torch.set_num_threads."""
 
     def run_layer(x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
+        mode, directions, *_, activation_dtype = layer
         return recurrent_layer(x, states, directions, batch_sizes, mode, activation_dtype=activation_dtype)
 
     return run_layer

@@ -17,12 +17,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from triton_sparse_rnn.ops.layer_weights import (
     LayerWeights,
     RunLayer,
+    StoredLayer,
     pack_layer_weights,
     plain,
     unpack_layer_weights,
 )
 from triton_sparse_rnn.ops.validation import check_not_capturing
-from triton_sparse_rnn.sparse.block_matrix import GATES, BlockMatrix
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.layer_config import GATES
 
 if TYPE_CHECKING:
     from triton_sparse_rnn.kernels.triton.recurrent_layer import RecurrentLayer, RecurrentStack
@@ -51,27 +53,22 @@ def availability() -> str | None:
     return reasons[0] if all(reasons) else None
 
 
-def unsupported_reason(
-    mode: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    directions: list[LayerWeights],
-    activation_dtype: torch.dtype | None,
-) -> str | None:
+def unsupported_reason(layer: StoredLayer) -> str | None:
     """Why the kernels cannot run this layer, where `availability` is None; None if they can."""
     from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 
+    device = layer.device
     if INTERPRETED and device.type != "cpu":
         return f"TRITON_INTERPRET=1 is set, and then it needs tensors on the CPU; these are on {device}"
     if not INTERPRETED and device.type != "cuda":
         return f"it needs tensors on a CUDA device, these are on {device}: move the module there first, with .cuda()"
     if not INTERPRETED and (reason := _too_old(device)) is not None:
         return reason
-    if dtype == torch.float64:
+    if layer.dtype == torch.float64:
         return "it computes in float32, the layer's dtype is torch.float64"
-    if activation_dtype is not None:
-        return f"it does not quantise activations, and activation_dtype is {activation_dtype}"
-    for direction in directions:
+    if layer.activation_dtype is not None:
+        return f"it does not quantise activations, and activation_dtype is {layer.activation_dtype}"
+    for direction in layer.directions:
         if direction.weight_hr is not None:
             return "the layer has proj_size, which would take two exchanges between programs at every step, not one"
         for name in ("weight_ih", "weight_hh"):
@@ -200,20 +197,13 @@ def stack_layers(layers: list[RunLayer]) -> list[RunLayer]:
 _PREPARED = WeakTensorKeyDictionary()
 
 
-def prepare_layer(
-    mode: str,
-    directions: list[LayerWeights],
-    *,
-    dtype: torch.dtype,
-    activation_dtype: torch.dtype | None,
-    num_threads: int,
-) -> RunLayer:
+def prepare_layer(layer: StoredLayer, num_threads: int) -> RunLayer:
     """Arguments and results of the callable are those of `reference.recurrent_layer`."""
-    key = directions[0].weight_hh.values
-    layer = _PREPARED.get(key)
-    if layer is None or not layer.is_made_from(mode, directions):
-        _PREPARED[key] = layer = PreparedLayer(mode, directions)
-    return layer
+    key = layer.directions[0].weight_hh.values
+    prepared = _PREPARED.get(key)
+    if prepared is None or not prepared.is_made_from(layer.mode, layer.directions):
+        _PREPARED[key] = prepared = PreparedLayer(layer.mode, layer.directions)
+    return prepared
 
 
 def _keep_for_capture(kept: list[object], layer: object) -> None:
