@@ -11,7 +11,7 @@ from gpu_compilation import without_interpreter
 from tools.machine_code import ARCHITECTURES
 
 # The same for all tiles, dtypes and rules takes minutes for each target, and is for who changes these kernels:
-# python tests/kernels/triton/gate_gradient_code_program.py 90 all
+# PYTHONPATH=. python tests/kernels/triton/gate_gradient_code_program.py 90 all
 SOME = [pytest.param(arch, "some", 10, marks=pytest.mark.slow("compiler")) for arch in ARCHITECTURES]
 
 
