@@ -138,7 +138,7 @@ TABLE: tuple[ResidentTile, ...] = (
     ResidentTile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=4, tiles=8, registers=255),
     ResidentTile(slots=4, itemsize=4, groups=1, rows=1, num_warps=8, ko=8, tiles=8, registers=255),
     ResidentTile(slots=4, itemsize=4, groups=1, rows=2, num_warps=4, ko=4, tiles=7, registers=255),
-    ResidentTile(slots=4, itemsize=4, groups=1, rows=2, num_warps=8, ko=8, tiles=6, registers=255, elsewhere=(6, 5)),
+    ResidentTile(slots=4, itemsize=4, groups=1, rows=2, num_warps=8, ko=8, tiles=5, registers=255),
     ResidentTile(slots=4, itemsize=4, groups=1, rows=4, num_warps=4, ko=4, tiles=6, registers=255, elsewhere=(6, 5)),
     ResidentTile(slots=4, itemsize=4, groups=1, rows=4, num_warps=8, ko=8, tiles=6, registers=255, elsewhere=(6, 5)),
     ResidentTile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=8, tiles=5, registers=255, tied=True),
