@@ -20,7 +20,8 @@ from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES, BlockMatrix
 from triton_sparse_rnn.sparse.patterns import Blocks, Pattern, PatternLike, as_pattern
 from triton_sparse_rnn.sparse.row_blocks import UNITS
 
-_BLOCKS = re.compile(r".*weight_(ih|hh|hr)_l\d+(_reverse)?_(values|columns|starts|scales)")  # see PersistentLayer
+# Of buffers of a PersistentLayer.
+_BLOCKS = re.compile(rf".*weight_(ih|hh|hr)_l\d+(_reverse)?_({'|'.join(BlockMatrix.PARTS)})")
 
 
 def sparsity_report(model: nn.Module | Mapping[str, Any], *, pattern: PatternLike = (16, 1)) -> SparsityReport:

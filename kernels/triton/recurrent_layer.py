@@ -18,7 +18,7 @@ recurrence. A single step, of a stream for example, is one launch for both (stre
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,26 +28,17 @@ from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED, NONE
 from triton_sparse_rnn.kernels.triton.streamed import choose_streamed_tile, launch_streamed
 from triton_sparse_rnn.kernels.triton.tiles import chain_layers
 from triton_sparse_rnn.kernels.triton.time_loop import LoopCall, TimeLoop
-from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.layer_config import GATES
+from triton_sparse_rnn.sparse.layer_weights import LayerWeights
 from triton_sparse_rnn.sparse.row_blocks import RowBlocks, row_blocks, stack_directions
 
 _MOST_SHAPES = 10000  # of calls that are remembered
 
 
-class Direction(NamedTuple):
-    """The weights of one direction; see the top of the file."""
-
-    weight_ih: BlockMatrix | Tensor
-    weight_hh: BlockMatrix
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
-
-
 class RecurrentLayer:
     """A layer ready to run. Nothing is checked; the tensors must not change."""
 
-    def __init__(self, mode: str, directions: list[Direction], *, device: torch.device) -> None:
+    def __init__(self, mode: str, directions: list[LayerWeights], *, device: torch.device) -> None:
         """Bring the weights into the order in which kernels read them, which waits for the device.
 
         Args:
@@ -249,7 +240,7 @@ def results(call: LoopCall, h_n: Tensor, states: list[Tensor]) -> list[Tensor]:
     return [result.to(states[0].dtype) for result in (call.y, h_n, call.c)[: 1 + len(states)]]
 
 
-def slot_bias(mode: str, direction: Direction) -> Tensor:
+def slot_bias(mode: str, direction: LayerWeights) -> Tensor:
     """What each gate slot gets besides products, [H, SLOTS]: both biases, but a GRU's n keeps b_hn apart, in slot 2."""
     G, H = GATES[mode], direction.weight_hh.shape[1]
     zeros = torch.zeros(G * H, dtype=torch.float32, device=direction.weight_hh.values.device)

@@ -21,6 +21,8 @@ from triton_sparse_rnn.sparse.layer_config import LayerConfig
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_BESIDE_VALUES = tuple(f"_{part}" for part in BlockMatrix.PARTS if part != "values")  # buffers that are never cast
+
 
 def _held(name: str) -> Any:
     """An attribute of nn.RNNBase that `_config` holds; who assigns to it gives the module another config."""
@@ -96,7 +98,7 @@ class PersistentWeights(nn.Module):
         own = {
             name: tensor
             for name, tensor in self._buffers.items()
-            if name in names and tensor is not None and (tensor.dtype != dtype or name.endswith("_scales"))
+            if name in names and tensor is not None and (tensor.dtype != dtype or name.endswith(_BESIDE_VALUES))
         }
         super()._apply(fn, recurse)
         for name, tensor in own.items():
@@ -127,7 +129,7 @@ class PersistentWeights(nn.Module):
         own = (name for weight in self.stored_weights().items() for name in to_buffers(*weight))
         for name in own:  # and not what a user has added
             old, new = before[name], self._buffers[name]
-            if old is None or new is None or new is old or old.dtype != self.dtype or name.endswith("_scales"):
+            if old is None or new is None or new is old or old.dtype != self.dtype or name.endswith(_BESIDE_VALUES):
                 continue
             (blocks if name.endswith(BlockMatrix.PARTS) else plain).add(new.dtype)
         told = plain or blocks

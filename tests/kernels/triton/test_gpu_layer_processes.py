@@ -13,7 +13,7 @@ from program_processes import DIED, Conduct, InProcesses, Outcome, ProgramId
 from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton import resident, streamed, time_loop
-from triton_sparse_rnn.kernels.triton.recurrent_layer import Direction, RecurrentLayer, RecurrentStack
+from triton_sparse_rnn.kernels.triton.recurrent_layer import RecurrentLayer, RecurrentStack
 from triton_sparse_rnn.kernels.triton.tiles import SLOTS, TABLE, Residency
 from triton_sparse_rnn.ops.backends.reference import recurrent_layer
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
@@ -37,7 +37,7 @@ def do_not_wait(words, base_ptr, columns, stride_bytes, status_ptr, spin_limit, 
     return words.to(tl.float32, bitcast=True)
 
 
-def random_direction(mode: str, H: int, *, inputs: int, density: float, block_rows: int) -> Direction:
+def random_direction(mode: str, H: int, *, inputs: int, density: float, block_rows: int) -> LayerWeights:
     G = GATES[mode]
 
     def blocks(columns: int) -> BlockMatrix:
@@ -46,7 +46,7 @@ def random_direction(mode: str, H: int, *, inputs: int, density: float, block_ro
         weight = torch.randn(G * H, columns) * mask / (density * columns) ** 0.5
         return BlockMatrix.from_dense(weight, (block_rows, 1), gates=G)
 
-    return Direction(blocks(inputs), blocks(H), torch.randn(G * H) / 2, torch.randn(G * H) / 2)
+    return LayerWeights(blocks(inputs), blocks(H), torch.randn(G * H) / 2, torch.randn(G * H) / 2)
 
 
 class Layers:
@@ -75,9 +75,8 @@ class Layers:
         y, ends = x.double(), []
         for k, directions in enumerate(self.weights):
             D = len(directions)
-            weights = [LayerWeights(*direction) for direction in directions]
             own = [state[k * D : (k + 1) * D].double() for state in states]
-            y, *end = recurrent_layer(y, own, weights, batch_sizes, self.mode)
+            y, *end = recurrent_layer(y, own, directions, batch_sizes, self.mode)
             ends.append(end)
         return [y, *(torch.cat(parts) for parts in zip(*ends, strict=True))]
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from triton_sparse_rnn.kernels.triton import tiles, time_loop
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 from triton_sparse_rnn.kernels.triton.recurrent_layer import (
-    Direction,
     RecurrentLayer,
     RecurrentStack,
     can_be_stacked,
@@ -40,14 +39,14 @@ def random_directions(
     dense_input: bool = False,
     bias: bool = True,
     dtype: torch.dtype = torch.float32,
-) -> list[Direction]:
+) -> list[LayerWeights]:
     G = GATES[mode]
 
     def vector() -> Tensor | None:
         return torch.randn(G * H, device=DEVICE) / 2 if bias else None
 
     return [
-        Direction(
+        LayerWeights(
             torch.randn(G * H, I, device=DEVICE) / I**0.5
             if dense_input
             else random_matrix(G, H, I, block_size, density, dtype),
@@ -66,11 +65,11 @@ def random_call(
     return torch.randn(sum(batch_sizes), I).to(DEVICE, dtype), states, torch.tensor(batch_sizes)
 
 
-def expected(mode: str, directions: list[Direction], x: Tensor, states: list[Tensor], sizes: Tensor) -> list[Tensor]:
+def expected(mode: str, directions: list[LayerWeights], x: Tensor, states: list[Tensor], sizes: Tensor) -> list[Tensor]:
     """By the reference in float64, each column of 16 read where one of its weights is stored."""
     weights = [
         LayerWeights(ih if isinstance(ih, Tensor) else in_columns_of_16(ih), in_columns_of_16(hh), bias_ih, bias_hh)
-        for ih, hh, bias_ih, bias_hh in directions
+        for ih, hh, bias_ih, bias_hh, _ in directions
     ]
     return recurrent_layer(x.double(), [state.double() for state in states], weights, sizes, mode)
 

@@ -138,17 +138,13 @@ class PreparedLayer:
         )
 
     def _make(self) -> None:
-        from triton_sparse_rnn.kernels.triton.recurrent_layer import Direction, RecurrentLayer
+        from triton_sparse_rnn.kernels.triton.recurrent_layer import RecurrentLayer
 
         device = self._directions[0].weight_hh.values.device
         check_not_capturing(device)
         versions = [tensor._version for tensor in self._counted]
         with torch.inference_mode(False), torch.no_grad():  # for calls in any mode, whichever is the first
-            directions = [
-                Direction(weights.weight_ih, weights.weight_hh, _float(weights.bias_ih), _float(weights.bias_hh))
-                for weights in self._directions
-            ]
-            self._layer = RecurrentLayer(self._mode, directions, device=device)
+            self._layer = RecurrentLayer(self._mode, self._directions, device=device)
         self._versions = versions
 
 
@@ -224,7 +220,3 @@ def _is_alias(kept: Tensor | None, given: Tensor | None) -> bool:
     if kept is None or given is None:
         return kept is given
     return (kept.data_ptr(), kept.dtype, kept.shape) == (given.data_ptr(), given.dtype, given.shape)
-
-
-def _float(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.float()
