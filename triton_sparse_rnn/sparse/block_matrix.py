@@ -12,6 +12,9 @@ right. Example: G = 2, H = 4, C = 6, blocks of 2 x 2; letters are stored blocks,
 
 A block is stored column by column, values[block, c, r] = weight[row + r, column + c], so that one column of it is one
 contiguous vector of BR weights: a processor multiplies it by one broadcast number of the input.
+
+Picked units are stored in the same way, and beside them, in `picks`, where in its bank each weight stands; rows of
+blocks are finer divided then (picked_storage.py).
 """
 
 from __future__ import annotations
@@ -25,9 +28,13 @@ from torch import Tensor
 
 from triton_sparse_rnn.sparse.blocks import check_filling_up, check_gates, count_blocks, from_blocks, to_blocks
 from triton_sparse_rnn.sparse.bsr import make_bsr, read_bsr, rows_of_blocks, starts_of
-from triton_sparse_rnn.sparse.patterns import Blocks, PatternLike, as_pattern
+from triton_sparse_rnn.sparse.patterns import Blocks, Pattern, PatternLike, as_pattern
+from triton_sparse_rnn.sparse.picked_storage import ENTRY_UNITS, check_order, check_sizes, dense_places, pick_units
+from triton_sparse_rnn.sparse.picks import Picks
 
-INDEX_DTYPE = torch.int32  # of columns and starts
+INDEX_DTYPE = torch.int32  # of columns, starts and bank
+PICK_DTYPE = torch.uint8
+INDEX_DTYPES = (INDEX_DTYPE, PICK_DTYPE)  # never of weights: what is written into such a part changes what is read
 _SIZES_END = 2**31  # block columns are int32, and the product of two sizes is an int64
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8)
 
@@ -40,17 +47,24 @@ class BlockMatrix:
 
     Attributes:
         values: [NB, BC, BR], the stored blocks, each transposed; float32, float64, float16, bfloat16 or int8.
-        columns: [NB], int32, the block column of each stored block, ascending within a row of blocks.
-        starts: [ceil(H / BR) * G + 1], int32, where each row of blocks begins in `values`.
+        columns: [NB], int32, the block column of each stored block, ascending within a row of blocks; of a picked unit
+            its bank, in the order of picked_storage.py.
+        starts: [ceil(H / BR) * G + 1], int32, where each row of blocks begins in `values`; with picks
+            [ceil(H / BR) * G * ENTRY_UNITS + 1], where each class of entries in it does.
         shape: (rows, columns) of the matrix, rows = G * H.
         gates: G, the number of matrices [H, columns] stacked in it.
         scales: [rows], float32, for int8 only: a stored weight is its int8 value times the scale of its row.
+        picks: [NB, BC, BR], uint8, for picks only: the place in its bank of the column of each weight.
+        bank: [1], int32, for picks only: the columns of a bank.
 
-    >>> weight = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 3.0, 0.0, 0.0]])
+    >>> weight = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 3.0, 0.0, 4.0]])
     >>> matrix = BlockMatrix.from_dense(weight, pattern=(2, 1))
     >>> matrix.values.tolist(), matrix.columns.tolist(), matrix.density
-    ([[[1.0, 0.0]], [[2.0, 3.0]]], [0, 1], 0.5)
-    >>> torch.equal(matrix.to_dense(), weight)
+    ([[[1.0, 0.0]], [[2.0, 3.0]], [[0.0, 4.0]]], [0, 1, 3], 0.75)
+    >>> picked = BlockMatrix.from_dense(weight, pattern=Picks(rows=2, bank=8))
+    >>> picked.values.tolist(), picked.picks.tolist(), picked.density
+    ([[[1.0, 3.0]], [[2.0, 4.0]]], [[[0, 1]], [[1, 3]]], 0.5)
+    >>> torch.equal(matrix.to_dense(), weight) and torch.equal(picked.to_dense(), weight)
     True
     """
 
@@ -60,8 +74,18 @@ class BlockMatrix:
     shape: tuple[int, int]
     gates: int = 1
     scales: Tensor | None = None
+    picks: Tensor | None = None
+    bank: Tensor | None = None
 
-    PARTS: ClassVar[tuple[str, ...]] = ("values", "columns", "starts", "scales")  # those that are tensors
+    PARTS: ClassVar[tuple[str, ...]] = (
+        "values",
+        "columns",
+        "starts",
+        "scales",
+        "picks",
+        "bank",
+    )  # those that are tensors
+    INDICES: ClassVar[tuple[str, ...]] = ("columns", "starts", "picks", "bank")  # those that say where a kernel reads
 
     def parts(self) -> dict[str, Tensor | None]:
         """Return the tensors by name, one for each of PARTS; None for what this matrix does without."""
@@ -72,9 +96,11 @@ class BlockMatrix:
         NB, BC, BR = self.values.shape
         gates, groups, _ = self.block_grid
         kinds = {"values": (self.values.dtype, (NB, BC, BR)), "columns": (INDEX_DTYPE, (NB,))}
-        kinds["starts"] = INDEX_DTYPE, (groups * gates + 1,)
+        kinds["starts"] = INDEX_DTYPE, (groups * gates * self._classes + 1,)
         if self.values.dtype == torch.int8:
             kinds["scales"] = torch.float32, (self.shape[0],)
+        if self.is_picked:
+            kinds |= {"picks": (PICK_DTYPE, (NB, BC, BR)), "bank": (INDEX_DTYPE, (1,))}
         return kinds
 
     @classmethod
@@ -91,7 +117,8 @@ class BlockMatrix:
         Args:
             weight: [G * H, columns], floating point, any strides.
             pattern: `Blocks`, or a pair (BR, BC); blocks at the edge of a gate are filled up with zeros. Both may be up
-                to 4096, or as many as a gate has rows and columns.
+                to 4096, or as many as a gate has rows and columns. Or `Picks`, with which any weight can be stored:
+                where rows have fewer weights in a bank than others of their unit group, they are padded.
             gates: G; its rows are cut gate by gate.
             dtype: how weights are stored, None for that of `weight`. int8 is symmetric, with one scale for each row.
 
@@ -108,21 +135,10 @@ class BlockMatrix:
         check_gates(gates, weight.shape[0])
         dtype = check_storage_dtype(weight.dtype if dtype is None else dtype)
         pattern = as_pattern(pattern)
-        if not isinstance(pattern, Blocks):
-            raise TypeError(f"a BlockMatrix stores Blocks, got {pattern!r}")
         weight = weight.detach()
-        by_gate = to_blocks(weight.unflatten(0, (gates, -1)), pattern.block_size)
-        groups = by_gate.transpose(0, 1)  # [groups, G, block columns, BR, BC]
         # What is zero is decided before rounding: a tiny weight that a narrow dtype rounds to 0 stays in its block.
-        kept = groups.ne(0).flatten(-2).any(-1)
-        blocks = groups[kept]
-        matrix = cls(
-            values=blocks.transpose(1, 2),
-            columns=kept.nonzero()[:, 2].to(INDEX_DTYPE),
-            starts=starts_of(kept.sum(-1).flatten()).to(INDEX_DTYPE),
-            shape=(weight.shape[0], weight.shape[1]),
-            gates=gates,
-        )
+        blocks, parts = _cut(weight.unflatten(0, (gates, -1)), pattern)
+        matrix = cls(blocks.transpose(1, 2), **parts, shape=(weight.shape[0], weight.shape[1]), gates=gates)
         if dtype == torch.int8:
             scales = row_scales(weight)
             blocks = (blocks / matrix._by_block(scales, padding=1)).round_().clamp_(-127, 127)
@@ -156,7 +172,13 @@ class BlockMatrix:
         return result
 
     def to_bsr(self) -> Tensor:
-        """Return a torch BSR tensor; the edge blocks of each gate stay filled up with zeros."""
+        """Return a torch BSR tensor; the edge blocks of each gate stay filled up with zeros.
+
+        Raises:
+            ValueError: weights are stored in picks, for which torch has no layout.
+        """
+        if self.is_picked:
+            raise ValueError("a BSR tensor holds blocks, and these weights are stored in picks: take to_dense()")
         return make_bsr(self.scaled_blocks(), self.columns, self.starts, self.shape, self.gates)
 
     def to_dense(self) -> Tensor:
@@ -164,6 +186,14 @@ class BlockMatrix:
         gates, groups, block_columns = self.block_grid
         BR, BC = self.block_size
         scaled = self.scaled_blocks()
+        if self.picks is not None:
+            by_row = scaled.new_zeros(groups * gates, BR, self.shape[1])
+            # A padded place adds 0 to the weight that its row has there.
+            rows = self.block_rows[:, None, None] * BR + torch.arange(BR, dtype=torch.int64, device=scaled.device)
+            places = rows * self.shape[1] + self.input_places()  # [NB, BC, BR]
+            by_row.view(-1).index_add_(0, places.flatten(), scaled.transpose(1, 2).flatten())
+            by_gate = by_row.view(groups, gates, BR, -1).transpose(0, 1).flatten(1, 2)
+            return by_gate[:, : self.shape[0] // gates].flatten(0, 1).contiguous()
         blocks = scaled.new_zeros(groups * gates, block_columns, BR, BC)
         blocks[self.block_rows, self.columns.long()] = scaled
         whole = blocks.view(groups, gates, block_columns, BR, BC).transpose(0, 1)
@@ -187,7 +217,8 @@ class BlockMatrix:
         for name, tensor in self.parts().items():
             if (tensor is None) == (name in kinds):
                 raise ValueError(
-                    f"{name} {'are needed' if tensor is None else 'must be None'} beside values of {dtype}"
+                    f"{name} {'are needed' if tensor is None else 'must be None'} beside "
+                    + (f"values of {dtype}" if name == "scales" else "picks" if self.is_picked else "blocks")
                 )
             if tensor is not None and (tensor.dtype, tuple(tensor.shape)) != kinds[name]:
                 wanted, shape = kinds[name]
@@ -204,6 +235,10 @@ class BlockMatrix:
         NB, block_columns = len(self.values), self.block_grid[2]
         if self.starts[0] != 0 or self.starts[-1] != NB or (self.starts.diff() < 0).any():
             raise ValueError(f"starts must rise from 0 to the {NB} stored blocks")
+        if self.picks is not None:
+            check_sizes(self._bank, self.block_size[1])
+            check_order(self.picks, self.columns, self.starts, self._bank, self.shape[1])
+            return
         if NB and not 0 <= self.columns.min() <= self.columns.max() < block_columns:
             raise ValueError(f"columns must lie in 0..{block_columns - 1}")
         if ((self.block_rows * block_columns + self.columns).diff() <= 0).any():
@@ -213,6 +248,13 @@ class BlockMatrix:
         """The stored blocks [NB, BR, BC], upright and with scales applied."""
         blocks = self.values.transpose(1, 2)
         return blocks if self.scales is None else blocks * self._by_block(self.scales)
+
+    def input_places(self) -> Tensor:
+        """Of which column each stored weight is: [NB, BC], int64, the same for all rows of a block; picks [NB, BC, BR]."""
+        if self.picks is not None:
+            return dense_places(self.picks, self.columns, self._bank)
+        BC = self.block_size[1]
+        return self.columns.long()[:, None] * BC + torch.arange(BC, dtype=torch.int64, device=self.columns.device)
 
     def _by_block(self, rows: Tensor, padding: float = 0) -> Tensor:
         """A number for each row of the matrix, as [NB, BR, 1] for each row of each block."""
@@ -225,12 +267,29 @@ class BlockMatrix:
     @property
     def block_rows(self) -> Tensor:
         """[NB], int64, the row of blocks in which each stored block stands (group * G + gate)."""
-        return rows_of_blocks(self.starts, len(self.columns))
+        return rows_of_blocks(self.starts[:: self._classes].contiguous(), len(self.columns))
 
     @property
-    def pattern(self) -> Blocks:
+    def is_picked(self) -> bool:
+        """Whether weights are stored in picks; `check` raises where one of `picks` and `bank` is missing."""
+        return self.picks is not None or self.bank is not None
+
+    @property
+    def pattern(self) -> Pattern:
         """In which the weights are stored."""
-        return Blocks(*self.block_size)
+        BR, BC = self.block_size
+        return Picks(BR, self._bank, BC) if self.is_picked else Blocks(BR, BC)
+
+    @property
+    def _bank(self) -> int:
+        """The columns of a bank, of picks."""
+        assert self.bank is not None
+        return int(self.bank)
+
+    @property
+    def _classes(self) -> int:
+        """Starts of each row of blocks."""
+        return ENTRY_UNITS if self.is_picked else 1
 
     @property
     def block_size(self) -> tuple[int, int]:
@@ -239,9 +298,15 @@ class BlockMatrix:
 
     @property
     def block_grid(self) -> tuple[int, int, int]:
-        """(G, unit groups, block columns)."""
+        """(G, unit groups, block columns): as many blocks or picked units as there would be without zeros."""
         groups, block_columns = count_blocks(self.shape[0] // self.gates, self.shape[1], self.block_size)
         return self.gates, groups, block_columns
+
+    @property
+    def padded_columns(self) -> int:
+        """The columns, filled up to whole blocks or banks: so many inputs a kernel reads."""
+        width = self._bank if self.is_picked else self.block_size[1]
+        return -(-self.shape[1] // width) * width
 
     @property
     def density(self) -> float:
@@ -253,6 +318,25 @@ class BlockMatrix:
     def nbytes(self) -> int:
         """Bytes of everything stored."""
         return sum(tensor.nbytes for tensor in self.parts().values() if tensor is not None)
+
+
+def _cut(weight: Tensor, pattern: Pattern) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cut a weight [G, H, C] into the blocks or units that are to be stored: [NB, BR, BC], and the parts beside values."""
+    if isinstance(pattern, Picks):
+        blocks, picks, columns, starts = pick_units(weight, pattern)
+        bank = torch.tensor([pattern.bank], dtype=INDEX_DTYPE, device=weight.device)
+        return blocks, {
+            "columns": columns.to(INDEX_DTYPE),
+            "starts": starts.to(INDEX_DTYPE),
+            "picks": picks,
+            "bank": bank,
+        }
+    if not isinstance(pattern, Blocks):
+        raise TypeError(f"a BlockMatrix stores Blocks or Picks, got {pattern!r}")
+    groups = to_blocks(weight, pattern.block_size).transpose(0, 1)  # [groups, G, block columns, BR, BC]
+    kept = groups.ne(0).flatten(-2).any(-1)
+    starts = starts_of(kept.sum(-1).flatten()).to(INDEX_DTYPE)
+    return groups[kept], {"columns": kept.nonzero()[:, 2].to(INDEX_DTYPE), "starts": starts}
 
 
 def _check_shape(shape: tuple[int, int]) -> None:

@@ -192,19 +192,21 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 def block_linear(weight: BlockMatrix | Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
     """Multiply block by block: a pruned block does not read its input, so NaN and infinity stop there.
 
-    Rows of the input are taken in chunks, as each one needs NB * (BC + BR) numbers.
+    Padded places of picks read the column that they repeat (sparse/picked_storage.py). Rows of the input are taken in
+    chunks, as each one needs a number for each of `places`, and BR for each block.
     """
     if isinstance(weight, Tensor):
         return dense_linear(weight, bias, dtype)  # nothing is pruned: every output reads every input
-    (gates, groups, block_columns), (BR, BC) = weight.block_grid, weight.block_size
+    (gates, groups, _), (BR, BC) = weight.block_grid, weight.block_size
     blocks = weight.scaled_blocks().to(dtype)  # [NB, BR, BC]
-    places = weight.columns.long()[:, None] * BC + torch.arange(BC, dtype=torch.int64, device=blocks.device)  # [NB, BC]
-    block_rows = weight.block_rows
-    chunk_rows = max(1, CHUNK_BYTES // max(1, len(blocks) * (BC + BR) * dtype.itemsize))
+    places = weight.input_places()  # [NB, BC], or with picks [NB, BC, BR]
+    block_rows, equation = weight.block_rows, "nbc,brc->bnr" if places.dim() == 2 else "nbcr,brc->bnr"
+    row_bytes = (places.numel() + len(blocks) * BR) * dtype.itemsize
+    chunk_rows = max(1, CHUNK_BYTES // max(1, row_bytes))
 
     def multiply(x: Tensor) -> Tensor:
-        inputs = F.pad(x, (0, block_columns * BC - x.shape[1]))[:, places]  # [n, NB, BC]
-        products = torch.einsum("nbc,brc->bnr", inputs, blocks)
+        inputs = F.pad(x, (0, weight.padded_columns - x.shape[1]))[:, places]
+        products = torch.einsum(equation, inputs, blocks)
         sums = x.new_zeros(groups * gates, len(x), BR).index_add_(0, block_rows, products)
         rows = sums.view(groups, gates, len(x), BR).permute(2, 1, 0, 3).reshape(len(x), gates, groups * BR)
         y = rows[..., : weight.shape[0] // gates].flatten(1)
