@@ -40,3 +40,6 @@ class Picks(Pattern):
     @property
     def block_size(self) -> tuple[int, int]:
         return self.rows, self.columns
+
+
+Picks.__abstractmethods__ = frozenset()  # until its methods are here
