@@ -71,7 +71,7 @@ WEIGHT = "0.weight_hh_l0"
     [
         (lambda tensors, config: tensors[f"{WEIGHT}_columns"].fill_(99), "columns must lie in"),
         (lambda tensors, config: tensors[f"{WEIGHT}_starts"].fill_(2**30), "starts must rise"),
-        (lambda tensors, config: tensors.pop(f"{WEIGHT}_starts"), "starts are needed beside values"),
+        (lambda tensors, config: tensors.pop(f"{WEIGHT}_starts"), "starts must not be None beside values"),
         (lambda tensors, config: config.update(hidden_size=320), "do not fit together"),
         (lambda tensors, config: config.update(hidden_size=32.0), "float"),
         (lambda tensors, config: config.update(hidden_size=0), "hidden_size must be at least 1"),

@@ -30,7 +30,7 @@ NAME = "rnn.weight_hh_l1"
         (lambda t: t.update({f"{NAME}_values": t[f"{NAME}_values"][:-1].clone()}), "do not fit together"),
         (lambda t: t.update({f"{NAME}_values": t[f"{NAME}_values"][0].clone()}), "do not fit together"),
         (lambda t: t.update({f"{NAME}_values": t[f"{NAME}_values"].int()}), "values must be one of"),
-        (lambda t: t.update({f"{NAME}_values": t[f"{NAME}_values"].to(torch.int8)}), "scales are needed beside"),
+        (lambda t: t.update({f"{NAME}_values": t[f"{NAME}_values"].to(torch.int8)}), "scales must not be None beside"),
         (lambda t: t.update({f"{NAME}_scales": torch.ones(18)}), "scales must be None beside"),
         (lambda t: t.pop(f"{NAME}_values"), "describes its tensors wrongly .*_values"),
         (lambda t: t.pop("rnn.bias_ih_l0"), "describes its tensors wrongly .*bias_ih_l0"),

@@ -20,6 +20,8 @@ class MatrixFields(NamedTuple):
     columns: Any
     starts: Any
     scales: Any
+    picks: Any
+    bank: Any
     bias: Any  # address
     gates: Any
     gate_bytes: Any  # of padded H, between gates of scales, bias and outputs

@@ -25,6 +25,19 @@ def availability() -> str | None:
     return None
 
 
+def vectors() -> str:
+    """Return for which vectors kernels are compiled: "AVX-512 with bytes", "AVX-512", "AVX2", "generic", "none" at all.
+
+    "with bytes": there are vpdpbusd and vpermb, for quantised activations.
+    """
+    if availability() is not None:
+        return "none"
+    from triton_sparse_rnn.kernels.cpu import target
+
+    path = target.vector_path()
+    return f"{path} with bytes" if target.multiplies_bytes() and target.permutes_bytes() else path
+
+
 def unreadable_reason(name: str, weight: BlockMatrix | Tensor, *, quantized: bool) -> str | None:
     """Return why a weight cannot run on these kernels, or None where it can.
 

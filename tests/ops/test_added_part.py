@@ -19,17 +19,17 @@ Plain = block_matrix.BlockMatrix
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockMatrix(Plain):
-    picks: torch.Tensor | None = None
-    PARTS = (*Plain.PARTS, "picks")
+    extra: torch.Tensor | None = None
+    PARTS = (*Plain.PARTS, "extra")
 
     def kinds(self):
-        return super().kinds() | ({} if self.picks is None else {"picks": (torch.uint8, self.values.shape[::2])})
+        return super().kinds() | ({} if self.extra is None else {"extra": (torch.uint8, self.values.shape[::2])})
 
     @classmethod
     def from_dense(cls, weight, pattern, **options):
         found = Plain.from_dense(weight, pattern, **options)
-        picks = torch.randint(32, found.values.shape[::2], dtype=torch.uint8) if found.gates > 1 else None
-        return cls(**found.parts(), shape=found.shape, gates=found.gates, picks=picks)
+        extra = torch.randint(32, found.values.shape[::2], dtype=torch.uint8) if found.gates > 1 else None
+        return cls(**found.parts(), shape=found.shape, gates=found.gates, extra=extra)
 
 block_matrix.BlockMatrix = BlockMatrix
 del sys.modules["triton_sparse_rnn"]
@@ -53,8 +53,8 @@ layer = to_sparse(pruned(), storage=(16, 1), backend="reference")
 stored = layer.stored_weights()
 
 def check_same(weights):
-    assert weights["weight_hr_l0"].picks is None
-    assert all(torch.equal(weights[name].picks, stored[name].picks) for name in ("weight_ih_l0", "weight_hh_l0"))
+    assert weights["weight_hr_l0"].extra is None
+    assert all(torch.equal(weights[name].extra, stored[name].extra) for name in ("weight_ih_l0", "weight_hh_l0"))
 
 other = to_sparse(pruned(), storage=(16, 1), backend="reference")
 other.load_state_dict(layer.state_dict())
@@ -69,9 +69,9 @@ tensors = pack_layer_weights([weights])
 check_same({f"{name}_l0": weight for name, weight in again._asdict().items()})
 for matrix in (weight_ih, weight_hh):
     matrix.check()
-    assert matrix.nbytes == dataclasses.replace(matrix, picks=None).nbytes + matrix.picks.nbytes
-    assert addresses_of_parts(matrix)["picks"] == matrix.picks.data_ptr()
-assert addresses_of_parts(weight_hr)["picks"] == 0
+    assert matrix.nbytes == dataclasses.replace(matrix, extra=None).nbytes + matrix.extra.nbytes
+    assert addresses_of_parts(matrix)["extra"] == matrix.extra.data_ptr()
+assert addresses_of_parts(weight_hr)["extra"] == 0
 assert layer.nbytes == sum(matrix.nbytes for matrix in stored.values())
 shapes = [None if tensor is None else tensor.shape for tensor in tensors]
 assert count_operations((3, 5), [], shapes) == 2 * 3 * sum(matrix.values.numel() for matrix in stored.values())
@@ -82,16 +82,16 @@ assert y.any() and torch.equal(torch.compile(layer, fullgraph=True, backend="eag
 assert torch.equal(to_dense(layer)(x)[0], pruned()(x)[0])
 sparsity_report(layer)
 
-wrong = pack_layer_weights([weights._replace(weight_hh=dataclasses.replace(weight_hh, picks=weight_hh.picks.int()))])
+wrong = pack_layer_weights([weights._replace(weight_hh=dataclasses.replace(weight_hh, extra=weight_hh.extra.int()))])
 try:
     recurrent_layer(x[0], [torch.zeros(1, 2, 6), torch.zeros(1, 2, 32)], wrong, None, "LSTM", 32, "reference", None, 1)
 except ValueError as error:
-    assert "picks must be torch.uint8" in str(error)
-    print("picks went everywhere")
+    assert "extra must be torch.uint8" in str(error)
+    print("extra went everywhere")
 """
 
 
 def test_an_added_part_goes_everywhere(tmp_path):
     command = [sys.executable, "-c", PROGRAM, str(Path(triton_sparse_rnn.__file__).parent), str(tmp_path / "model")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.stdout.strip() == "picks went everywhere", result.stderr
+    assert result.stdout.strip() == "extra went everywhere", result.stderr

@@ -138,7 +138,7 @@ def spread(tensor: Tensor) -> Tensor:
             "columns must be torch.int32",
         ),
         (lambda w: {"weight_hh": changed(w.weight_hh, starts=w.weight_hh.starts[1:])}, "do not fit together"),
-        (lambda w: {"weight_hh": changed(w.weight_hh, starts=None)}, "starts are needed beside values"),
+        (lambda w: {"weight_hh": changed(w.weight_hh, starts=None)}, "starts must not be None beside blocks"),
         (lambda w: {"weight_ih": changed(w.weight_ih, values=w.weight_ih.values.to(torch.int8))}, "scales are needed"),
     ],
 )

@@ -174,7 +174,7 @@ def test_any_strides_and_a_copy():
         ({"gates": 2.0}, TypeError, "gates must be an integer, got 2.0"),
         ({"gates": True}, TypeError, "gates must be an integer"),
         ({"pattern": (0, 1)}, ValueError, "pattern must be at least"),
-        ({"pattern": OTHER_PATTERN}, TypeError, "a BlockMatrix stores Blocks, got <"),
+        ({"pattern": OTHER_PATTERN}, TypeError, "a BlockMatrix stores Blocks or Picks, got <"),
         ({"pattern": 16}, TypeError, "pattern must be two integers"),
         ({"dtype": torch.int32}, ValueError, "dtype must be one of torch.float32, .* got torch.int32"),
         ({"dtype": "int8"}, ValueError, "dtype must be one of"),
@@ -220,7 +220,7 @@ def bsr(row_starts, columns, blocks, size):
             torch.ones(4, 4, dtype=torch.int8).to_sparse_bsr((2, 2)),
             {},
             ValueError,
-            "scales are needed beside values of torch.int8",
+            "scales must not be None beside values of torch.int8",
         ),
         (bsr([0, 1, 2], [0, 7], torch.ones(2, 2, 2), (4, 4)), {}, ValueError, "not a valid BSR tensor"),
         (bsr([0, 2, 2], [1, 0], torch.ones(2, 2, 2), (4, 4)), {}, ValueError, "not a valid BSR tensor"),
@@ -239,7 +239,7 @@ def replace_item(tensor, index, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: {"columns": None}, "columns are needed beside values of torch.float32"),
+        (lambda m: {"columns": None}, "columns must not be None beside blocks"),
         (lambda m: {"columns": m.columns.long()}, "columns must be torch.int32"),
         (lambda m: {"starts": m.starts.float()}, "starts must be torch.int32"),
         (lambda m: {"values": m.values.int()}, "values must be one of"),
@@ -265,7 +265,7 @@ def replace_item(tensor, index, value):
         (lambda m: {"values": m.values.transpose(1, 2).contiguous().transpose(1, 2)}, "must be contiguous"),
         (lambda m: {"starts": m.starts.to("meta")}, "starts must be .* on cpu, the device of values"),
         (lambda m: {"scales": torch.ones(10)}, "scales must be None beside values of torch.float32"),
-        (lambda m: {"values": m.values.to(torch.int8)}, "scales are needed beside values of torch.int8"),
+        (lambda m: {"values": m.values.to(torch.int8)}, "scales must not be None beside values of torch.int8"),
         (
             lambda m: {"values": m.values.to(torch.int8), "scales": torch.ones(9)},
             r"scales must be torch.float32 of shape \(10,\), got",

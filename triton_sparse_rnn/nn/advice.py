@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from triton_sparse_rnn.notices import in_layer, warn
-from triton_sparse_rnn.sparse.patterns import Pattern
+from triton_sparse_rnn.sparse.patterns import Blocks, Pattern
+from triton_sparse_rnn.sparse.picks import Picks
 
-NOT_PRUNED_ABOVE = 0.95  # the fraction of stored blocks above which an input weight stays an ordinary matrix
+NOT_PRUNED_ABOVE = 0.95  # the fraction of stored units above which a product counts as dense
 FEW_COLUMNS = 1 / 16  # of H: a weight_ih so narrow may well be left dense, and nothing is said of it
 LITTLE_TO_SKIP_ABOVE = 0.5  # the fraction of stored blocks above which a user is told so
 # The fraction of zeros from which a GRU layer on the CPU is faster than another engine: {engine: {H: fraction}}.
@@ -28,31 +29,36 @@ def is_often_dense(name: str, weight: Tensor, hidden_size: int) -> bool:
     return few_columns or name.startswith("weight_hr")
 
 
-def warn_if_dense(name: str, weight: Tensor, pattern: Pattern, density: float, *, kept_dense: bool = False) -> None:
+def warn_if_dense(
+    name: str,
+    weight: Tensor,
+    pattern: Pattern,
+    density: float,
+    *,
+    kept_dense: bool = False,
+    advised: Pattern | None = None,
+) -> None:
     """Say so when there is little to skip in a weight, and what would help.
 
     Args:
         name: of the weight.
         weight: [G * H, columns].
         pattern: in which it is stored, or would be.
-        density: the fraction of its blocks that hold anything but zeros.
+        density: the fraction of its units that hold anything but zeros.
         kept_dense: whether it stays an ordinary matrix.
+        advised: the pattern to prune in, None for what runs well on its device.
     """
     if density <= LITTLE_TO_SKIP_ABOVE:
         return
     zeros = weight.eq(0).float().mean().item()
-    rows, columns = pattern.block_size
     consequence = "runs as a dense product" if density > NOT_PRUNED_ABOVE else "gains little"
     consequence = "stays dense and runs as a dense matrix product" if kept_dense else consequence
-    advice = (
-        f"prune it first, in blocks of ({rows}, {columns})"
-        if zeros <= 1 - LITTLE_TO_SKIP_ABOVE
-        else f"its zeros do not fill blocks: prune with pattern=({rows}, {columns})"
-    )
+    advised = advised or (Blocks(16, 1) if weight.is_cuda else Picks())
+    found = "" if zeros <= 1 - LITTLE_TO_SKIP_ABOVE else "its zeros are not where they can be skipped: "
     measured = "" if weight.is_cuda else f" ({break_even_text()})"
     warn(
-        f"{in_layer(name)} is {zeros:.0%} zeros and {density:.0%} of its {rows}x{columns} blocks hold other weights, "
-        f"so there is little to skip and it {consequence}; {advice}.{measured}"
+        f"{in_layer(name)} is {zeros:.0%} zeros and {density:.0%} of the units of {pattern} hold other weights, so "
+        f"there is little to skip and it {consequence}; {found}prune it first, with pattern={advised}.{measured}"
     )
 
 

@@ -129,15 +129,16 @@ class PersistentLayer(PersistentTools):
         Args:
             dense: an instance of the dense class, on any device. What is zero in its weights is not stored, wherever
                 the zeros come from. A weight_ih that was not pruned stays an ordinary matrix, multiplied by torch on
-                its own threads, unless weight_dtype is another than its own or `storage` has blocks of 16 rows or more.
-                weight_hr of an LSTM, which a Pruner prunes only on request, goes to blocks too.
+                its own threads, unless weight_dtype is another than its own or `storage` names a pattern of 16 rows or
+                more. weight_hr of an LSTM, which a Pruner prunes only on request, is stored like weight_hh.
             weight_dtype: how weights are stored: torch.float32, float64, float16, bfloat16 or int8 (symmetric, one
                 scale per row); None for the dtype of `dense`. Inputs, outputs and biases keep that dtype. On "cpu" the
                 scale of int8 is applied to a sum of integers times inputs: that must stay below 3.4e38, which it does
                 while the absolute inputs of a step add up to less than 2.6e36.
-            storage: the `Blocks` in which weights are stored, or a pair (BR, BC) for them; None takes, weight by
-                weight, those with the fewest bytes of 16x1, 16x4, 16x16 and 16x32. Take the pruner's own pattern, or
-                None. Blocks of 16 rows or more hold for dense weights too: on one thread of a CPU the kernel for
+            storage: the `Picks` or `Blocks` in which weights are stored, or a pair (BR, BC) for blocks; None takes,
+                weight by weight, what is the fastest by an estimate (nn/storage_choice.py): picks, blocks or, for
+                weight_ih, an ordinary matrix. Picks hold any zeros, blocks only skip those that fill one. A pattern
+                of 16 rows or more that is named holds for dense weights too: on one thread of a CPU the kernel for
                 blocks is faster than torch even where all of them are stored.
             backend: "triton" (NVIDIA GPUs; not int8, float64 or proj_size), "cpu" (not float64) or "reference", or None
                 for the fastest that fits, decided at each call.
@@ -169,8 +170,8 @@ class PersistentLayer(PersistentTools):
         dtype: torch.dtype = dense.weight_ih_l0.dtype  # type: ignore[assignment]
         weight_dtype = dtype if options["weight_dtype"] is None else options["weight_dtype"]
         check_activation_dtype(activation_dtype, check_storage_dtype(weight_dtype, "weight_dtype"))
-        config, weights = LayerConfig.of(dense), store_weights(dense, weight_dtype, pattern)
-        persistent = cls(config, weights, dtype=dtype, **run)
+        weights = store_weights(dense, weight_dtype, pattern, backend=backend, activation_dtype=activation_dtype)
+        persistent = cls(LayerConfig.of(dense), weights, dtype=dtype, **run)
         persistent.training = dense.training  # train() would say that it changes nothing
         if backend is None and "reference" in (backends := persistent.chosen_backends()):
             wanted = "triton" if persistent.device.type == "cuda" else "cpu"

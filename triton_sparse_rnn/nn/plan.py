@@ -17,7 +17,7 @@ from triton_sparse_rnn.ops.dispatch import BACKENDS, choose_backend
 from triton_sparse_rnn.ops.layer_weights import RunLayer, StoredLayer
 from triton_sparse_rnn.ops.operators import is_watched
 from triton_sparse_rnn.ops.validation import check_not_capturing, check_num_threads, check_weights
-from triton_sparse_rnn.sparse.block_matrix import INDEX_DTYPE
+from triton_sparse_rnn.sparse.block_matrix import INDEX_DTYPES
 from triton_sparse_rnn.sparse.layer_config import LayerConfig
 
 
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     buffers: list[Tensor | None]
     tensors: list[Tensor]  # those that hold anything
     addresses: list[int]
-    indices: list[Tensor]  # `columns` and `starts` of blocks
+    indices: list[Tensor]  # BlockMatrix.INDICES
     versions: list[int]  # torch counts in them what is written into an index in place
     layers: list[RunLayer]
 
@@ -134,7 +134,7 @@ def make_plan(module: Planned) -> Plan:
     count_writes(module._buffers, names)
     buffers = [tensor for name, tensor in module._buffers.items() if name in names]
     tensors = [tensor for tensor in buffers if tensor is not None and tensor.numel() > 0]
-    indices = [tensor for tensor in tensors if tensor.dtype == INDEX_DTYPE]
+    indices = [tensor for tensor in tensors if tensor.dtype in INDEX_DTYPES]
     plan = Plan(
         settings,
         config,
@@ -160,6 +160,6 @@ def make_plan(module: Planned) -> Plan:
 def count_writes(buffers: dict[str, Tensor | None], names: Collection[str]) -> None:
     """Put a copy in the place of each index that was made in inference mode: torch counts no writes into those."""
     for name, tensor in buffers.items():
-        if name in names and tensor is not None and tensor.dtype == INDEX_DTYPE and tensor.is_inference():
+        if name in names and tensor is not None and tensor.dtype in INDEX_DTYPES and tensor.is_inference():
             with torch.inference_mode(False):
                 buffers[name] = tensor.clone()

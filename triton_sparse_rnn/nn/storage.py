@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from triton_sparse_rnn.nn.advice import NOT_PRUNED_ABOVE, is_often_dense, warn_if_dense
 from triton_sparse_rnn.nn.computed_weights import check_not_by_hook, read_weight
+from triton_sparse_rnn.nn.storage_choice import fastest_storage
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS
 from triton_sparse_rnn.sparse.layer_config import LayerConfig
 from triton_sparse_rnn.sparse.patterns import Blocks, Pattern
-
-PATTERNS = (Blocks(16, 1), Blocks(16, 4), Blocks(16, 16), Blocks(16, 32))
 
 
 def buffer_names(config: LayerConfig) -> set[str]:
@@ -53,16 +52,24 @@ def layer_weights(config: LayerConfig, buffers: Mapping[str, Tensor | None], lay
     return [LayerWeights(*(weights.get(f"{kind}_l{layer}{end}") for kind in LayerWeights._fields)) for end in ends]  # type: ignore[arg-type]
 
 
-def store_weights(dense: nn.RNNBase, dtype: torch.dtype, pattern: Pattern | None) -> dict[str, BlockMatrix | Tensor]:
-    """Return copies of all weights by name: matrices in blocks, biases as they are.
+def store_weights(
+    dense: nn.RNNBase,
+    dtype: torch.dtype,
+    pattern: Pattern | None,
+    *,
+    backend: str | None = None,
+    activation_dtype: torch.dtype | None = None,
+) -> dict[str, BlockMatrix | Tensor]:
+    """Return copies of all weights by name: matrices in blocks or picks, biases as they are.
 
-    A weight_ih of which more than NOT_PRUNED_ABOVE would be stored stays an ordinary matrix, unless `dtype` is another
-    than its own or `pattern` asks for blocks of 16 rows or more.
+    A weight_ih stays an ordinary matrix where that is faster and no `pattern` is named, or one of fewer than 16 rows of
+    which more than NOT_PRUNED_ABOVE would be stored; but not where `dtype` is another than its own.
 
     Args:
         dense: an nn.RNN, nn.GRU or nn.LSTM.
-        dtype: in which blocks are stored.
-        pattern: of the blocks, None for `choose_pattern`.
+        dtype: in which matrices are stored.
+        pattern: in which they are, None for `fastest_storage`.
+        backend, activation_dtype: with which the layer is to run.
     Raises:
         ValueError: a hook computes a weight, or it cannot be stored in dtype.
     """
@@ -78,29 +85,27 @@ def store_weights(dense: nn.RNNBase, dtype: torch.dtype, pattern: Pattern | None
             continue
         gates = config.gate_count(name)
         by_gate = weight.unflatten(0, (gates, -1))
-        own = choose_pattern(by_gate, dtype) if pattern is None else pattern
-        density = own.kept(by_gate).double().mean().item()
-        as_it_is = dtype == weight.dtype and (pattern is None or pattern.block_size[0] < VECTOR_ROWS)
-        kept_dense = as_it_is and name.startswith("weight_ih") and density > NOT_PRUNED_ABOVE
+        may_stay_dense = dtype == weight.dtype and name.startswith("weight_ih")
+        own = pattern or fastest_storage(
+            by_gate, backend=backend, activation_dtype=activation_dtype, may_stay_dense=may_stay_dense
+        )
+        shown = own or Blocks(16, 1)
+        density = shown.kept(by_gate).double().mean().item()
+        if (
+            pattern is not None
+            and may_stay_dense
+            and pattern.block_size[0] < VECTOR_ROWS
+            and density > NOT_PRUNED_ABOVE
+        ):
+            own = None
         if not is_often_dense(name, weight, config.hidden_size):
-            warn_if_dense(name, weight, own, density, kept_dense=kept_dense)
+            warn_if_dense(name, weight, shown, density, kept_dense=own is None, advised=pattern)
         weights[name] = (
             weight.clone(memory_format=torch.contiguous_format)
-            if kept_dense
+            if own is None
             else BlockMatrix.from_dense(weight, own, gates=gates, dtype=dtype)
         )
     return weights
-
-
-def choose_pattern(weight: Tensor, dtype: torch.dtype) -> Pattern:
-    """Return the one of PATTERNS that stores a weight [G, H, columns] in the fewest bytes."""
-    gates, rows, columns = weight.shape
-
-    def stored_bytes(pattern: Pattern) -> int:
-        kept = int(pattern.kept(weight).sum())
-        return pattern.stored_bytes(kept, gates, rows, columns, dtype.itemsize, scales=dtype == torch.int8)
-
-    return min(PATTERNS, key=stored_bytes)
 
 
 def stored_density(weights: Mapping[str, BlockMatrix | Tensor]) -> float:
@@ -113,7 +118,7 @@ def stored_density(weights: Mapping[str, BlockMatrix | Tensor]) -> float:
 def describe_storage(weights: Mapping[str, BlockMatrix | Tensor]) -> list[str]:
     """Return how weights are stored, as the repr of a module shows it."""
     blocks = [weight for weight in weights.values() if isinstance(weight, BlockMatrix)]
-    patterns = [Blocks(*size) for size in sorted({matrix.block_size for matrix in blocks})]
+    patterns = list(dict.fromkeys(matrix.pattern for matrix in blocks))
     dense = [name for name, weight in weights.items() if name.startswith("weight") and isinstance(weight, Tensor)]
     return [
         f"density={stored_density(weights):.3f}",

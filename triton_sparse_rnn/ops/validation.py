@@ -189,10 +189,12 @@ def _indices_as_they_are(matrix: BlockMatrix) -> tuple[object, ...] | None:
 
     None where torch counts no writes, and where somebody has taken an index away.
     """
-    columns, starts = matrix.columns, matrix.starts
-    if columns is None or starts is None or columns.is_inference() or starts.is_inference():
+    if matrix.columns is None or matrix.starts is None:
         return None
-    places = columns.data_ptr(), columns._version, starts.data_ptr(), starts._version
+    indices = [tensor for name in BlockMatrix.INDICES if (tensor := getattr(matrix, name)) is not None]
+    if any(tensor.is_inference() for tensor in indices):
+        return None
+    places = [(tensor.data_ptr(), tensor._version) for tensor in indices]
     return *places, matrix.shape, matrix.gates, matrix.values.shape
 
 

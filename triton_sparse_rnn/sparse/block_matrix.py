@@ -77,15 +77,8 @@ class BlockMatrix:
     picks: Tensor | None = None
     bank: Tensor | None = None
 
-    PARTS: ClassVar[tuple[str, ...]] = (
-        "values",
-        "columns",
-        "starts",
-        "scales",
-        "picks",
-        "bank",
-    )  # those that are tensors
-    INDICES: ClassVar[tuple[str, ...]] = ("columns", "starts", "picks", "bank")  # those that say where a kernel reads
+    INDICES: ClassVar[tuple[str, ...]] = ("columns", "starts", "picks", "bank")  # tensors that say what a kernel reads
+    PARTS: ClassVar[tuple[str, ...]] = ("values", "scales", *INDICES)  # all that are tensors
 
     def parts(self) -> dict[str, Tensor | None]:
         """Return the tensors by name, one for each of PARTS; None for what this matrix does without."""
@@ -137,8 +130,8 @@ class BlockMatrix:
         pattern = as_pattern(pattern)
         weight = weight.detach()
         # What is zero is decided before rounding: a tiny weight that a narrow dtype rounds to 0 stays in its block.
-        blocks, parts = _cut(weight.unflatten(0, (gates, -1)), pattern)
-        matrix = cls(blocks.transpose(1, 2), **parts, shape=(weight.shape[0], weight.shape[1]), gates=gates)
+        blocks, indices = _cut(weight.unflatten(0, (gates, -1)), pattern)
+        matrix = cls(blocks.transpose(1, 2), **indices, shape=(weight.shape[0], weight.shape[1]), gates=gates)
         if dtype == torch.int8:
             scales = row_scales(weight)
             blocks = (blocks / matrix._by_block(scales, padding=1)).round_().clamp_(-127, 127)
@@ -217,7 +210,7 @@ class BlockMatrix:
         for name, tensor in self.parts().items():
             if (tensor is None) == (name in kinds):
                 raise ValueError(
-                    f"{name} {'are needed' if tensor is None else 'must be None'} beside "
+                    f"{name} must {'not ' if tensor is None else ''}be None beside "
                     + (f"values of {dtype}" if name == "scales" else "picks" if self.is_picked else "blocks")
                 )
             if tensor is not None and (tensor.dtype, tuple(tensor.shape)) != kinds[name]:
@@ -250,7 +243,7 @@ class BlockMatrix:
         return blocks if self.scales is None else blocks * self._by_block(self.scales)
 
     def input_places(self) -> Tensor:
-        """Of which column each stored weight is: [NB, BC], int64, the same for all rows of a block; picks [NB, BC, BR]."""
+        """The column of each weight, int64: [NB, BC], as all rows of a block have the same; of picks [NB, BC, BR]."""
         if self.picks is not None:
             return dense_places(self.picks, self.columns, self._bank)
         BC = self.block_size[1]
@@ -321,7 +314,7 @@ class BlockMatrix:
 
 
 def _cut(weight: Tensor, pattern: Pattern) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cut a weight [G, H, C] into the blocks or units that are to be stored: [NB, BR, BC], and the parts beside values."""
+    """Cut a weight [G, H, C] into what is to be stored, [NB, BR, BC], and the indices."""
     if isinstance(pattern, Picks):
         blocks, picks, columns, starts = pick_units(weight, pattern)
         bank = torch.tensor([pattern.bank], dtype=INDEX_DTYPE, device=weight.device)

@@ -197,7 +197,7 @@ def block_linear(weight: BlockMatrix | Tensor, bias: Tensor | None, dtype: torch
     """
     if isinstance(weight, Tensor):
         return dense_linear(weight, bias, dtype)  # nothing is pruned: every output reads every input
-    (gates, groups, _), (BR, BC) = weight.block_grid, weight.block_size
+    (gates, groups, _), BR = weight.block_grid, weight.block_size[0]
     blocks = weight.scaled_blocks().to(dtype)  # [NB, BR, BC]
     places = weight.input_places()  # [NB, BC], or with picks [NB, BC, BR]
     block_rows, equation = weight.block_rows, "nbc,brc->bnr" if places.dim() == 2 else "nbcr,brc->bnr"

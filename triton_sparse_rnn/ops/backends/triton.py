@@ -73,6 +73,11 @@ def unsupported_reason(layer: StoredLayer) -> str | None:
             return "the layer has proj_size, which would take two exchanges between programs at every step, not one"
         for name in ("weight_ih", "weight_hh"):
             weight = getattr(direction, name)
+            if isinstance(weight, BlockMatrix) and weight.is_picked:
+                return (
+                    f"{name} is stored in {weight.pattern}, and only blocks run here: convert with "
+                    "storage=Blocks(16, 1), for which the model should be pruned with pattern=Blocks(16, 1)"
+                )
             if isinstance(weight, BlockMatrix) and weight.values.dtype not in WEIGHT_DTYPES:
                 runs = ", ".join(map(str, WEIGHT_DTYPES))
                 return f"{name} is stored as {weight.values.dtype}, and only {runs} run here"
