@@ -26,6 +26,7 @@ from triton_sparse_rnn.report import sparsity_report
 from triton_sparse_rnn.saving import load_sparse, save_sparse
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.patterns import Blocks
+from triton_sparse_rnn.sparse.picks import Picks
 
 __all__ = [
     "BackendUnavailableError",
@@ -38,6 +39,7 @@ __all__ = [
     "PersistentGRU",
     "PersistentLSTM",
     "PersistentRNN",
+    "Picks",
     "PolynomialDecay",
     "Pruner",
     "SparseFileError",

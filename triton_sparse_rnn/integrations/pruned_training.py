@@ -34,7 +34,7 @@ class PrunerOptions(TypedDict, total=False):
     score: str
     targets: Mapping[str, Target] | None
     tie_gates: bool
-    balanced: bool
+    balanced: bool | None
     include: Iterable[str]
 
 

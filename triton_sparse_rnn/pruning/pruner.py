@@ -54,7 +54,7 @@ class Pruner:
         score: str = "l2",
         targets: Mapping[str, Target] | None = None,
         tie_gates: bool = False,
-        balanced: bool = False,
+        balanced: bool | None = None,
         include: Iterable[str] = (),
     ) -> None:
         """Find the weights; nothing is pruned before a step of the schedule.
@@ -69,14 +69,16 @@ class Pruner:
             schedule: for each weight that `targets` does not match; None leaves those dense.
             pattern: which weights are pruned together, here called a unit: `Blocks`, or a pair (BR, BC) for them, BR
                 hidden units of one gate by BC inputs. Blocks at the edge of a gate may be smaller. Both may be up to
-                4096, or as many as the gate has.
+                4096, or as many as the gate has. Or `Picks`, of which each hidden unit has its own inputs.
             score: "max", "mean" or "l2" of the weights of a unit; see `Pattern.scores`. Narang et al. take "max"; "l2"
                 was 1 to 5 % more accurate on the tasks of docs/results.md.
             targets: {glob: schedule, None for dense, or {gate: schedule or None}}; the first glob that matches counts.
                 Gates are "r" "z" "n" of a GRU, "i" "f" "g" "o" of an LSTM, "h" of an RNN; one that is not named
                 follows `schedule`.
             tie_gates: one mask for all gates of a unit group; their scores are combined.
-            balanced: prune the same number in each unit group of each gate. Needs schedules by rank.
+            balanced: prune the same number in each unit group of each gate; with `Picks` each bank of columns of a unit
+                group keeps its share or one unit more. True needs schedules by rank. None takes True for `Picks`, but
+                for what is pruned by a threshold, and False for `Blocks`.
             include: globs of further parameters to prune, as `weight.flatten(1)`, such as ("decoder.weight",); not of
                 an nn.Embedding(sparse=True), whose backward raises a TypeError.
 
@@ -90,10 +92,10 @@ class Pruner:
         self.pattern = as_pattern(pattern)
         self.score = check_score(score)
         self.tie_gates = _checked_flag("tie_gates", tie_gates)
-        self.balanced = _checked_flag("balanced", balanced)
+        self.balanced = self.pattern.balanced if balanced is None else _checked_flag("balanced", balanced)
         self._model = model
         self._weights = match_weights(model, schedule, targets, include)
-        self._check_options()
+        self._check_options(balanced=bool(balanced))
         check_pattern(self._weights, self.pattern, balanced=self.balanced)
         self._step_count = 0
         self._started = False
@@ -230,7 +232,7 @@ class Pruner:
         step_count, unit_masks = unpack_state(state_dict, self._settings(), self._weights, self._masks.of_units)
         self._step_count, self._started = step_count, step_count > 0
         for weight in self._weights:
-            self._masks.set(weight, unit_masks[weight.name])
+            self._masks.load(weight, unit_masks[weight.name])
             self._masks.apply(weight, weight.parameter)
 
     def full_mask(self, weight: Weight) -> Tensor:
@@ -262,12 +264,12 @@ class Pruner:
                 updated[gate] = self.pattern.prune_to_threshold(scores[gate], mask[gate], threshold)
         return updated
 
-    def _check_options(self) -> None:
+    def _check_options(self, *, balanced: bool) -> None:
         for weight in self._weights:
             if self.tie_gates and len(set(weight.schedules)) > 1:
                 raise ValueError(f"tie_gates=True gives all gates one mask, but targets gives {weight.name} several")
             for schedule in weight.schedules:
-                if self.balanced and schedule is not None and schedule.sparsity_at(schedule.last_step) is None:
+                if balanced and schedule is not None and schedule.sparsity_at(schedule.last_step) is None:
                     raise ValueError(
                         f"balanced=True needs a schedule by rank, PolynomialDecay or OneShot: a "
                         f"{type(schedule).__name__} (for {weight.name}) does not choose how many it prunes"
@@ -365,6 +367,7 @@ class Pruner:
         for weight in self._weights:
             if any(schedule is not None and schedule.updates_at(step) for schedule in weight.schedules):
                 parameter, mask = weight.parameter.detach(), self._masks.of_units[weight.name]
+                self._masks.apply(weight, parameter)  # somebody else may have written there
                 updated = self.update_mask(weight, parameter, mask.to(parameter.device), step)
                 self._masks.set(weight, updated)
 

@@ -27,11 +27,11 @@ class PrunedSamples:
         self._flags: dict[str, Tensor] = {}
         self._looks: dict[str, int] = {}
 
-    def expect(self, weight: Weight, unit_mask: Tensor, pattern: Pattern) -> None:
-        """Look from now on at a sample of what the pattern's mask has just made zero."""
+    def expect(self, weight: Weight, unit_mask: Tensor, bits: Tensor, pattern: Pattern) -> None:
+        """Look from now on at a sample of what the pattern's mask, as `kept_bits`, has just made zero."""
         if weight.name not in self._places:
             every_gate = weight.every_gate(unit_mask)
-            self._places[weight.name] = pattern.pruned_places(every_gate, weight.stacked(), self.PLACES)
+            self._places[weight.name] = pattern.pruned_places(every_gate, weight.stacked(bits), self.PLACES)
 
     def forget(self, weight: Weight) -> None:
         """Do not look at a weight until it is masked again, since its mask is new or nobody applies it."""

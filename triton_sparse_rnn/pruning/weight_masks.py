@@ -33,16 +33,22 @@ class WeightMasks:
         self._bits: dict[str, Tensor] = {}  # what `zero_pruned` takes, for each weight of which something is pruned
 
     def set(self, weight: Weight, unit_mask: Tensor) -> None:
-        """Take another mask, spread over the weight as it is; nothing is written to it."""
-        parameter = weight.parameter
+        """Take a mask that prunes more, spread over the weight as it is; nothing is written to it."""
+        parameter, bits = weight.parameter, self._bits_of(weight)
         self.samples.forget(weight)
         self.of_units[weight.name] = unit_mask = unit_mask.to(parameter.device)
         every_gate = weight.every_gate(unit_mask)
         pruned = self.pruned_counts[weight.name] = self._pattern.pruned_weights(every_gate, *weight.matrix_shape)
         self._bits.pop(weight.name, None)
         if pruned:
-            mask = self._pattern.spread(every_gate, weight.stacked()).view(parameter.shape)
+            before = None if bits is None else weight.stacked(bits.ne(0))
+            mask = self._pattern.spread(every_gate, weight.stacked(), before).view(parameter.shape)
             self._bits[weight.name] = kept_bits(mask, parameter.dtype)
+
+    def load(self, weight: Weight, unit_mask: Tensor) -> None:
+        """Take a mask in place of the one there is, that may have pruned more; nothing is written to the weight."""
+        self._bits.pop(weight.name, None)
+        self.set(weight, unit_mask)
 
     def spread(self, weight: Weight) -> Tensor:
         """A mask of the weight's shape and device: bool, True = kept."""
@@ -61,12 +67,8 @@ class WeightMasks:
                 f"{weight.name} must have dense gradients and optimizer state, got {tensor.layout}: "
                 "give its nn.Embedding sparse=False, or leave it out of include"
             )
-        bits = self._bits.get(weight.name)
-        if bits is None:
-            return
-        if bits.device != weight.parameter.device:
-            bits = self._bits[weight.name] = bits.to(weight.parameter.device)  # the model has moved
-        zero_pruned(tensor, bits.to(tensor.device))
+        if (bits := self._bits_of(weight)) is not None:
+            zero_pruned(tensor, bits.to(tensor.device))
 
     def apply_everywhere(self, states: Iterable[Mapping[Any, Any]]) -> None:
         """Set it to zero in weights, gradients, and what optimizers remember of them in `states`."""
@@ -74,9 +76,15 @@ class WeightMasks:
             parameter = weight.parameter
             self.apply(weight, parameter)
             if weight.name in self._bits:
-                self.samples.expect(weight, self.of_units[weight.name], self._pattern)
+                self.samples.expect(weight, self.of_units[weight.name], self._bits[weight.name], self._pattern)
             if parameter.grad is not None:
                 self.apply(weight, parameter.grad)
             for state in states:
                 for tensor in state_tensors(state, parameter):
                     self.apply(weight, tensor)
+
+    def _bits_of(self, weight: Weight) -> Tensor | None:
+        bits = self._bits.get(weight.name)
+        if bits is not None and bits.device != weight.parameter.device:
+            bits = self._bits[weight.name] = bits.to(weight.parameter.device)  # the model has moved
+        return bits

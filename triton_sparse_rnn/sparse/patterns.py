@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import numbers
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from triton_sparse_rnn.sparse.blocks import (
 )
 
 SCORES = ("max", "mean", "l2")
-_INDEX_BYTES = torch.int32.itemsize  # of a column, and of a start of a row of blocks
+INDEX_BYTES = torch.int32.itemsize  # of a column, and of a start of a row of blocks
 _SCALE_BYTES = torch.float32.itemsize
 
 
@@ -36,7 +36,15 @@ def check_score(score: str) -> str:
 
 
 class Pattern(abc.ABC):
-    """What everybody who prunes, counts or stores asks. A pattern is a frozen dataclass; checkpoints hold its repr."""
+    """What everybody who prunes, counts or stores asks. A pattern is a frozen dataclass; checkpoints hold its repr.
+
+    Attributes:
+        follows_weights: whether it depends on the weights which of them a mask keeps.
+        balanced: whether a `Pruner` that is not told prunes as much in each unit group.
+    """
+
+    follows_weights: ClassVar[bool] = False
+    balanced: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
@@ -61,7 +69,7 @@ class Pattern(abc.ABC):
 
     @abc.abstractmethod
     def kept(self, weight: Tensor) -> Tensor:
-        """The mask of the units of a weight [G, H, C] that hold anything but zeros."""
+        """The mask of the units of a weight [G, H, C], of any dtype, that hold anything but zeros."""
 
     @abc.abstractmethod
     def scores(self, weight: Tensor, score: str) -> Tensor:
@@ -82,12 +90,30 @@ class Pattern(abc.ABC):
         """The l2 norm of each unit of a weight [G, H, C], as a mask. Its gradient at a unit of zeros is zero."""
 
     @abc.abstractmethod
-    def spread(self, mask: Tensor, weight: Tensor) -> Tensor:
-        """A mask as one of the weights [G, H, C] themselves, contiguous, True = kept; which they are may decide."""
+    def spread(self, mask: Tensor, weight: Tensor, before: Tensor | None = None) -> Tensor:
+        """A mask of all gates as one of the weights [G, H, C] themselves.
+
+        Args:
+            mask: as `mask_shape` has it, bool, True = kept.
+            weight: of any dtype; which weights a mask keeps may depend on them.
+            before: what this returned for a mask that kept more: what it prunes stays pruned. None prunes nothing.
+
+        Returns:
+            Contiguous, bool, True = kept.
+        """
 
     @abc.abstractmethod
-    def pruned_places(self, mask: Tensor, weight: Tensor, most: int) -> Tensor:
-        """Flat indices [<= most], int64, of weights [G, H, C] that a mask of all gates prunes, spread over them."""
+    def pruned_places(self, mask: Tensor, spread: Tensor, most: int) -> Tensor:
+        """Find a few pruned weights, here and there.
+
+        Args:
+            mask: of all gates.
+            spread: the same over the weights, [G, H, C]: False or 0 where they are pruned.
+            most: how many.
+
+        Returns:
+            Flat indices [<= most] of weights, int64.
+        """
 
     @abc.abstractmethod
     def in_whole_vectors(self) -> Pattern | None:
@@ -105,7 +131,7 @@ class Pattern(abc.ABC):
 
     def unit_bytes(self, itemsize: int) -> int:
         """Bytes of the values and indices of a stored unit, for weights of `itemsize` bytes."""
-        return self.products * itemsize + _INDEX_BYTES
+        return self.products * itemsize + INDEX_BYTES
 
     def stored_bytes(
         self, kept_units: int, gates: int, rows: int, columns: int, itemsize: int, *, scales: bool = False
@@ -119,7 +145,7 @@ class Pattern(abc.ABC):
             scales: whether each row has one, as of int8.
         """
         starts = torch.Size(self.mask_shape(gates, rows, columns)[:2]).numel() + 1
-        return kept_units * self.unit_bytes(itemsize) + starts * _INDEX_BYTES + scales * gates * rows * _SCALE_BYTES
+        return kept_units * self.unit_bytes(itemsize) + starts * INDEX_BYTES + scales * gates * rows * _SCALE_BYTES
 
     def full_mask(self, gates: int, rows: int, columns: int) -> Tensor:
         """The mask of `gates` matrices [rows, columns] of which nothing is pruned, on the CPU."""
@@ -159,18 +185,33 @@ class Pattern(abc.ABC):
         """
         ranked = scores.masked_fill(~kept, -1.0)
         rows = ranked.flatten(1) if balanced else ranked.reshape(1, -1)
-        count = round(sparsity * rows.shape[-1])
-        if count == 0:
-            return kept.clone()
-        # The same as a stable sort, in a seventh of the time.
-        highest = rows.topk(count, dim=-1, largest=False, sorted=False).values.amax(-1, keepdim=True)
-        below, level = rows < highest, rows == highest
-        pruned = below | (level & (level.cumsum(-1) <= count - below.sum(-1, keepdim=True)))
-        return kept & ~pruned.view_as(kept)
+        return kept & ~lowest(rows, round(sparsity * rows.shape[-1])).view_as(kept)
 
     def prune_to_threshold(self, scores: Tensor, kept: Tensor, threshold: float) -> Tensor:
         """Prune the units whose score is at most `threshold`; arguments and result as for `prune_to_sparsity`."""
         return kept & (scores > threshold)
+
+
+def lowest(rows: Tensor, count: int) -> Tensor:
+    """Mark the `count` lowest of each row of [n, m], of equal ones those that come first: bool [n, m].
+
+    >>> lowest(torch.tensor([[3, 1, 2, 1]]), 1)
+    tensor([[False,  True, False, False]])
+    """
+    if count == 0:
+        return torch.zeros_like(rows, dtype=torch.bool)
+    # The same as a stable sort, in a seventh of the time.
+    highest = rows.topk(count, dim=-1, largest=False, sorted=False).values.amax(-1, keepdim=True)
+    below, level = rows < highest, rows == highest
+    return below | (level & (level.cumsum(-1) <= count - below.sum(-1, keepdim=True)))
+
+
+def some(mask: Tensor, most: int) -> Tensor:
+    """Where up to `most` of the True entries of a mask are, taken evenly from all: int64 [<= most, axes]."""
+    found = mask.nonzero()
+    count = min(most, len(found))
+    evenly = torch.arange(count, dtype=torch.int64, device=mask.device) * (len(found) - 1) // max(1, count - 1)
+    return found[evenly]
 
 
 PatternLike: TypeAlias = "Pattern | tuple[int, int]"
@@ -237,15 +278,12 @@ class Blocks(Pattern):
     def norms(self, weight: Tensor) -> Tensor:
         return torch.linalg.vector_norm(to_blocks(weight, self.block_size), dim=(-2, -1))
 
-    def spread(self, mask: Tensor, weight: Tensor) -> Tensor:
+    def spread(self, mask: Tensor, weight: Tensor, before: Tensor | None = None) -> Tensor:
         return expand_block_mask(mask, self.block_size, weight.shape[-2], weight.shape[-1])
 
-    def pruned_places(self, mask: Tensor, weight: Tensor, most: int) -> Tensor:
-        pruned = (~mask).nonzero()
-        count = min(most, len(pruned))
-        evenly = torch.arange(count, dtype=torch.int64, device=pruned.device) * (len(pruned) - 1) // max(1, count - 1)
-        gate, row, column = pruned[evenly].unbind(1)  # of each block its first weight
-        return (gate * weight.shape[-2] + row * self.rows) * weight.shape[-1] + column * self.columns
+    def pruned_places(self, mask: Tensor, spread: Tensor, most: int) -> Tensor:
+        gate, row, column = some(~mask, most).unbind(1)  # of each block its first weight
+        return (gate * spread.shape[-2] + row * self.rows) * spread.shape[-1] + column * self.columns
 
     def in_whole_vectors(self) -> Blocks | None:
         return Blocks(VECTOR_ROWS, self.columns) if self.rows % VECTOR_ROWS else None
