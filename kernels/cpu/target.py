@@ -44,3 +44,8 @@ def converts_half() -> bool:
 def multiplies_bytes() -> bool:
     """Whether vpdpbusd adds four products of bytes to each of sixteen int32."""
     return vector_path() == "AVX-512" and "avx512vnni" in features()
+
+
+def permutes_bytes() -> bool:
+    """Whether vpermb takes 64 bytes out of 64 by as many indices."""
+    return vector_path() == "AVX-512" and "avx512vbmi" in features()

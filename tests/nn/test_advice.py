@@ -16,8 +16,14 @@ from triton_sparse_rnn.sparse.patterns import Blocks
 @pytest.mark.parametrize(
     ("kept", "message"),
     [
-        (lambda i, j: i >= 0, r"weight_x is 0% zeros and 100% of its 4x2 blocks .* runs as a dense product; prune it"),
-        (lambda i, j: (i + j) % 3 == 0, r"67% zeros and 100% .*do not fill blocks: prune with pattern=\(4, 2\)"),
+        (
+            lambda i, j: i >= 0,
+            r"weight_x is 0% zeros and 100% of the units of Blocks\(rows=4, columns=2\) .* dense product; prune it",
+        ),
+        (
+            lambda i, j: (i + j) % 3 == 0,
+            r"67% zeros and 100% .*not where they can be skipped: prune it first, with pattern=Picks\(",
+        ),
         (lambda i, j: i < 4, None),
         (lambda i, j: i < 0, None),
     ],

@@ -5,9 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn.nn.storage import (
-    PATTERNS,
     buffer_names,
-    choose_pattern,
     from_buffers,
     layer_weights,
     store_weights,
@@ -16,24 +14,6 @@ from triton_sparse_rnn.nn.storage import (
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.layer_config import LayerConfig
 from triton_sparse_rnn.sparse.patterns import Blocks
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
-@pytest.mark.parametrize("density", [0, 0.02, 0.3, 1])
-def test_no_listed_pattern_takes_fewer_bytes(dtype, density):
-    weight = torch.randn(3 * 40, 50) * (torch.rand(3 * 40, 50) < density)
-    chosen = choose_pattern(weight.view(3, 40, 50), dtype)
-    blocks = [pattern.block_size for pattern in PATTERNS]
-    sizes = {size: BlockMatrix.from_dense(weight, size, gates=3, dtype=dtype).nbytes for size in blocks}
-    assert sizes[chosen.block_size] == min(sizes.values())
-
-
-def test_blocks_do_not_reach_from_gate_to_gate():
-    weight = torch.zeros(2 * 8, 4)
-    weight[:8, 0], weight[8:, 1:] = 1, 1  # one full 16x4 block if rows were cut without regard to gates
-    assert len(BlockMatrix.from_dense(weight, (16, 4), gates=2).values) == 2
-    assert choose_pattern(weight.view(1, 16, 4), torch.float32) == Blocks(16, 4)
-    assert choose_pattern(weight.view(2, 8, 4), torch.float32) == Blocks(16, 1)
 
 
 def make_layer(stored: int, dtype=torch.float32, cell: Any = nn.LSTM) -> Any:

@@ -139,7 +139,10 @@ def spread(tensor: Tensor) -> Tensor:
         ),
         (lambda w: {"weight_hh": changed(w.weight_hh, starts=w.weight_hh.starts[1:])}, "do not fit together"),
         (lambda w: {"weight_hh": changed(w.weight_hh, starts=None)}, "starts must not be None beside blocks"),
-        (lambda w: {"weight_ih": changed(w.weight_ih, values=w.weight_ih.values.to(torch.int8))}, "scales must not be None"),
+        (
+            lambda w: {"weight_ih": changed(w.weight_ih, values=w.weight_ih.values.to(torch.int8))},
+            "scales must not be None",
+        ),
     ],
 )
 def test_weights_that_do_not_fit(change, message):

@@ -19,11 +19,19 @@ from triton_sparse_rnn.sparse.picks import Picks
 
 # Relative to a vector of Blocks(16, 1) in float32 on the same processor: bench/cpu/bench_patterns.py, GRU of H = 512 at
 # 90 % zeros, AMD Zen 4, with NUMBA_CPU_NAME and NUMBA_CPU_FEATURES for the other rows.
+_FLOATS: dict[Pattern, float] = {
+    Blocks(16, 1): 1,
+    Blocks(16, 4): 1,
+    Blocks(16, 16): 0.95,
+    Blocks(16, 32): 0.95,
+    Picks(16, 32): 1.25,
+}
+_BYTES: dict[Pattern, float] = {Blocks(16, 1): 0.7, Blocks(16, 4): 0.3, Blocks(16, 16): 0.3}
 VECTOR_TIMES: dict[str, dict[torch.dtype | None, dict[Pattern, float]]] = {
-    "AVX-512": {
-        None: {Blocks(16, 1): 1, Blocks(16, 4): 1, Blocks(16, 16): 0.95, Blocks(16, 32): 0.95, Picks(16, 32): 1.2},
-        torch.int8: {Blocks(16, 1): 0.7, Blocks(16, 4): 0.3, Blocks(16, 16): 0.3, Picks(16, 64, 4): 0.45},
-    },
+    "AVX-512 with bytes": {None: _FLOATS, torch.int8: {**_BYTES, Picks(16, 64, 4): 0.45}},
+    "AVX-512": {None: _FLOATS, torch.int8: {**_BYTES, Picks(16, 32): 1.25}},
+    "AVX2": {None: {**_FLOATS, Picks(16, 32): 4.2, Picks(16, 8): 1.4}, torch.int8: {**_BYTES, Picks(16, 8): 1.4}},
+    "generic": {None: {**_FLOATS, Picks(16, 32): 10}, torch.int8: {**_BYTES, Picks(16, 32): 10}},
 }
 DENSE_VECTOR_TIME = 0.95
 
@@ -51,8 +59,9 @@ def fastest_storage(
 
 
 def _vector_times(device: torch.device, backend: str | None) -> dict[torch.dtype | None, dict[Pattern, float]]:
-    vectors = support.vectors() if device.type == "cpu" else "AVX-512"
-    times = VECTOR_TIMES[vectors]
-    if device.type == "cpu" and backend != "triton":
+    """What can run there, of the row of this processor or, where its kernels do not run, of the first."""
+    on_cpu = device.type == "cpu" and backend != "triton"
+    times = VECTOR_TIMES.get(support.vectors() if on_cpu else "", VECTOR_TIMES["AVX-512 with bytes"])
+    if on_cpu:
         return times
     return {dtype: {key: time for key, time in row.items() if isinstance(key, Blocks)} for dtype, row in times.items()}
