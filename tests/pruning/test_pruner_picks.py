@@ -229,8 +229,13 @@ def test_few_inputs_are_not_pruned_to_nothing():
 def test_balanced_by_rank_unless_told_otherwise_and_thresholds_are_free():
     assert Pruner(gru(8, 16), DECAY, pattern=PATTERN).balanced
     assert not Pruner(gru(8, 16), DECAY).balanced
-    ramp = ThresholdRamp(q=0.1, begin_step=0, ramp_step=1, end_step=2)
-    Pruner(gru(8, 16), ramp, pattern=PATTERN)
+    layer = gru(8, 16)
+    ramp = ThresholdRamp.from_weights(layer, 0.5, pattern=PATTERN, begin_step=0, ramp_step=1, end_step=4, frequency=1)
+    pruner, optimizer = attached(layer, ramp, pattern=PATTERN)
+    masks = []
+    train(layer, optimizer, 6, after=lambda: masks.append(pruner.masks["weight_hh_l0"]))
+    assert masked_everywhere(pruner, optimizer)
+    assert not any((later & ~earlier).any() for earlier, later in itertools.pairwise(masks))
     with pytest.raises(ValueError, match=r"balanced=True needs a schedule by rank.* ThresholdRamp"):
         Pruner(gru(8, 16), ramp, pattern=PATTERN, balanced=True)
 
