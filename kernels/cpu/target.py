@@ -47,5 +47,5 @@ def multiplies_bytes() -> bool:
 
 
 def permutes_bytes() -> bool:
-    """Whether vpermb takes 64 bytes out of 64 by as many indices."""
+    """Whether vpermb picks each of 64 bytes out of 64."""
     return vector_path() == "AVX-512" and "avx512vbmi" in features()

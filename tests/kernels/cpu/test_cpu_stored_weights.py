@@ -11,16 +11,19 @@ from llvmlite import ir
 from triton_sparse_rnn.kernels.cpu import target
 from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat, load_integers, load_weights
 from triton_sparse_rnn.kernels.cpu.vector_code import VectorCode
+from triton_sparse_rnn.sparse.picks import Picks
 
 NARROW = [torch.float16, torch.bfloat16, torch.int8]
 CELLS = [("GRU", "RNN_TANH"), ("LSTM", "RNN_RELU"), ("LSTM projected", "GRU")]  # with blocks of each kind
 BLOCKS = [(16, 4), (5, 3)]
+PICKS = [Picks(16, 32, 2), Picks(8, 16)]
 
 
 @pytest.mark.parametrize(("dtype", "modes"), list(zip(NARROW, CELLS, strict=True)), ids=str)
-def test_layers_are_as_accurate_as_with_wide_weights(dtype, modes):
+@pytest.mark.parametrize("patterns", [BLOCKS, PICKS], ids=["blocks", "picks"])
+def test_layers_are_as_accurate_as_with_wide_weights(dtype, modes, patterns):
     """Against float64 with the weights that are stored."""
-    for mode, block_hh, block_ih in zip(modes, BLOCKS, reversed(BLOCKS), strict=True):
+    for mode, block_hh, block_ih in zip(modes, patterns, reversed(patterns), strict=True):
         for I, H, bias in ((21, 53, True), (32, 48, False), (1, 1, True)):
             layer = Layer(mode, I, H, block_ih, block_hh, bias=bias, dtype=dtype)
             assert_as_accurate_as_torch(layer, [9, 8, 4, 3, 2, 1])
