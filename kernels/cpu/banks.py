@@ -36,12 +36,8 @@ from triton_sparse_rnn.kernels.cpu.vector_code import (
 
 def picker(code: VectorCode, bank: int, *, quantized: bool) -> RegisterPicker | MemoryPicker:
     """Return what picks vectors of float32, or of int8 inputs as int32, in the best way that there is for them."""
-    path = target.vector_path()
-    if path == "AVX-512" and code.width % 16 == 0:
-        return RegisterPicker(code, bank, quantized, 16)
-    if path != "generic" and code.width % 8 == 0:
-        return RegisterPicker(code, bank, quantized, 8)
-    return MemoryPicker(code, bank, quantized)
+    lanes = target.permuted_lanes(code.width)
+    return RegisterPicker(code, bank, quantized, lanes) if lanes else MemoryPicker(code, bank, quantized)
 
 
 class RegisterPicker:

@@ -55,13 +55,14 @@ class BlockFormat(NamedTuple):
     def tile_rows(self) -> int:
         """Rows of inputs that share each load of a weight: their sums fill no more than half of the registers.
 
-        With the banks in front of them, of picks that shuffle registers, no more than three quarters.
+        With banks that lie in registers too, they fill no more than three quarters.
         """
         registers = target.registers_for(self.width)
         fitting = registers // 2
-        if self.bank and self.width % 8 == 0:
-            row_bytes = self.width * FLOAT_BYTES + self.bank * (1 if self.multiplies_quads else FLOAT_BYTES)
-            fitting = registers * 3 * self.width * FLOAT_BYTES // (4 * row_bytes)
+        if self.bank and target.permuted_lanes(self.width):
+            bank_bytes = self.bank * (1 if self.multiplies_quads else FLOAT_BYTES)
+            vector_bytes = self.width * FLOAT_BYTES
+            fitting = 3 * registers * vector_bytes // (4 * (vector_bytes + bank_bytes))
         return max(1, min(8, 1 << (fitting.bit_length() - 1))) if fitting else 1
 
     @property

@@ -36,6 +36,14 @@ def registers_for(floats: int) -> int:
     return registers // -(-floats // lanes)
 
 
+def permuted_lanes(floats: int) -> int:
+    """Return how many lanes of a vector of that many floats an instruction permutes at once; 0 where none does."""
+    path = vector_path()
+    if path == "AVX-512" and floats % 16 == 0:
+        return 16
+    return 8 if path != "generic" and floats % 8 == 0 else 0
+
+
 def converts_half() -> bool:
     """Whether one instruction makes float32 of float16; without it LLVM calls a function that may not exist."""
     return "f16c" in features()

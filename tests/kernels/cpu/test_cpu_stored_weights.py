@@ -91,13 +91,18 @@ def test_a_column_of_a_block_is_cut_into_whole_vectors():
 
 @pytest.mark.parametrize("path", ["AVX-512", "AVX2", "generic"])
 @pytest.mark.parametrize("BR", [1, 4, 7, 8, 16, 20, 32, 48])
-def test_tiles_leave_registers_for_weights(path, BR, monkeypatch):
+@pytest.mark.parametrize("bank", [0, 8, 32, 64])
+def test_tiles_leave_registers_for_weights(path, BR, bank, monkeypatch):
+    """Of the bank of each row of a tile, too, where an instruction permutes registers."""
     monkeypatch.setattr(target, "vector_path", lambda: path)
-    layout = BlockFormat(BR, 1, "float32")
+    layout = BlockFormat(BR, 1, "float32", bank=bank)
     lanes, registers = {"AVX-512": (16, 32), "AVX2": (8, 16), "generic": (4, 16)}[path]
     tile = layout.tile_rows
     assert tile in (1, 2, 4, 8)
-    assert tile == 1 or tile * math.ceil(layout.width / lanes) <= registers // 2
+    if bank and lanes >= 8 and layout.width % 8 == 0:
+        assert tile == 1 or tile * (layout.width + bank) / lanes <= registers * 3 / 4
+    else:
+        assert tile == 1 or tile * math.ceil(layout.width / lanes) <= registers // 2
 
 
 @pytest.mark.parametrize(
@@ -117,3 +122,8 @@ def test_quads_need_sixteen_rows_four_columns_and_the_instruction(BR, BC, quanti
     layout = BlockFormat(BR, BC, "int8", quantized)
     assert layout.quad == quad
     assert layout.multiplies_quads == (quantized and vnni and BR % 16 == 0)
+    for vbmi in (True, False):  # picks in quads, whose bytes an instruction permutes
+        monkeypatch.setattr(target, "permutes_bytes", lambda vbmi=vbmi: vbmi)
+        picked = BlockFormat(BR, BC, "int8", quantized, 64)
+        assert picked.multiplies_quads == (vbmi and BC == 4 and layout.multiplies_quads)
+        assert picked.quad == 1
