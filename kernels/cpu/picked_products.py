@@ -18,7 +18,7 @@ from triton_sparse_rnn.kernels.cpu.block_products import ColumnSums, InputTile, 
 from triton_sparse_rnn.kernels.cpu.matrix import MatrixFields
 from triton_sparse_rnn.kernels.cpu.stored_weights import QUAD, BlockFormat
 from triton_sparse_rnn.kernels.cpu.vector_code import FLOAT_BYTES, Index, VectorCode
-from triton_sparse_rnn.sparse.picked_storage import ENTRY_UNITS
+from triton_sparse_rnn.sparse.picks import ENTRY_UNITS
 
 
 class PickedSums(ColumnSums):

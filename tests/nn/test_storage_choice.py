@@ -39,6 +39,7 @@ def test_no_listed_storage_takes_less_time(vectors, density, activations, like):
         for pattern, time in VECTOR_TIMES[vectors][activations].items()
     }
     best = chosen(found, activations=activations)
+    assert best is not None
     assert times[best] == min(times.values())
     dense = DENSE_VECTOR_TIME * G * H * C / 16
     assert (chosen(found, activations=activations, may_stay_dense=True) is None) == (dense < times[best])
@@ -46,10 +47,10 @@ def test_no_listed_storage_takes_less_time(vectors, density, activations, like):
 
 def test_masks_are_stored_as_they_were_made(monkeypatch):
     monkeypatch.setattr(support, "vectors", lambda: "AVX-512 with bytes")
-    picked = weight()
-    picked *= Picks().spread(
-        Picks().prune_to_sparsity(Picks().scores(picked, "l2"), Picks().kept(picked), 0.95), picked
-    )
+    picked, pattern = weight(), Picks()
+    scores, kept = pattern.scores(picked, "l2"), pattern.kept(picked)
+    pruned = [pattern.prune_to_sparsity(*gate, 0.95) for gate in zip(scores, kept, strict=True)]
+    picked *= pattern.spread(torch.stack(pruned), picked)
     assert chosen(picked) == chosen(weight()) == Picks()
     assert chosen(picked, activations=torch.int8) == Picks(16, 64, 4)
     assert chosen(weight(Blocks(16, 1))) == Blocks(16, 1)

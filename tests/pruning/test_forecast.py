@@ -7,6 +7,7 @@ from torch import nn
 
 from triton_sparse_rnn.pruning import ConstantMask, OneShot, PolynomialDecay, Pruner, ThresholdRamp, forecast
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.picks import Picks
 
 STEPS = 120
 
@@ -44,6 +45,8 @@ def train(model, pruner=None):
         {"pattern": (16, 1)},
         {"pattern": (7, 2), "tie_gates": True},
         {"pattern": (1, 1), "balanced": True},
+        {"pattern": Picks(4, 8)},
+        {"pattern": Picks(16, 32, 2)},
         {"targets": {"*ih*": {"n": None, "z": OneShot(sparsity=0.5, step=30)}}},
     ],
     ids=str,
@@ -58,7 +61,7 @@ def test_schedules_by_rank_are_known_in_advance(options):
     assert [row.name for row in predicted.rows] == list(pruner.masks)
     for row in predicted.rows:
         weight = model.get_parameter(row.name).detach()
-        stored = BlockMatrix.from_dense(weight, pruner.pattern.block_size, gates=3)
+        stored = BlockMatrix.from_dense(weight, pruner.pattern, gates=3)
         assert (row.stored_units, row.nbytes) == (len(stored.values), stored.nbytes)
         assert row.macs_per_step == stored.values.numel()
         assert row.dense_nbytes == weight.nbytes

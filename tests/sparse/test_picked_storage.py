@@ -10,8 +10,7 @@ from torch import Tensor
 from triton_sparse_rnn.ops.backends.reference import block_linear, dense_linear
 from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES, BlockMatrix
 from triton_sparse_rnn.sparse.blocks import to_blocks
-from triton_sparse_rnn.sparse.picked_storage import ENTRY_UNITS
-from triton_sparse_rnn.sparse.picks import BANKS, Picks
+from triton_sparse_rnn.sparse.picks import BANKS, ENTRY_UNITS, Picks
 
 INF = float("inf")
 
@@ -54,6 +53,7 @@ def test_entries_of_one_count_follow_each_other():
     matrix = BlockMatrix.from_dense(weight, Picks())
     assert matrix.starts.tolist() == [0, 8, 8, 10, 11]
     assert matrix.columns.tolist() == [1] * 4 + [2] * 4 + [1] * 2 + [0]
+    assert matrix.picks is not None
     assert matrix.picks[:4, 0, 1].tolist() == [20, 21, 22, 23]
     assert matrix.picks[8:10, 0, 1].tolist() == [24, 25]
 
@@ -62,6 +62,7 @@ def test_a_padded_place_reads_what_its_row_reads_or_else_one_column_of_the_fulle
     weight = torch.zeros(3, 40)
     weight[0, [4, 9]], weight[1, 30], weight[1, 33] = 1, 1, 1
     matrix = BlockMatrix.from_dense(weight, Picks(3, 32))
+    assert matrix.picks is not None
     assert matrix.picks[:, 0].tolist() == [[4, 30, 4], [9, 30, 4], [1, 1, 1]]
     x = torch.zeros(40, 40).fill_diagonal_(INF)
     linear = block_linear(matrix, None, torch.float32)

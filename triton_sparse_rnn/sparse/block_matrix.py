@@ -29,8 +29,8 @@ from torch import Tensor
 from triton_sparse_rnn.sparse.blocks import check_filling_up, check_gates, count_blocks, from_blocks, to_blocks
 from triton_sparse_rnn.sparse.bsr import make_bsr, read_bsr, rows_of_blocks, starts_of
 from triton_sparse_rnn.sparse.patterns import Blocks, Pattern, PatternLike, as_pattern
-from triton_sparse_rnn.sparse.picked_storage import ENTRY_UNITS, check_order, check_sizes, dense_places, pick_units
-from triton_sparse_rnn.sparse.picks import Picks
+from triton_sparse_rnn.sparse.picked_storage import check_order, check_sizes, dense_places, pick_units
+from triton_sparse_rnn.sparse.picks import ENTRY_UNITS, Picks
 
 INDEX_DTYPE = torch.int32  # of columns, starts and bank
 PICK_DTYPE = torch.uint8

@@ -25,9 +25,7 @@ from torch import Tensor
 
 from triton_sparse_rnn.sparse.blocks import to_blocks
 from triton_sparse_rnn.sparse.bsr import starts_of
-from triton_sparse_rnn.sparse.picks import BANKS, COLUMNS, Picks
-
-ENTRY_UNITS = 4  # the largest class
+from triton_sparse_rnn.sparse.picks import BANKS, COLUMNS, ENTRY_UNITS, Picks
 
 
 class PickedUnits(NamedTuple):

@@ -23,7 +23,7 @@ from triton_sparse_rnn.sparse.patterns import INDEX_BYTES, Pattern, check_score,
 BANKS = (8, 16, 32, 64)
 COLUMNS = (1, 2, 4)
 _PICK_BYTES = torch.uint8.itemsize
-_STARTS = 4  # of a row of blocks: the entries of 4, 3, 2 and 1 units of a bank
+ENTRY_UNITS = 4  # the largest class of entries, in which units are stored (picked_storage.py)
 _LARGEST = torch.iinfo(torch.int64).max
 
 
@@ -141,7 +141,7 @@ class Picks(Pattern):
     def stored_bytes(
         self, kept_units: int, gates: int, rows: int, columns: int, itemsize: int, *, scales: bool = False
     ) -> int:
-        more_starts = (_STARTS - 1) * torch.Size(self.mask_shape(gates, rows, columns)[:2]).numel()
+        more_starts = (ENTRY_UNITS - 1) * torch.Size(self.mask_shape(gates, rows, columns)[:2]).numel()
         as_blocks = super().stored_bytes(kept_units, gates, rows, columns, itemsize, scales=scales)
         return as_blocks + (more_starts + 1) * INDEX_BYTES  # and the size of a bank
 
