@@ -13,37 +13,40 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from bench.workloads import pattern_name
 from triton_sparse_rnn.pruning import OneShot, PolynomialDecay, Pruner
+from triton_sparse_rnn.sparse.patterns import Blocks, Pattern
+from triton_sparse_rnn.sparse.picks import Picks
 
 H, B, T = 512, 32, 64
-BLOCK_SIZES = [(16, 1), (1, 1)]
+PATTERNS = [Blocks(16, 1), Picks(), Blocks(1, 1)]
 FROZEN = OneShot(sparsity=0.9, step=1)
 UPDATED = PolynomialDecay(initial_sparsity=0.5, final_sparsity=0.9, begin_step=1, end_step=100_000, frequency=1)
 SCHEDULES = {"masks applied": FROZEN, "masks updated": UPDATED}
 
 
 @pytest.mark.parametrize("contender", ["without pruner", *SCHEDULES])
-@pytest.mark.parametrize("block_size", BLOCK_SIZES, ids=str)
-def bench_training_step(benchmark, block_size: tuple[int, int], contender: str):
+@pytest.mark.parametrize("pattern", PATTERNS, ids=pattern_name)
+def bench_training_step(benchmark, pattern: Pattern, contender: str):
     layer, optimizer, run = prepare_training()
     if contender in SCHEDULES:
-        pruner = Pruner(layer, SCHEDULES[contender], pattern=block_size)
+        pruner = Pruner(layer, SCHEDULES[contender], pattern=pattern)
         pruner.attach(optimizer)
         run()
         assert_masked(layer, optimizer, pruner)
-    describe(benchmark, block_size, contender)
+    describe(benchmark, pattern, contender)
     benchmark.pedantic(run, rounds=10, warmup_rounds=2)
 
 
 @pytest.mark.parametrize("contender", SCHEDULES)
-@pytest.mark.parametrize("block_size", BLOCK_SIZES, ids=str)
-def bench_pruner_alone(benchmark, block_size: tuple[int, int], contender: str):
+@pytest.mark.parametrize("pattern", PATTERNS, ids=pattern_name)
+def bench_pruner_alone(benchmark, pattern: Pattern, contender: str):
     layer, optimizer, run = prepare_training()
-    pruner = Pruner(layer, SCHEDULES[contender], pattern=block_size)
+    pruner = Pruner(layer, SCHEDULES[contender], pattern=pattern)
     run()
     pruner.step(optimizer)
     assert_masked(layer, optimizer, pruner)
-    describe(benchmark, block_size, f"{contender}, alone")
+    describe(benchmark, pattern, f"{contender}, alone")
     benchmark.pedantic(lambda: pruner.step(optimizer), rounds=20, warmup_rounds=2)
 
 
@@ -60,8 +63,8 @@ def prepare_training() -> tuple[nn.GRU, Optimizer, Callable[[], None]]:
     return layer, optimizer, run
 
 
-def describe(benchmark, block_size: tuple[int, int], contender: str) -> None:
-    benchmark.group = f"training step GRU H={H} B={B} T={T} Adam, masks in {block_size[0]}x{block_size[1]}"
+def describe(benchmark, pattern: Pattern, contender: str) -> None:
+    benchmark.group = f"training step GRU H={H} B={B} T={T} Adam, masks in {pattern_name(pattern)}"
     facts = {"T": T, "B": B, "I": H, "H": H, "threads": torch.get_num_threads(), "torch": torch.__version__}
     benchmark.extra_info.update(facts, contender=contender)
 
