@@ -11,7 +11,7 @@ import pytest
 from numba import njit
 
 from bench.budgets import assert_within_budget
-from bench.cpu.recurrence import recurrence, recurrent_matrix
+from bench.cpu.recurrence import recurrence, stored
 from bench.workloads import Workload
 from triton_sparse_rnn.sparse.patterns import Blocks
 from triton_sparse_rnn.sparse.picks import Picks
@@ -27,7 +27,7 @@ WORKLOADS = [
 @pytest.mark.parametrize("contender", ["reading", "recurrence"])
 @pytest.mark.parametrize("work", WORKLOADS, ids=str)
 def bench_share_of_limit(benchmark, work: Workload, contender: str):
-    matrix = recurrent_matrix(work)
+    matrix = stored(work, "weight_hh_l0")
     benchmark.group = f"{work}, recurrence"
     benchmark.extra_info.update(work.facts(), contender=contender, bytes_per_step=matrix.nbytes, statistic="min")
     if contender == "reading":
