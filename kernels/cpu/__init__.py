@@ -5,7 +5,10 @@ target.py          what the processor can do
 vector_code.py     floats and indices as Python expressions that emit LLVM instructions
 stored_weights.py  how the weights of a block are read as vectors, in each dtype
 matrix.py          a matrix as kernels read it
-block_products.py  rows of blocks times inputs: what every kernel is made of
+block_products.py  rows of blocks times inputs
+banks.py           inputs picked out of a bank, for each lane its own
+picked_products.py rows of picked units times inputs
+gate_sums.py       either of them, with scales and bias: what every kernel is made of
 gates.py           tanh, sigmoid and the cells, on vectors
 pack.py            kernel: inputs in the order in which products read them, quantised if asked for
 products.py        kernel: many rows times a matrix

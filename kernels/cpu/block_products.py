@@ -1,4 +1,4 @@
-"""Rows of blocks times inputs: the inner loop of every kernel, emitted where it is needed.
+"""Rows of blocks times inputs: the inner loop of kernels, emitted where it is needed.
 
 Column c of block k is a vector of weights, so with the input v the product of the row of blocks is the vector
 
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from triton_sparse_rnn.kernels.cpu.matrix import MatrixFields
 from triton_sparse_rnn.kernels.cpu.stored_weights import QUAD, BlockFormat, load_integers, load_weights
-from triton_sparse_rnn.kernels.cpu.vector_code import INT8, Accumulator, Index, Integers, Vector, VectorCode
+from triton_sparse_rnn.kernels.cpu.vector_code import INT8, Accumulator, Index, Integers, VectorCode
 
 _CHAINS = 4  # sums in flight at least, because a multiply-add waits for the one before it in the same sum
 _COLUMNS_UNROLLED = 8  # of a wide block; the rest of it is a loop, so that code does not grow with BC
@@ -43,38 +43,6 @@ class _Column(NamedTuple):
 
     stored: Index
     input: Index
-
-
-def gate_sums(
-    code: VectorCode,
-    layout: BlockFormat,
-    matrix: MatrixFields,
-    fields: Any,
-    row: Index,
-    tile_rows: int,
-    vector: Index,
-    gate: Index,
-) -> list[Vector]:
-    """Return W v + b of one gate of a vector of units, for each row v of a tile that begins at `row`.
-
-    Args:
-        fields: scales, bias, inputs and input_scales, addresses as in ProductFields.
-    """
-    constants = gate * matrix.gate_bytes
-    start = code.load(fields.bias + constants, vector)
-    scale = code.load(fields.scales + constants, vector) if layout.dtype == "int8" else None
-    tile = InputTile(tile_rows, fields.inputs + matrix.input_bytes * row, fields.input_scales + row * 4)
-    kind = _QuadSums if layout.multiplies_quads else _ColumnSums
-    sums = kind(code, layout, matrix, tile, vector % layout.parts)
-    block_row = vector // layout.parts * matrix.gates + gate
-    _visit_columns(code, layout, matrix, block_row, sums.add, sums.columns_in_flight)
-    results = []
-    for i, total in enumerate(sums.totals()):
-        product = total.to_floats() if isinstance(total, Integers) else total
-        if scale is not None:
-            product = product * (scale * code.load_broadcast(tile.scales, code.index(i)) if layout.quantized else scale)
-        results.append(product + start)
-    return results
 
 
 def _visit_columns(
@@ -107,7 +75,7 @@ def _visit_columns(
         done = stop
 
 
-class _ColumnSums:
+class ColumnSums:
     """One multiplication and one addition for each column and input: of floats, or of integers."""
 
     def __init__(self, code: VectorCode, layout: BlockFormat, matrix: MatrixFields, tile: InputTile, part: Index):
@@ -117,57 +85,69 @@ class _ColumnSums:
         zero: Any = code.integers(0) if layout.quantized else code.constant(0.0)
         self.sums = [[Accumulator(zero) for _ in range(self.chains)] for _ in range(tile.rows)]
 
-    def add(self, columns: Sequence[_Column]) -> None:
-        for n, column in enumerate(columns):
-            weights = self._weights(column.stored * self.layout.parts + self.part)
-            for i, chains in enumerate(self.sums):
-                chains[n % self.chains].add(weights * self._input(column.input * self.tile.rows + i))
+    def multiply(self, block_row: Index) -> None:
+        """Add the products with all that is stored of a row of blocks."""
+        _visit_columns(self.code, self.layout, self.matrix, block_row, self._add, self.columns_in_flight)
 
     def totals(self) -> list[Any]:
         return [functools.reduce(operator.add, (chain.read() for chain in chains)) for chains in self.sums]
 
-    def _weights(self, index: Index) -> Any:
+    def load_weights(self, vector: Index) -> Any:
         if self.layout.quantized:
-            return load_integers(self.code, self.matrix.values, index)
-        return load_weights(self.code, self.layout.dtype, self.matrix.values, index)
+            return load_integers(self.code, self.matrix.values, vector)
+        return load_weights(self.code, self.layout.dtype, self.matrix.values, vector)
+
+    def _add(self, columns: Sequence[_Column]) -> None:
+        for n, column in enumerate(columns):
+            weights = self.load_weights(column.stored * self.layout.parts + self.part)
+            for i, chains in enumerate(self.sums):
+                chains[n % self.chains].add(weights * self._input(column.input * self.tile.rows + i))
 
     def _input(self, index: Index) -> Any:
         load = self.code.load_broadcast_byte if self.layout.quantized else self.code.load_broadcast
         return load(self.tile.inputs, index)
 
 
-class _QuadSums:
+class QuadSums:
     """One vpdpbusd for a quad and an input, and one for what the offset of inputs adds: the last of the sums."""
 
     def __init__(self, code: VectorCode, layout: BlockFormat, matrix: MatrixFields, tile: InputTile, part: Index):
         self.code, self.layout, self.matrix, self.tile, self.part = code, layout, matrix, tile, part
         self.chains = max(1, _CHAINS // (tile.rows + 1))
-        self.columns_in_flight = self.chains * QUAD
         self.sums = [[Accumulator(code.integers(0)) for _ in range(self.chains)] for _ in range(tile.rows + 1)]
 
-    def add(self, columns: Sequence[_Column]) -> None:
-        offsets = self.code.integers(int.from_bytes([INPUT_OFFSET] * QUAD, "little"))
-        for n in range(0, len(columns), QUAD):
-            quad = columns[n : n + QUAD]
-            weights = self._weights(quad)
-            for chains, inputs in zip(self.sums, [*self._inputs(quad), offsets], strict=True):
-                chain = chains[n // QUAD % self.chains]
-                chain.write(self.code.add_byte_products(chain.read(), inputs, weights))
+    def multiply(self, block_row: Index) -> None:
+        """Add the products with all that is stored of a row of blocks."""
+        _visit_columns(self.code, self.layout, self.matrix, block_row, self._add, self.chains * QUAD)
 
     def totals(self) -> list[Integers]:
         *totals, offset = (functools.reduce(operator.add, (chain.read() for chain in chains)) for chains in self.sums)
         return [total - offset for total in totals]
 
-    def _weights(self, quad: Sequence[_Column]) -> Any:
-        """Row after row, each with its bytes of the four columns; 0 for a column that there is not."""
+    def load_quads(self, address: Index, columns: Sequence[Index]) -> Any:
+        """Row after row, each with its bytes of up to four stored columns; 0 for a column that there is not."""
         code, width, parts = self.code, self.layout.width, self.layout.parts
         if parts == 1:  # columns follow one another in memory, from block to block as well
-            stored = code.load_elements(self.matrix.values, quad[0].stored, INT8, len(quad))
+            stored = code.load_elements(address, columns[0], INT8, len(columns))
             zeros = stored.type(None)
-            lanes = [c * width + r if c < len(quad) else len(quad) * width for r in range(width) for c in range(QUAD)]
+            count = len(columns)
+            lanes = [c * width + r if c < count else count * width for r in range(width) for c in range(QUAD)]
             return code.shuffle(stored, zeros, lanes)
-        columns = [code.load_elements(self.matrix.values, column.stored * parts + self.part, INT8) for column in quad]
-        return code.interleave(columns + [columns[0].type(None)] * (QUAD - len(quad)))
+        vectors = [code.load_elements(address, column * parts + self.part, INT8) for column in columns]
+        return code.interleave(vectors + [vectors[0].type(None)] * (QUAD - len(columns)))
+
+    def add_quads(self, n: int, weights: Any, inputs: Sequence[Integers]) -> None:
+        """Add the products of quads, as number n of those in flight; `inputs` are of each row of the tile."""
+        offsets = self.code.integers(int.from_bytes([INPUT_OFFSET] * QUAD, "little"))
+        for chains, row_inputs in zip(self.sums, [*inputs, offsets], strict=True):
+            chain = chains[n % self.chains]
+            chain.write(self.code.add_byte_products(chain.read(), row_inputs, weights))
+
+    def _add(self, columns: Sequence[_Column]) -> None:
+        for n in range(0, len(columns), QUAD):
+            quad = columns[n : n + QUAD]
+            weights = self.load_quads(self.matrix.values, [column.stored for column in quad])
+            self.add_quads(n // QUAD, weights, self._inputs(quad))
 
     def _inputs(self, quad: Sequence[_Column]) -> list[Integers]:
         """The four bytes of each input, in every lane."""

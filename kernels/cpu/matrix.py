@@ -14,7 +14,7 @@ from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 
 class MatrixFields(NamedTuple):
-    """The record. "Padded" is filled up to whole blocks."""
+    """The record. "Padded" is filled up to whole blocks, or to whole banks."""
 
     values: Any  # addresses of the parts (BlockMatrix.PARTS), 0 for one that there is not
     columns: Any
@@ -42,7 +42,8 @@ NO_MATRIX = MatrixFields(*[0] * len(MatrixFields._fields))._replace(padded_bias=
 
 def format_of(matrix: BlockMatrix, quantized: bool) -> BlockFormat:
     """Return what kernels that read the matrix are compiled for."""
-    return BlockFormat(*matrix.block_size, str(matrix.values.dtype).removeprefix("torch."), quantized)
+    dtype, bank = str(matrix.values.dtype).removeprefix("torch."), 0 if matrix.bank is None else int(matrix.bank)
+    return BlockFormat(*matrix.block_size, dtype, quantized, bank)
 
 
 def padded_rows(matrix: BlockMatrix) -> int:
@@ -63,8 +64,8 @@ def matrix_fields(
         pack, product: addresses of kernels that run_layer (layer.py) calls.
         scratch: offset of the place for a padded bias and padded scales, of `padded_rows` float32 each.
     """
-    gates, groups, block_columns = matrix.block_grid
-    rows, padded, padded_inputs = matrix.shape[0] // gates, groups * layout.BR, block_columns * layout.BC
+    gates, groups, _ = matrix.block_grid
+    rows, padded, padded_inputs = matrix.shape[0] // gates, groups * layout.BR, matrix.padded_columns
     own_bias, own_scales = bias.shape[0] >= gates * padded, matrix.scales is None or rows == padded
     return MatrixFields(
         **addresses_of_parts(matrix),

@@ -54,7 +54,8 @@ class PackFormat(NamedTuple):
     def for_product(cls, layout: BlockFormat) -> PackFormat:
         """How a product with such a matrix reads its inputs."""
         offset = INPUT_OFFSET if layout.multiplies_quads else 0
-        return cls(layout.tile_rows, layout.quad, layout.quantized, offset)
+        tile_rows = 1 if layout.bank else layout.tile_rows  # a bank is a piece of one row
+        return cls(tile_rows, layout.quad, layout.quantized, offset)
 
 
 def emit_pack(builder: Any, layout: PackFormat, address: Any, first: Any, end: Any) -> None:

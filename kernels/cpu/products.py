@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from triton_sparse_rnn.kernels.cpu.block_products import gate_sums
+from triton_sparse_rnn.kernels.cpu.gate_sums import gate_sums
 from triton_sparse_rnn.kernels.cpu.matrix import MatrixFields
 from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 from triton_sparse_rnn.kernels.cpu.vector_code import VectorCode

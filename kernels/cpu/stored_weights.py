@@ -15,7 +15,17 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from triton_sparse_rnn.kernels.cpu import target
-from triton_sparse_rnn.kernels.cpu.vector_code import FLOAT, INT8, INT16, INT32, Index, Integers, Vector, VectorCode
+from triton_sparse_rnn.kernels.cpu.vector_code import (
+    FLOAT,
+    FLOAT_BYTES,
+    INT8,
+    INT16,
+    INT32,
+    Index,
+    Integers,
+    Vector,
+    VectorCode,
+)
 
 QUAD = 4  # columns that vpdpbusd multiplies at once
 WIDEST = 32  # floats; a wider vector only makes LLVM slow
@@ -28,6 +38,7 @@ class BlockFormat(NamedTuple):
     BC: int
     dtype: str  # "float32", "float16", "bfloat16" or "int8"
     quantized: bool = False  # the inputs are int8 too
+    bank: int = 0  # neighbouring inputs out of which each row picks its own; 0: all rows of a block have the same
 
     @property
     def width(self) -> int:
@@ -42,19 +53,29 @@ class BlockFormat(NamedTuple):
 
     @property
     def tile_rows(self) -> int:
-        """Rows of inputs that share each load of a weight: their sums fill no more than half of the registers."""
-        fitting = target.registers_for(self.width) // 2
+        """Rows of inputs that share each load of a weight: their sums fill no more than half of the registers.
+
+        With banks that lie in registers too, they fill no more than three quarters.
+        """
+        registers = target.registers_for(self.width)
+        fitting = registers // 2
+        if self.bank and target.permuted_lanes(self.width):
+            bank_bytes = self.bank * (1 if self.multiplies_quads else FLOAT_BYTES)
+            vector_bytes = self.width * FLOAT_BYTES
+            fitting = 3 * registers * vector_bytes // (4 * (vector_bytes + bank_bytes))
         return max(1, min(8, 1 << (fitting.bit_length() - 1))) if fitting else 1
 
     @property
     def multiplies_quads(self) -> bool:
-        """Whether vpdpbusd is used: for inputs that are bytes, in vectors of sixteen rows."""
+        """Whether vpdpbusd is used: for inputs that are bytes, in vectors of sixteen rows, and of picks for quads."""
+        if self.bank and not (self.BC == QUAD and target.permutes_bytes()):
+            return False
         return self.quantized and self.width % 16 == 0 and target.multiplies_bytes()
 
     @property
     def quad(self) -> int:
         """Neighbouring inputs that lie together: QUAD where vpdpbusd takes them from one block, else 1."""
-        return QUAD if self.multiplies_quads and self.BC % QUAD == 0 else 1
+        return QUAD if self.multiplies_quads and self.BC % QUAD == 0 and not self.bank else 1
 
 
 def load_weights(code: VectorCode, dtype: str, values: Index, index: Index) -> Vector:

@@ -36,6 +36,14 @@ def registers_for(floats: int) -> int:
     return registers // -(-floats // lanes)
 
 
+def permuted_lanes(floats: int) -> int:
+    """Return how many lanes of a vector of that many floats an instruction permutes at once; 0 where none does."""
+    path = vector_path()
+    if path == "AVX-512" and floats % 16 == 0:
+        return 16
+    return 8 if path != "generic" and floats % 8 == 0 else 0
+
+
 def converts_half() -> bool:
     """Whether one instruction makes float32 of float16; without it LLVM calls a function that may not exist."""
     return "f16c" in features()
@@ -47,5 +55,5 @@ def multiplies_bytes() -> bool:
 
 
 def permutes_bytes() -> bool:
-    """Whether vpermb takes 64 bytes out of 64 by as many indices."""
+    """Whether vpermb picks each of 64 bytes out of 64."""
     return vector_path() == "AVX-512" and "avx512vbmi" in features()

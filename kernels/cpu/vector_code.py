@@ -220,9 +220,13 @@ class VectorCode:
         place = self.builder.inttoptr(address.value, cgutils.voidptr_t)
         self.builder.call(function, [place, INT32(int(written)), INT32(3), INT32(1)])
 
+    def load_number(self, address: Index, index: Index, element: ir.Type) -> Any:
+        """LLVM's number `index` of those that begin at `address`."""
+        return self.builder.load(self._at(address, index, element))
+
     def load_broadcast(self, address: Index, index: Index) -> Vector:
         """Float number `index` of those that begin at `address`, in every lane."""
-        return Vector(self, self.broadcast(self.builder.load(self._at(address, index, FLOAT))))
+        return Vector(self, self.broadcast(self.load_number(address, index, FLOAT)))
 
     def broadcast_low_bits(self, index: Index) -> Integers:
         """The low 32 bits of an index, in every lane."""
@@ -230,12 +234,10 @@ class VectorCode:
 
     def load_broadcast_byte(self, address: Index, index: Index) -> Integers:
         """The same of an int8, as int32."""
-        return Integers(
-            self, self.broadcast(self.builder.sext(self.builder.load(self._at(address, index, INT8)), INT32))
-        )
+        return Integers(self, self.broadcast(self.builder.sext(self.load_number(address, index, INT8), INT32)))
 
     def load_broadcast_int32(self, address: Index, index: Index) -> Integers:
-        return Integers(self, self.broadcast(self.builder.load(self._at(address, index, INT32))))
+        return Integers(self, self.broadcast(self.load_number(address, index, INT32)))
 
     def load_bytes(self, address: Index, index: Index, count: int) -> Any:
         """LLVM's vector of int8 from `index` on."""
@@ -251,7 +253,7 @@ class VectorCode:
         """Add to each lane the four products of bytes: `unsigned` has four in a lane, `signed` is a vector of int8."""
         signed, results = self.builder.bitcast(signed, sums.value.type), []
         for first in range(0, self.width, 16):  # lanes of one instruction
-            operands = [self._part(value, first, 16) for value in (sums.value, unsigned.value, signed)]
+            operands = [self.part(value, first, 16) for value in (sums.value, unsigned.value, signed)]
             results.append(self.call_llvm("llvm.x86.avx512.vpdpbusd.512", operands[0].type, *operands))
         return Integers(self, functools.reduce(self.concatenate, results))
 
@@ -272,9 +274,17 @@ class VectorCode:
         )
 
     def concatenate(self, first: Any, second: Any) -> Any:
-        return self.shuffle(first, second, range(2 * first.type.count))
+        """LLVM's vector of all lanes of the first and then of the second, which is not longer."""
+        lanes = first.type.count + second.type.count
+        return self.shuffle(first, self.repeat(second, first.type.count), range(lanes))
 
-    def _part(self, value: Any, first: int, count: int) -> Any:
+    def repeat(self, value: Any, count: int) -> Any:
+        """LLVM's vector of so many lanes, those of a shorter or equal one again and again."""
+        lanes = value.type.count
+        return self.shuffle(value, value, [i % lanes for i in range(count)]) if count > lanes else value
+
+    def part(self, value: Any, first: int, count: int) -> Any:
+        """So many lanes of LLVM's vector, from `first` on."""
         return self.shuffle(value, value, range(first, first + count)) if count < value.type.count else value
 
     def spread(self, lanes: LanesT) -> LanesT:
@@ -302,7 +312,7 @@ class VectorCode:
 
     def load_index(self, address: Index, index: Index, element: ir.Type = INT32) -> Index:
         """Number `index` of the integers, none negative, that begin at `address`."""
-        number = self.builder.load(self._at(address, index, element))
+        number = self.load_number(address, index, element)
         return Index(self.builder, number if element is INT64 else self.builder.zext(number, INT64))
 
     def add_to_int64(self, number: Index, address: Index) -> None:

@@ -16,6 +16,8 @@ from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask
 from triton_sparse_rnn.sparse.layer_config import GATES
 from triton_sparse_rnn.sparse.layer_weights import LayerWeights
+from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern
+from triton_sparse_rnn.sparse.picks import Picks
 
 MODES = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM", "LSTM projected")  # the last one has proj_size, where H allows it
 RAGGED = (5, 5, 4, 2, 2, 1, 1, 1)
@@ -25,15 +27,19 @@ def random_matrix(
     gates: int,
     H: int,
     columns: int,
-    block_size: tuple[int, int],
+    pattern: PatternLike,
     density: float = 0.4,
     dtype: torch.dtype | None = None,
 ) -> BlockMatrix:
-    """A BlockMatrix [gates * H, columns] of about this density, with outputs of the size of a dense one's."""
+    """A BlockMatrix [gates * H, columns] of about this density, with outputs of the size of a dense one's.
+
+    In picks it has any zeros at all, so that some places are padded.
+    """
+    block_size = (1, 1) if isinstance(pattern, Picks) else as_pattern(pattern).block_size
     kept = torch.rand(gates, *count_blocks(H, columns, block_size)) < density
     mask = expand_block_mask(kept, block_size, H, columns).flatten(0, 1)
     weight = torch.randn(gates * H, columns) * mask / max(1.0, columns * density) ** 0.5
-    return BlockMatrix.from_dense(weight, block_size, gates=gates, dtype=dtype)
+    return BlockMatrix.from_dense(weight, pattern, gates=gates, dtype=dtype)
 
 
 def exact_weights(matrix: BlockMatrix | Tensor) -> Tensor:
@@ -52,8 +58,8 @@ class Layer:
         mode: str,
         I: int,
         H: int,
-        block_ih: tuple[int, int] | None,
-        block_hh: tuple[int, int],
+        block_ih: PatternLike | None,
+        block_hh: PatternLike,
         *,
         D: int = 2,
         density: float = 0.4,

@@ -1,7 +1,7 @@
 """Layers of every cell and dtype, and backwards, checked in a process that compiles for another processor.
 
-Run with "quantised" it takes only those with quantised activations. Prints the vector path, whether bytes are
-multiplied by an instruction, and whether halves are converted by one.
+Run with "quantised" it takes only those with quantised activations and those in picks. Prints the vector path, whether
+bytes are multiplied and permuted by an instruction, and whether halves are converted by one.
 """
 
 import sys
@@ -13,6 +13,7 @@ from triton_sparse_rnn.gate_gradients.backends import cpu, reference
 from triton_sparse_rnn.gate_gradients.contract import Arriving, BackwardDirection, Decision, Needed, Rule, Steps
 from triton_sparse_rnn.kernels.cpu import target
 from triton_sparse_rnn.ops.backends.reference import recurrent_layer
+from triton_sparse_rnn.sparse.picks import Picks
 
 WIDE = [
     ("RNN_TANH", (16, 4), torch.float32),
@@ -20,24 +21,31 @@ WIDE = [
     ("RNN_RELU", (16, 4), torch.bfloat16),
     ("LSTM projected", (16, 4), torch.int8),
 ]
-QUANTIZED = [("GRU", (16, 4)), ("LSTM", (5, 3))]
+PICKED = [
+    ("GRU", Picks(), torch.float32),
+    ("LSTM projected", Picks(8, 16), torch.float16),
+    ("RNN_TANH", Picks(16, 64, 2), torch.int8),
+    ("RNN_RELU", Picks(7, 8), torch.float32),
+]
+QUANTIZED = [("GRU", (16, 4)), ("LSTM", (5, 3)), ("LSTM", Picks(16, 64, 4)), ("RNN_RELU", Picks(16, 16))]
 
 
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    for mode, block_size, dtype in [] if "quantised" in sys.argv else WIDE:
-        layer = Layer(mode, 21, 53, block_size, block_size, dtype=dtype)
+    for mode, pattern, dtype in PICKED if "quantised" in sys.argv else WIDE + PICKED:
+        layer = Layer(mode, 21, 53, pattern, pattern, dtype=dtype)
         assert_as_accurate_as_torch(layer, [15, 9, 5, 4, 3, 2, 1, 1])
-    for mode, block_size in QUANTIZED:
-        layer = Layer(mode, 21, 53, block_size, block_size, dtype=torch.int8)
+    for mode, pattern in QUANTIZED:
+        layer = Layer(mode, 21, 53, pattern, pattern, dtype=torch.int8)
         x, states = layer.random_inputs([15])
         ours = layer.ready(quantized=True)(x, states, None)
         expected = recurrent_layer(x, states, layer.directions, None, layer.mode, activation_dtype=torch.int8)
         torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
     for rule in (Rule(), Rule("sample"), Rule("sample", "blocks", 5, 2)):
         check_backward(rule)
-    print(target.vector_path(), target.multiplies_bytes(), target.converts_half(), sep="|")
+    bytes_too = target.multiplies_bytes(), target.permutes_bytes()
+    print(target.vector_path(), *bytes_too, target.converts_half(), sep="|")
 
 
 def check_backward(rule: Rule) -> None:

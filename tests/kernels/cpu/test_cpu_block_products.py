@@ -8,22 +8,26 @@ import torch
 from cpu_layers import random_matrix
 from emitted_code import call_kernel
 
-from triton_sparse_rnn.kernels.cpu.matrix import matrix_fields
+from triton_sparse_rnn.kernels.cpu.matrix import format_of, matrix_fields
 from triton_sparse_rnn.kernels.cpu.pack import PackFields, PackFormat
 from triton_sparse_rnn.kernels.cpu.products import ProductFields
-from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 from triton_sparse_rnn.kernels.cpu.support import MOST_COLUMNS
 from triton_sparse_rnn.ops.backends.reference import quantize_activations
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.patterns import as_pattern
+from triton_sparse_rnn.sparse.picks import Picks
 
-SIZES = [(16, 4), (16, 1), (16, 6), (32, 20), (48, 8), (5, 3)]  # quads in and across blocks, wide blocks, no quads
+SIZES = [  # quads in and across blocks, wide blocks, no quads; bytes picked, of several registers too, and int32
+    *((16, 4), (16, 1), (16, 6), (32, 20), (48, 8), (5, 3)),
+    *(Picks(16, 64, 4), Picks(16, 8, 4), Picks(32, 32, 4), Picks(48, 16, 4)),
+    *(Picks(16, 64, 2), Picks(16, 32, 1), Picks(8, 16, 4), Picks(5, 64, 2)),
+]
 
 
 def multiply(matrix: BlockMatrix, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return W q * scales + bias of quantised rows of x, [n, rows]."""
-    (BR, BC), (gates, groups, block_columns) = matrix.block_size, matrix.block_grid
-    layout = BlockFormat(BR, BC, "int8", True)
-    padded, units, rows = block_columns * BC, groups * BR, len(x)
+    layout, (gates, groups, _) = format_of(matrix, quantized=True), matrix.block_grid
+    padded, units, rows = matrix.padded_columns, groups * layout.BR, len(x)
     packed, scales = torch.empty((rows + 3) * padded, dtype=torch.int8), torch.empty(rows)
     call_kernel(
         PackFormat.for_product(layout),
@@ -47,10 +51,10 @@ def integers(matrix: BlockMatrix) -> torch.Tensor:
     return dataclasses.replace(matrix, scales=None).to_dense().long()
 
 
-@pytest.mark.parametrize("block_size", SIZES)
-def test_sums_are_exact(block_size):
+@pytest.mark.parametrize("pattern", SIZES)
+def test_sums_are_exact(pattern):
     """In chunks of every number of rows; the columns are no multiple of the block."""
-    matrix = random_matrix(2, 480, 101, block_size, 0.3, torch.int8)
+    matrix = random_matrix(2, 480, 101, pattern, 0.3, torch.int8)
     matrix = dataclasses.replace(matrix, scales=torch.ones(960))
     for n in range(1, 20):
         x = torch.randint(-127, 128, (n, 101)).float()
@@ -58,22 +62,22 @@ def test_sums_are_exact(block_size):
         assert torch.equal(multiply(matrix, x), (x.long() @ integers(matrix).t()).float())
 
 
-@pytest.mark.parametrize("block_size", SIZES)
-def test_scales_and_bias(block_size):
-    matrix = random_matrix(2, 480, 101, block_size, 0.3, torch.int8)
+@pytest.mark.parametrize("pattern", SIZES)
+def test_scales_and_bias(pattern):
+    matrix = random_matrix(2, 480, 101, pattern, 0.3, torch.int8)
     x, bias = torch.randn(13, 101), torch.randn(960)
     q, scales = quantize_activations(x)
     exact = (q.double() @ integers(matrix).double().t()) * scales.double() * matrix.scales.double() + bias  # pyright: ignore[reportOptionalMemberAccess]
     assert (multiply(matrix, x, bias) - exact).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("block_size", SIZES)
+@pytest.mark.parametrize("pattern", SIZES)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_largest_sums_do_not_overflow(block_size, sign):
-    H = 2 * block_size[0]
+def test_the_largest_sums_do_not_overflow(pattern, sign):
+    H = 2 * as_pattern(pattern).block_size[0]
     weight = torch.full((H, MOST_COLUMNS), 1.0)
     weight[::2] = -1.0
-    matrix = BlockMatrix.from_dense(weight, block_size, dtype=torch.int8)
+    matrix = BlockMatrix.from_dense(weight, pattern, dtype=torch.int8)
     matrix = dataclasses.replace(matrix, scales=torch.ones(H))
     assert matrix.values.max() == 127
     assert matrix.values.min() == -127

@@ -8,8 +8,11 @@ from cpu_layers import MODES, Layer
 
 from triton_sparse_rnn.ops.backends.reference import recurrent_layer
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.picks import Picks
 
 INF, NAN = math.inf, math.nan
+PATTERNS = [((5, 3), (4, 3)), (Picks(16, 8, 2), Picks(8, 16)), (Picks(7, 8), Picks(16, 32))]
+by_patterns = pytest.mark.parametrize("patterns", PATTERNS, ids=["blocks", "picks", "other picks"])
 
 
 def by_reference(layer, x, states):
@@ -29,12 +32,13 @@ def vectors_of(layer, x, states):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_what_is_not_finite_reaches_only_what_depends_on_it(mode, value):
+@by_patterns
+def test_what_is_not_finite_reaches_only_what_depends_on_it(mode, value, patterns):
     """At the last unit and column as well, where blocks are filled up."""
     confined = set()
     for seed, column, B in ((0, 0, 1), (1, -1, 2), (2, -1, 1)):
-        for name in vectors_of(*_layer(mode, seed, B)):
-            layer, x, states = _layer(mode, seed, B)
+        for name in vectors_of(*_layer(mode, patterns, seed, B)):
+            layer, x, states = _layer(mode, patterns, seed, B)
             vector = vectors_of(layer, x, states)[name]
             assert vector is not None
             vector[column] = value
@@ -46,17 +50,18 @@ def test_what_is_not_finite_reaches_only_what_depends_on_it(mode, value):
     assert not math.isnan(value) or confined >= {"x", "h0"}
 
 
-def _layer(mode, seed, B):
+def _layer(mode, patterns, seed, B):
     torch.manual_seed(seed)
-    layer = Layer(mode, 8, 17, (5, 3), (4, 3), density=0.3)
+    layer = Layer(mode, 8, 17, *patterns, density=0.3)
     return layer, *layer.random_inputs([B] * 3)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("where", ["x", "weight"])
-def test_denormals_are_numbers(mode, where):
+@by_patterns
+def test_denormals_are_numbers(mode, where, patterns):
     """Times numbers so large that the products are of the usual size."""
-    layer = Layer(mode, 8, 18, (5, 3), (4, 3))
+    layer = Layer(mode, 8, 18, *patterns)
     tiny, large = 5e-39, 2e37
     for direction in layer.directions:
         assert isinstance(direction.weight_ih, BlockMatrix)
@@ -78,11 +83,11 @@ def test_denormal_states_are_kept():
 
 
 @pytest.mark.parametrize("mode", ["RNN_TANH", "LSTM projected"])
-@pytest.mark.parametrize("BC", [2, 7])
+@pytest.mark.parametrize("pattern", [(1, 2), (1, 7), Picks(1, 64), Picks(16, 64)], ids=str)
 @pytest.mark.parametrize("B", [1, 2])
-def test_scratch_is_zero_where_it_meets_a_weight(mode, BC, B):
-    """The last block column reaches beyond the units, and memory is NaN before it is written (conftest.py)."""
-    layer = Layer(mode, 13, 17, (1, BC), (1, BC), density=1.0)
+def test_scratch_is_zero_where_it_meets_a_weight(mode, pattern, B):
+    """The last block column or bank reaches beyond the units, and memory is NaN before it is written (conftest.py)."""
+    layer = Layer(mode, 13, 17, pattern, pattern, density=1.0)
     x, states = layer.random_inputs([B] * 5)
     for result, right in zip(layer.ready()(x, states, None), layer.by_torch(x, states, [B] * 5), strict=True):
         torch.testing.assert_close(result.double(), right, rtol=0, atol=2e-6)

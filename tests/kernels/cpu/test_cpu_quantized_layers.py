@@ -11,14 +11,15 @@ import torch
 from cpu_layers import MODES, RAGGED, Layer
 
 from triton_sparse_rnn.ops.backends.reference import recurrent_layer
+from triton_sparse_rnn.sparse.picks import Picks
 
-BLOCKS = [(16, 4), (5, 3), (16, 1), (32, 20)]
+PATTERNS = [(16, 4), Picks(16, 64, 4), (5, 3), (16, 1), Picks(8, 32), (32, 20), Picks(32, 16, 4)]
 
 
 def layers(number, I=21, H=53):
-    """Two layers of a cell, of other blocks."""
-    for shift in (1, 2):
-        block_hh, block_ih = BLOCKS[number % 4], BLOCKS[(number + shift) % 4]
+    """Three layers of a cell, of other blocks and picks."""
+    for shift in (1, 2, 3):
+        block_hh, block_ih = PATTERNS[number], PATTERNS[(number + shift) % len(PATTERNS)]
         yield Layer(MODES[number], I, H, block_ih, block_hh, dtype=torch.int8, bias=shift == 1)
 
 
@@ -60,7 +61,7 @@ def test_ragged_batches(number):
 @pytest.mark.parametrize("number", range(len(MODES)))
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_no_blocks_and_all_blocks(number, density):
-    layer = Layer(MODES[number], 21, 53, BLOCKS[1], BLOCKS[number % 4], density=density, dtype=torch.int8)
+    layer = Layer(MODES[number], 21, 53, PATTERNS[2], PATTERNS[number], density=density, dtype=torch.int8)
     x, states = layer.random_inputs([5])
     ours = layer.ready(quantized=True)(x, states, None)
     torch.testing.assert_close(ours, by_reference(layer, x, states), rtol=0, atol=2e-6)
@@ -70,7 +71,7 @@ def test_no_blocks_and_all_blocks(number, density):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_fills_its_row(number, value):
     """Every product of the row with a block; a row of the batch never reaches another one."""
-    layer = Layer(MODES[number], 21, 53, BLOCKS[1], BLOCKS[number % 4], dtype=torch.int8)
+    layer = Layer(MODES[number], 21, 53, PATTERNS[2], PATTERNS[number], dtype=torch.int8)
     for where in range(2):
         x, states = layer.random_inputs([9])
         if where:
@@ -85,7 +86,7 @@ def test_what_is_not_finite_fills_its_row(number, value):
 @pytest.mark.parametrize("largest", [0.0, 1e-40, 1e-36, 1e-33, 1e-25])
 def test_tiny_inputs(largest):
     """Against weights so large that what is lost would be seen."""
-    layer = Layer("GRU", 21, 53, BLOCKS[0], BLOCKS[2], D=1, dtype=torch.int8)
+    layer = Layer("GRU", 21, 53, PATTERNS[0], PATTERNS[3], D=1, dtype=torch.int8)
     weight_ih = layer.directions[0].weight_ih
     weight_ih.scales.mul_(1.0 / max(largest, 1e-30))  # pyright: ignore
     x, states = layer.random_inputs([5])

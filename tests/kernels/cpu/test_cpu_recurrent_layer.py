@@ -9,16 +9,21 @@ from cpu_layers import MODES, RAGGED, Layer, assert_as_accurate_as_torch
 
 from triton_sparse_rnn.kernels.cpu.recurrent_layer import RecurrentLayer
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.picks import Picks
 
-BLOCK_SIZES = [(16, 1), (16, 4), (16, 16), (16, 32), (32, 3), (8, 2), (4, 3), (1, 1), (5, 3), (12, 1), (48, 1), (20, 7)]
+PATTERNS = [
+    *((16, 1), (16, 4), (16, 16), (16, 32), (32, 3), (8, 2), (4, 3), (1, 1), (5, 3), (12, 1), (48, 1), (20, 7)),
+    *(Picks(), Picks(16, 64, 4), Picks(16, 16, 2), Picks(16, 8), Picks(32, 64), Picks(8, 32), Picks(24, 64, 2)),
+    *(Picks(7, 16), Picks(48, 32, 4), Picks(1, 8, 4)),
+]
 TALL = [19, 11, 8, 7, 5, 4, 3, 2, 1, 1]  # tiles of 8, 4, 2 and 1 rows in every mixture
 
 
-@pytest.mark.parametrize("number", range(len(BLOCK_SIZES)))
-def test_block_sizes(number):
+@pytest.mark.parametrize("number", range(len(PATTERNS)))
+def test_patterns(number):
     """Each one in both weights, with another one in the other weight, and each cell with several."""
     mode = MODES[number % len(MODES)]
-    block_hh, block_ih = BLOCK_SIZES[number], BLOCK_SIZES[number - 5]
+    block_hh, block_ih = PATTERNS[number], PATTERNS[number - 5]
     for I, H, bias in ((40, 96, True), (37, 53, False), (3, 5, True), (1, 1, True)):
         layer = Layer(mode, I, H, block_ih, block_hh, bias=bias)
         assert_as_accurate_as_torch(layer, TALL)
@@ -26,11 +31,12 @@ def test_block_sizes(number):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("size", range(1, 14))
-def test_every_remainder(mode, size):
-    for other in (1, 7, 12):
-        assert_as_accurate_as_torch(Layer(mode, size, other, (5, 3), (4, 3)), [3, 3], rectangular=True)
-        assert_as_accurate_as_torch(Layer(mode, other, size, (5, 3), (4, 3)), [1, 1], rectangular=True)
+@pytest.mark.parametrize(("patterns", "sizes"), [(((5, 3), (4, 3)), 14), ((Picks(16, 8, 2), Picks(8, 16)), 34)])
+def test_every_remainder(mode, patterns, sizes):
+    for size in range(1, sizes):
+        for other in (1, 7, 12):
+            assert_as_accurate_as_torch(Layer(mode, size, other, *patterns), [3, 3], rectangular=True)
+            assert_as_accurate_as_torch(Layer(mode, other, size, *patterns), [1, 1], rectangular=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -67,8 +73,9 @@ def test_dense_input_weight(mode, bias):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("density", [0.0, 1.0])
 @pytest.mark.parametrize("bias", [True, False])
-def test_no_blocks_and_all_blocks(mode, density, bias):
-    assert_as_accurate_as_torch(Layer(mode, 21, 37, (5, 3), (4, 3), density=density, bias=bias), RAGGED)
+@pytest.mark.parametrize("patterns", [((5, 3), (4, 3)), (Picks(16, 8, 2), Picks(8, 16))])
+def test_no_blocks_and_all_blocks(mode, density, bias, patterns):
+    assert_as_accurate_as_torch(Layer(mode, 21, 37, *patterns, density=density, bias=bias), RAGGED)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -11,16 +11,19 @@ from llvmlite import ir
 from triton_sparse_rnn.kernels.cpu import target
 from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat, load_integers, load_weights
 from triton_sparse_rnn.kernels.cpu.vector_code import VectorCode
+from triton_sparse_rnn.sparse.picks import Picks
 
 NARROW = [torch.float16, torch.bfloat16, torch.int8]
 CELLS = [("GRU", "RNN_TANH"), ("LSTM", "RNN_RELU"), ("LSTM projected", "GRU")]  # with blocks of each kind
 BLOCKS = [(16, 4), (5, 3)]
+PICKS = [Picks(16, 32, 2), Picks(8, 16)]
 
 
 @pytest.mark.parametrize(("dtype", "modes"), list(zip(NARROW, CELLS, strict=True)), ids=str)
-def test_layers_are_as_accurate_as_with_wide_weights(dtype, modes):
+@pytest.mark.parametrize("patterns", [BLOCKS, PICKS], ids=["blocks", "picks"])
+def test_layers_are_as_accurate_as_with_wide_weights(dtype, modes, patterns):
     """Against float64 with the weights that are stored."""
-    for mode, block_hh, block_ih in zip(modes, BLOCKS, reversed(BLOCKS), strict=True):
+    for mode, block_hh, block_ih in zip(modes, patterns, reversed(patterns), strict=True):
         for I, H, bias in ((21, 53, True), (32, 48, False), (1, 1, True)):
             layer = Layer(mode, I, H, block_ih, block_hh, bias=bias, dtype=dtype)
             assert_as_accurate_as_torch(layer, [9, 8, 4, 3, 2, 1])
@@ -88,13 +91,18 @@ def test_a_column_of_a_block_is_cut_into_whole_vectors():
 
 @pytest.mark.parametrize("path", ["AVX-512", "AVX2", "generic"])
 @pytest.mark.parametrize("BR", [1, 4, 7, 8, 16, 20, 32, 48])
-def test_tiles_leave_registers_for_weights(path, BR, monkeypatch):
+@pytest.mark.parametrize("bank", [0, 8, 32, 64])
+def test_tiles_leave_registers_for_weights(path, BR, bank, monkeypatch):
+    """Of the bank of each row of a tile, too, where an instruction permutes registers."""
     monkeypatch.setattr(target, "vector_path", lambda: path)
-    layout = BlockFormat(BR, 1, "float32")
+    layout = BlockFormat(BR, 1, "float32", bank=bank)
     lanes, registers = {"AVX-512": (16, 32), "AVX2": (8, 16), "generic": (4, 16)}[path]
     tile = layout.tile_rows
     assert tile in (1, 2, 4, 8)
-    assert tile == 1 or tile * math.ceil(layout.width / lanes) <= registers // 2
+    if bank and lanes >= 8 and layout.width % 8 == 0:
+        assert tile == 1 or tile * (layout.width + bank) / lanes <= registers * 3 / 4
+    else:
+        assert tile == 1 or tile * math.ceil(layout.width / lanes) <= registers // 2
 
 
 @pytest.mark.parametrize(
@@ -114,3 +122,8 @@ def test_quads_need_sixteen_rows_four_columns_and_the_instruction(BR, BC, quanti
     layout = BlockFormat(BR, BC, "int8", quantized)
     assert layout.quad == quad
     assert layout.multiplies_quads == (quantized and vnni and BR % 16 == 0)
+    for vbmi in (True, False):  # picks in quads, whose bytes an instruction permutes
+        monkeypatch.setattr(target, "permutes_bytes", lambda vbmi=vbmi: vbmi)
+        picked = BlockFormat(BR, BC, "int8", quantized, 64)
+        assert picked.multiplies_quads == (vbmi and BC == 4 and layout.multiplies_quads)
+        assert picked.quad == 1

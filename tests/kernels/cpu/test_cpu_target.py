@@ -21,9 +21,10 @@ from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 AVX2 = ["avx", "avx2", "fma", "f16c", "bmi", "bmi2", "popcnt", "sse4.2"]
 AVX512 = [*AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"]
 PATHS = {  # name of the processor, its features, what the program gets and what it is to print
-    "generic": ("generic", [], "all", "generic|False|False"),
-    "AVX2": ("haswell", AVX2, "all", "AVX2|False|True"),
-    "AVX-512": ("skylake-avx512", AVX512, "quantised", "AVX-512|False|True"),
+    "generic": ("generic", [], "all", "generic|False|False|False"),
+    "AVX2": ("haswell", AVX2, "all", "AVX2|False|False|True"),
+    "AVX-512": ("skylake-avx512", AVX512, "quantised", "AVX-512|False|False|True"),
+    "AVX-512 VNNI": ("cascadelake", [*AVX512, "avx512vnni"], "quantised", "AVX-512|True|False|True"),
 }
 AARCH64 = "aarch64-unknown-linux-gnu"
 
@@ -72,22 +73,24 @@ def test_the_path_of_this_process_is_that_of_its_features():
 
 
 @pytest.mark.parametrize(
-    ("features", "path", "registers", "half", "bytes_"),
+    ("features", "path", "registers", "half", "multiplies", "permutes"),
     [
-        ((), "generic", 4, False, False),
-        (("neon", "fp-armv8"), "generic", 4, False, False),
-        (("avx2",), "generic", 4, False, False),  # without fma
-        (("avx2", "fma", "f16c"), "AVX2", 8, True, False),
-        (("avx2", "fma", "f16c", "avx512f"), "AVX-512", 32, True, False),
-        (("avx2", "fma", "f16c", "avx512f", "avx512vnni"), "AVX-512", 32, True, True),
+        ((), "generic", 4, False, False, False),
+        (("neon", "fp-armv8"), "generic", 4, False, False, False),
+        (("avx2",), "generic", 4, False, False, False),  # without fma
+        (("avx2", "fma", "f16c"), "AVX2", 8, True, False, False),
+        (("avx2", "fma", "f16c", "avx512f"), "AVX-512", 32, True, False, False),
+        (("avx2", "fma", "f16c", "avx512f", "avx512vnni"), "AVX-512", 32, True, True, False),
+        (("avx2", "fma", "f16c", "avx512f", "avx512vbmi"), "AVX-512", 32, True, False, True),
     ],
 )
-def test_what_features_mean(monkeypatch, features, path, registers, half, bytes_):
+def test_what_features_mean(monkeypatch, features, path, registers, half, multiplies, permutes):
     monkeypatch.setattr(target, "features", lambda: frozenset(features))
     assert target.vector_path() == path
     assert target.registers_for(16) == registers
     assert target.converts_half() == half
-    assert target.multiplies_bytes() == bytes_
+    assert target.multiplies_bytes() == multiplies
+    assert target.permutes_bytes() == permutes
 
 
 def emitted(emit, layout):
@@ -118,10 +121,11 @@ DTYPES = ["float32", "float16", "bfloat16", "int8", "quantised"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_for_another_architecture(monkeypatch, dtype):
+@pytest.mark.parametrize("bank", [0, 64])
+def test_kernels_for_another_architecture(monkeypatch, dtype, bank):
     """Nothing of x86 is asked for, and no function that may not exist is called."""
     monkeypatch.setattr(target, "features", lambda: frozenset({"neon"}))
-    layout = BlockFormat(16, 4, "int8" if dtype == "quantised" else dtype, dtype == "quantised")
+    layout = BlockFormat(16, 4, "int8" if dtype == "quantised" else dtype, dtype == "quantised", bank)
     kernels = [(emit_pack, PackFormat.for_product(layout)), (emit_product, layout)]
     for emit, kernel_format in [
         *kernels,
