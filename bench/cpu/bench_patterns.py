@@ -13,9 +13,8 @@ from triton_sparse_rnn.sparse.picks import Picks
 
 STEPS = {256: 1000, 512: 500, 1024: 150, 2048: 50}  # T for each H: a call's start is lost among them
 PICKS, SINGLE_WEIGHTS = Ours(pattern=Picks()), Ours(pattern=Blocks(1, 1), chooses=True)
-LONG = [Workload(H=H, T=T, sparsity=0.9) for H, T in STEPS.items()] + [
-    Workload(cell="LSTM", H=512, T=500, sparsity=0.9)
-]
+LAYERS = [*(("GRU", H) for H in STEPS), ("LSTM", 512)]
+LONG = [Workload(cell=cell, H=H, T=STEPS[H], sparsity=0.9) for cell, H in LAYERS]
 BATCHES = [Workload(H=512, T=50, B=B, sparsity=0.9) for B in (1, 2, 4, 8, 16, 32, 64, 128)]
 SHORT = [Workload(H=H, T=T, sparsity=0.9) for H in STEPS for T in (10, 50)]
 STREAMS = [Workload(H=H, T=1, sparsity=0.9) for H in STEPS]
@@ -28,7 +27,7 @@ def bench_long_sequences(benchmark, work: Workload, contender: Contender):
 
 
 @pytest.mark.parametrize("contender", [Dense(), Ours(), PICKS], ids=str)
-@pytest.mark.parametrize("work", BATCHES + SHORT, ids=str)
+@pytest.mark.parametrize("work", dict.fromkeys(BATCHES + SHORT), ids=str)
 def bench_batches_and_short_calls(benchmark, work: Workload, contender: Contender):
     measure(benchmark, work, contender)
 

@@ -145,20 +145,16 @@ def vectors_table(processes: Sequence[Process]) -> str:
     if DENSE in processes[0]:
         cells.append([DENSE, "", "", *_of_projection(processes, DENSE, base)])
     headings = ["stored as", "recurrence", "smallest to largest", "projection", "smallest to largest"]
-    return (
-        markdown(headings, cells)
-        + "\n\n1 is "
-        + " and ".join(
-            f"{statistics.median(1e3 * process[name].a_vector for process in processes):.2f} ns of a {kind}"
-            for name, kind in ((base, "recurrence"), (f"{base}, projection", "projection"))
-        )
-    )
+    ones = [
+        f"{statistics.median(1e3 * process[name].a_vector for process in processes):.2f} ns of {part}"
+        for name, part in ((base, "the recurrence"), (f"{base}, projection", "the projection"))
+    ]
+    return f"{markdown(headings, cells)}\n\n1 is {' and '.join(ones)}."
 
 
 def _of_projection(processes: Sequence[Process], name: str, base: str) -> list[str]:
-    return _median_and_range(
-        [process[name].a_vector / process[f"{base}, projection"].a_vector for process in processes]
-    )
+    base = f"{base}, projection"
+    return _median_and_range([process[name].a_vector / process[base].a_vector for process in processes])
 
 
 def _workload(cell: str, H: int, way: Stored) -> Workload:
