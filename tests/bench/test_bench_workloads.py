@@ -57,7 +57,8 @@ def test_facts_name_the_pattern_and_blocks_as_they_always_were():
     [
         (Ours(), "PersistentGRU"),
         (Ours(pattern=Blocks(16, 4)), "PersistentGRU, 16x4"),
-        (Ours(pattern=Blocks(16, 4), chooses=True), "PersistentGRU, 16x4, storage=None"),
+        (Ours(pattern=Picks(16, 64, 4)), "PersistentGRU, picks 16x4 of 64"),
+        (Ours(pattern=Blocks(1, 1), chooses=True), "PersistentGRU, 1x1, storage=None"),
         (Ours(torch.int8, torch.int8, zeros=False), "PersistentGRU, int8, 0 % zeros"),
     ],
 )
