@@ -74,20 +74,27 @@ class RegisterPicker:
         return picked.as_integers() if self.quantized else picked
 
     def _pick_lanes(self, bank: list[Any], picks: Any) -> Any:
-        code, known = self.code, self.lanes
         if self.lanes == 8:
             chosen = [self._shuffle("llvm.x86.avx2.permps", register, picks) for register in bank]
         elif len(bank) == 1:
             chosen = [self._shuffle("llvm.x86.avx512.permvar.sf.512", bank[0], picks)]
         else:
-            pairs, known = zip(bank[::2], bank[1::2], strict=True), 32
+            pairs = zip(bank[::2], bank[1::2], strict=True)
             chosen = [self._shuffle("llvm.x86.avx512.vpermi2var.ps.512", low, picks, high) for low, high in pairs]
-        while len(chosen) > 1:  # the next bit of a pick says which of two it means
-            bit = code.builder.and_(picks, ir.Constant(picks.type, [INT32(known)] * self.lanes))
-            is_high = code.builder.icmp_unsigned("!=", bit, picks.type(None))
-            pairs = zip(chosen[::2], chosen[1::2], strict=True)
-            chosen, known = [code.builder.select(is_high, high, low) for low, high in pairs], 2 * known
+        while len(chosen) > 1:  # by the first bit of the picks that was not looked at yet
+            chosen = self._choose(chosen, picks, (self.bank // len(chosen)).bit_length() - 1)
         return chosen[0]
+
+    def _choose(self, vectors: list[Any], picks: Any, bit: int) -> list[Any]:
+        """The second of each two vectors in the lanes whose pick has the bit, else the first."""
+        code, pairs = self.code, zip(vectors[::2], vectors[1::2], strict=True)
+        if self.lanes == 8:
+            sign = code.builder.shl(picks, ir.Constant(picks.type, [INT32(31 - bit)] * 8))
+            signs = code.builder.bitcast(sign, vectors[0].type)
+            return [self._shuffle("llvm.x86.avx.blendv.ps.256", low, high, signs) for low, high in pairs]
+        bits = code.builder.and_(picks, ir.Constant(picks.type, [INT32(1 << bit)] * self.lanes))
+        is_high = code.builder.icmp_unsigned("!=", bits, picks.type(None))
+        return [code.builder.select(is_high, high, low) for low, high in pairs]
 
     def _shuffle(self, name: str, *operands: Any) -> Any:
         return self.code.call_llvm(name, operands[0].type, *operands)

@@ -11,22 +11,14 @@ sums of a row of units whose banks have one each are those of 16x1 blocks to the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from triton_sparse_rnn.kernels.cpu.banks import BytePicker, picker
 from triton_sparse_rnn.kernels.cpu.block_products import ColumnSums, InputTile, QuadSums
 from triton_sparse_rnn.kernels.cpu.matrix import MatrixFields
-from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
+from triton_sparse_rnn.kernels.cpu.stored_weights import QUAD, BlockFormat
 from triton_sparse_rnn.kernels.cpu.vector_code import FLOAT_BYTES, Index, VectorCode
 from triton_sparse_rnn.sparse.picked_storage import ENTRY_UNITS
-
-
-class _Entry(NamedTuple):
-    """Neighbouring units of a bank."""
-
-    unit: Index  # the first
-    units: int
-    banks: list[Any]  # the bank of each row of the tile, as a picker loads it
 
 
 class PickedSums(ColumnSums):
@@ -37,61 +29,63 @@ class PickedSums(ColumnSums):
         self.picker = picker(code, layout.bank, quantized=layout.quantized)
 
     def multiply(self, block_row: Index) -> None:
-        def add(entries: Sequence[_Entry]) -> None:
-            columns = [
-                ((entry.unit + u) * self.layout.BC + c, entry.banks)
-                for entry in entries
-                for u in range(entry.units)
-                for c in range(self.layout.BC)
-            ]
-            for n, (stored, banks) in enumerate(columns):
-                vector = stored * self.layout.parts + self.part
+        BC = self.layout.BC
+
+        def add(n: int, unit: Index, banks: Sequence[Any]) -> None:
+            for c in range(BC):
+                vector = (unit * BC + c) * self.layout.parts + self.part
                 weights, picks = self.load_weights(vector), self.picker.load_picks(self.matrix.picks, vector)
                 for chains, bank in zip(self.sums, banks, strict=True):
-                    chains[n % self.chains].add(weights * self.picker.pick(bank, picks))
+                    chains[(n * BC + c) % self.chains].add(weights * self.picker.pick(bank, picks))
 
-        _visit_entries(self, self.picker.load_bank, block_row, add, self.chains // self.layout.BC)
+        _visit_units(self, self.picker.load_bank, block_row, add, self.chains // BC)
 
 
 class PickedQuadSums(QuadSums):
     """One vpdpbusd for a unit, each row of which is a quad, and a row of the tile, and one for the offset of inputs."""
 
     def multiply(self, block_row: Index) -> None:
-        picker = BytePicker(self.code, self.layout.bank)
+        byte_picker = BytePicker(self.code, self.layout.bank)
 
-        def add(entries: Sequence[_Entry]) -> None:
-            units = [(entry.unit + u, entry.banks) for entry in entries for u in range(entry.units)]
-            for n, (unit, banks) in enumerate(units):
-                columns = [unit * self.layout.BC + c for c in range(self.layout.BC)]
-                picks = self.load_quads(self.matrix.picks, columns)
-                inputs = [picker.pick(bank, picks) for bank in banks]
-                self.add_quads(n, self.load_quads(self.matrix.values, columns), inputs)
+        def add(n: int, unit: Index, banks: Sequence[Any]) -> None:
+            columns = [unit * QUAD + c for c in range(QUAD)]
+            picks = self.load_quads(self.matrix.picks, columns)
+            inputs = [byte_picker.pick(bank, picks) for bank in banks]
+            self.add_quads(n, self.load_quads(self.matrix.values, columns), inputs)
 
-        _visit_entries(self, picker.load_bank, block_row, add, self.chains)
+        _visit_units(self, byte_picker.load_bank, block_row, add, self.chains)
 
 
-def _visit_entries(
+def _visit_units(
     sums: ColumnSums | QuadSums,
     load_bank: Callable[[Index], Any],
     row: Index,
-    visit: Callable[[Sequence[_Entry]], None],
+    visit: Callable[[int, Index, Sequence[Any]], None],
     at_once: int,
 ) -> None:
-    """Emit loops over the entries of a row of blocks that hand them to `visit`, about `at_once` units at a time."""
+    """Emit loops over the entries of a row of blocks, about `at_once` units of them a turn.
+
+    Args:
+        visit: emits the code of a unit. It is given which of a turn's it is, its number among all that are stored, and
+            its bank, of each row of the tile.
+    """
     code, matrix, tile = sums.code, sums.matrix, sums.tile
     bank_bytes = sums.layout.bank * (1 if sums.layout.quantized else FLOAT_BYTES)
     rows = [tile.inputs + matrix.input_bytes * i for i in range(tile.rows)]
 
-    def entry_at(unit: Index, units: int) -> _Entry:
-        place = code.load_index(matrix.columns, unit) * bank_bytes
-        return _Entry(unit, units, [load_bank(inputs + place) for inputs in rows])
+    def visit_entry(n: int, first: Index, units: int) -> None:
+        place = code.load_index(matrix.columns, first) * bank_bytes
+        banks = [load_bank(inputs + place) for inputs in rows]
+        for unit in range(units):
+            visit(n + unit, first + unit, banks)
 
     starts = row * ENTRY_UNITS
     done = code.load_index(matrix.starts, starts)
     for number, units in enumerate(range(ENTRY_UNITS, 0, -1)):
         end = code.load_index(matrix.starts, starts + (number + 1))
-        for count in (max(1, at_once // units), 1)[at_once < 2 * units :]:
-            stop = end - (end - done) % (count * units) if count > 1 else end
-            with code.loop(done, stop, count * units) as unit:
-                visit([entry_at(unit + k * units, units) for k in range(count)])
+        for entries in sorted({max(1, at_once // units), 1}, reverse=True):
+            stop = end - (end - done) % (entries * units) if entries > 1 else end
+            with code.loop(done, stop, entries * units) as first:
+                for n in range(0, entries * units, units):
+                    visit_entry(n, first + n, units)
             done = stop
