@@ -57,18 +57,17 @@ def test_equal_picks_give_the_bits_of_blocks(bank):
 @pytest.mark.parametrize("pattern", [Picks(16, 32), Picks(16, 64, 4), Picks(8, 8, 2), Picks(5, 16)], ids=str)
 @pytest.mark.parametrize("B", [1, 3, 8])
 def test_any_number_of_units_in_a_bank(pattern, B):
-    """From none to all of them, in one row of blocks, and each gate and unit group with others."""
-    units, H = -(-pattern.bank // pattern.columns), 2 * pattern.rows + 3
-    mask = torch.zeros(H, units + 1, pattern.bank, dtype=torch.bool)
-    for row in mask:
-        for count, bank in enumerate(row[torch.randperm(units + 1)]):
-            bank[: count * pattern.columns] = True
-            bank.copy_(bank[torch.randperm(pattern.bank)])
-    mask = mask.flatten(1)
-    mask[: pattern.rows] = mask[0]  # all rows with as many
-    weight = torch.randint(-3, 4, mask.shape).float() * mask
-    nothing, x = BlockMatrix.from_dense(torch.zeros(H, H), (16, 1)), torch.randint(-9, 10, (B, mask.shape[1])).float()
-    assert torch.equal(run_rnn(BlockMatrix.from_dense(weight, pattern), nothing, x, B), (x @ weight.t()).relu())
+    """From none to all of them, in one row of blocks; in the others rows have more than each other, and are padded."""
+    units, H = -(-pattern.bank // pattern.columns) + 1, 2 * pattern.rows + 3
+    rank = torch.rand(H, units, pattern.bank).argsort(-1)
+    counts = torch.rand(H, units).argsort(-1) * pattern.columns
+    counts[: pattern.rows] = counts[0]
+    stored = (rank < counts[:, :, None]).flatten(1)
+    weight = torch.randint(1, 4, stored.shape).float() * stored
+    nothing, x = BlockMatrix.from_dense(torch.zeros(H, H), (16, 1)), torch.randint(-9, 10, (B, stored.shape[1])).float()
+    matrix = BlockMatrix.from_dense(weight, pattern)
+    assert (matrix.starts.diff()[:4] > 0).all()  # entries of each size
+    assert torch.equal(run_rnn(matrix, nothing, x, B), (x @ weight.t()).relu())
 
 
 @pytest.mark.parametrize("pattern", [Picks(16, 32), Picks(16, 64, 4), Picks(7, 16)], ids=str)

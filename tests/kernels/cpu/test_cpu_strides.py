@@ -9,6 +9,7 @@ from rounding import assert_same_sums
 
 from triton_sparse_rnn.ops.backends import cpu
 from triton_sparse_rnn.ops.layer_weights import StoredLayer
+from triton_sparse_rnn.sparse.picks import Picks
 
 
 def offset(tensor):
@@ -23,7 +24,7 @@ def prepared(layer, dtype=torch.float32):
     return cpu.prepare_layer(StoredLayer(layer.mode, layer.directions, dtype, torch.device("cpu")), 1)
 
 
-@pytest.mark.parametrize("block_ih", [(5, 3), None])
+@pytest.mark.parametrize("block_ih", [(5, 3), Picks(16, 32), Picks(8, 64), None], ids=str)
 @pytest.mark.parametrize("H", [37, 40])
 def test_weights_at_any_address(block_ih, H):
     """They are contiguous (ops/validation.py), but need not begin where vectors would."""
@@ -50,7 +51,11 @@ def moved(weight):
     if isinstance(weight, torch.Tensor):
         return offset(weight)
     columns = torch.cat([weight.columns[:1], weight.columns])[1:]
-    return dataclasses.replace(weight, values=offset(weight.values), columns=columns)
+    picks = weight.picks
+    if picks is not None:
+        picks = torch.cat([picks.new_zeros(1), picks.flatten()])[1:].view(picks.shape)
+        assert picks.data_ptr() % 2 == 1
+    return dataclasses.replace(weight, values=offset(weight.values), columns=columns, picks=picks)
 
 
 @pytest.mark.parametrize("mode", MODES)
