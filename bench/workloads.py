@@ -101,7 +101,7 @@ def _random(pattern: Pattern, scores: Tensor, sparsity: float, *, balanced: bool
 
 
 def _balanced(pattern: Pattern, scores: Tensor, sparsity: float) -> Tensor:
-    """As many blocks in every unit group and gate; of picks in every bank too, or one more."""
+    """As many blocks in every unit group; of picks as many or one more, and so in each bank of one."""
     return _random(pattern, scores, sparsity, balanced=True)
 
 

@@ -34,8 +34,8 @@ def small(monkeypatch):
 def test_recurrence_is_measured_by_what_is_stored():
     measured = patterns.measure_recurrence([("GRU", H)])
     assert list(measured) == list(RECURRENCE)
-    units = 64 - round(0.9 * 64), 16 - round(0.9 * 16)  # of each unit group
-    assert [m.vectors for m in measured.values()] == [12 * units[0], 12 * 4 * units[1]]
+    units = 4 * (64 - round(0.9 * 64)), 64 - round(0.9 * 64)  # of a gate: blocks as many in each of its unit groups
+    assert [m.vectors for m in measured.values()] == [3 * units[0], 3 * 4 * units[1]]
     assert all(m.us > 0 for m in measured.values())
 
 

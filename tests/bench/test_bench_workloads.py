@@ -20,17 +20,16 @@ def test_as_many_weights_are_kept_as_asked_for(pattern, masks, sparsity):
     work = Workload(H=64, sparsity=sparsity, pattern=pattern, masks=masks)
     by_gate = work.layer.get_parameter("weight_hh_l0").view(3, 64, 64)
     kept = pattern.kept(by_gate)
-    units = kept[0].numel() - round(sparsity * kept[0].numel())
-    if masks == "balanced":
-        units = len(kept[0]) * (kept.shape[2] - round(sparsity * kept.shape[2]))
+    together = pattern.count_units(64, 64, balanced=masks == "balanced")
+    units = kept[0].numel() // together * (together - round(sparsity * together))
     assert kept.sum((1, 2)).tolist() == [units] * 3
     assert int(by_gate.count_nonzero()) == 3 * units * pattern.products  # rows are not padded
 
 
-def test_balanced_picks_differ_by_one_in_a_unit_group():
+def test_balanced_banks_of_a_unit_group_differ_by_one():
     weight = Workload(H=96, sparsity=0.8, pattern=Picks(), masks="balanced").layer.get_parameter("weight_hh_l0")
     counts = weight.ne(0).view(3, 6, 16, 3, 32).sum(-1)
-    assert (counts == counts[:, :, :1]).all()
+    assert (counts == counts[:, :, :1]).all()  # in every row
     assert int((counts.amax(-1) - counts.amin(-1)).max()) == 1
 
 
