@@ -19,7 +19,7 @@ from triton_sparse_rnn.sparse.patterns import Blocks, Pattern
 from triton_sparse_rnn.sparse.picks import Picks
 
 H, B, T = 512, 32, 64
-PATTERNS = [Blocks(16, 1), Picks(), Blocks(1, 1)]
+PATTERNS: list[Pattern] = [Blocks(16, 1), Picks(), Blocks(1, 1)]
 FROZEN = OneShot(sparsity=0.9, step=1)
 UPDATED = PolynomialDecay(initial_sparsity=0.5, final_sparsity=0.9, begin_step=1, end_step=100_000, frequency=1)
 SCHEDULES = {"masks applied": FROZEN, "masks updated": UPDATED}

@@ -102,14 +102,15 @@ def test_a_mask_before_its_weights_is_refused_and_changes_nothing(steps):
     assert written((layer, pruner, optimizer)) == before
     assert all(torch.equal(mask, pruner.masks[name]) for name, mask in masks.items())
     fresh = begin()
+    nn.init.zeros_(fresh[0].weight_hh_l0)
     fresh[1].load_state_dict(begin()[1].state_dict())  # nothing is pruned so far: any weights fit
     assert fresh[1].sparsity == 0
 
 
-def flip(name, entry):
+def flip(name, *entries):
     def damage(state):
-        saved = state["weights"]["weight_hh_l0"][name]
-        saved[entry // 8] ^= 1 << entry % 8
+        for entry in entries:
+            state["weights"]["weight_hh_l0"][name][entry // 8] ^= 1 << entry % 8
 
     return damage
 
@@ -118,6 +119,7 @@ def flip(name, entry):
     ("damage", "message"),
     [
         (flip("mask", 7), r"damaged mask for weight_hh_l0: it is none of Picks\(rows=4, bank=8, columns=1\)"),
+        (flip("mask", 7, 0), r"damaged mask for weight_hh_l0: it is none of Picks"),
         (flip("kept", 0), r"damaged mask for weight_hh_l0: it is none of Picks"),
         (
             lambda state: state["weights"]["weight_hh_l0"].update(kept=torch.zeros(95, dtype=torch.uint8)),
@@ -128,7 +130,7 @@ def flip(name, entry):
             "weight_hh_l0 does not fit this pruner: missing none; unexpected more",
         ),
     ],
-    ids=["largest of a bank pruned", "one more weight", "short", "unknown"],
+    ids=["largest of a bank pruned", "and the smallest kept", "one more weight", "short", "unknown"],
 )
 def test_damaged_masks_are_refused(damage, message):
     whole = begin(4)
@@ -172,18 +174,26 @@ def test_what_others_write_between_updates_does_not_come_back():
     assert not any((pruner.masks[name] & ~mask).any() for name, mask in masks.items())
 
 
-def test_an_update_does_not_see_what_others_wrote_just_before_it():
-    layer = gru(8, 16)
-    optimizer, pruner = torch.optim.SGD(layer.parameters(), lr=0.0), Pruner(layer, DECAY, pattern=PATTERN)
-    train(layer, optimizer, 4, after=lambda: pruner.step(optimizer))
-    masks, kept = pruner.masks, layer.weight_hh_l0.detach().clone()
-    train(layer, optimizer, 1)
-    with torch.no_grad():
-        layer.weight_hh_l0[~masks["weight_hh_l0"]] = 9.0
-    pruner.step(optimizer)
-    assert pruner.sparsities["weight_hh_l0"] > 1 - masks["weight_hh_l0"].float().mean()
-    assert torch.equal(layer.weight_hh_l0, kept * pruner.masks["weight_hh_l0"])
-    assert not (pruner.masks["weight_hh_l0"] & ~masks["weight_hh_l0"]).any()
+@pytest.mark.parametrize("options", [{}, {"balanced": False, "score": "max"}], ids=str)
+def test_an_update_does_not_see_what_others_wrote_nor_takes_kept_zeros_for_pruned_ones(options):
+    def run(stray):
+        layer = gru(8, 16)
+        layer.load_state_dict(start)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+        pruner = Pruner(layer, DECAY, pattern=PATTERN, **options)
+        train(layer, optimizer, 4, after=lambda: pruner.step(optimizer))
+        masks = pruner.masks["weight_hh_l0"]
+        train(layer, optimizer, 1)
+        with torch.no_grad():
+            layer.weight_hh_l0[:, ::3] = 0
+            layer.weight_hh_l0[~masks] = stray
+        pruner.step(optimizer)  # an update
+        assert pruner.sparsities["weight_hh_l0"] > 1 - masks.float().mean()
+        assert not (pruner.masks["weight_hh_l0"] & ~masks).any()
+        return pruner.masks["weight_hh_l0"]
+
+    start = gru(8, 16).state_dict()
+    assert torch.equal(run(0.0), run(9.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -219,8 +229,13 @@ def test_few_inputs_are_not_pruned_to_nothing():
 def test_balanced_by_rank_unless_told_otherwise_and_thresholds_are_free():
     assert Pruner(gru(8, 16), DECAY, pattern=PATTERN).balanced
     assert not Pruner(gru(8, 16), DECAY).balanced
-    ramp = ThresholdRamp(q=0.1, begin_step=0, ramp_step=1, end_step=2)
-    Pruner(gru(8, 16), ramp, pattern=PATTERN)
+    layer = gru(8, 16)
+    ramp = ThresholdRamp.from_weights(layer, 0.5, pattern=PATTERN, begin_step=0, ramp_step=1, end_step=4, frequency=1)
+    pruner, optimizer = attached(layer, ramp, pattern=PATTERN)
+    masks = []
+    train(layer, optimizer, 6, after=lambda: masks.append(pruner.masks["weight_hh_l0"]))
+    assert masked_everywhere(pruner, optimizer)
+    assert not any((later & ~earlier).any() for earlier, later in itertools.pairwise(masks))
     with pytest.raises(ValueError, match=r"balanced=True needs a schedule by rank.* ThresholdRamp"):
         Pruner(gru(8, 16), ramp, pattern=PATTERN, balanced=True)
 

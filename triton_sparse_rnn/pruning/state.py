@@ -29,8 +29,7 @@ def unpack_state(
     state: Mapping[str, Any],
     settings: dict[str, Any],
     weights: tuple[Weight, ...],
-    pattern: Pattern,
-    unit_masks: Mapping[str, Tensor],
+    masks: WeightMasks,
 ) -> tuple[int, dict[str, tuple[Tensor, Tensor | None]]]:
     """Check a checkpoint against this pruner and the weights as they are; the inputs stay as they are.
 
@@ -49,22 +48,22 @@ def unpack_state(
         raise ValueError(f"state_dict['step_count'] must be an integer from 0, got {step_count!r}")
     _check_same("settings", state["settings"], settings)
     _check_keys("state_dict['weights']", state["weights"], {weight.name for weight in weights})
-    masks = {}
+    unpacked = {}
     for weight in weights:
         saved = state["weights"][weight.name]
         expected = _describe(weight)
-        more = {"kept"} if pattern.follows_weights and isinstance(saved, Mapping) and "kept" in saved else set()
+        more = {"kept"} if masks.pattern.follows_weights and isinstance(saved, Mapping) and "kept" in saved else set()
         _check_keys(weight.name, saved, {*expected, "mask", *more})
         _check_same(weight.name, {key: saved[key] for key in expected}, expected)
         try:
-            unit_mask = unpack_bits(saved["mask"], tuple(unit_masks[weight.name].shape), "units")
+            unit_mask = unpack_bits(saved["mask"], tuple(masks.of_units[weight.name].shape), "units")
             kept = unpack_bits(saved["kept"], tuple(weight.parameter.shape), "weights") if more else None
         except ValueError as error:
             raise ValueError(f"state_dict has a damaged mask for {weight.name}: {error}") from None
-        if pattern.follows_weights:
-            _check_fit(weight, pattern, unit_mask, kept)
-        masks[weight.name] = unit_mask, kept
-    return step_count, masks
+        if masks.pattern.follows_weights:
+            _check_fit(weight, masks.pattern, unit_mask, kept)
+        unpacked[weight.name] = unit_mask, kept
+    return step_count, unpacked
 
 
 def _pack_masks(weight: Weight, masks: WeightMasks) -> dict[str, Tensor]:

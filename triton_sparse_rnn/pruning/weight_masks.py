@@ -19,6 +19,7 @@ class WeightMasks:
     """A mask of each weight, as its pattern has it.
 
     Attributes:
+        pattern: whose masks they are.
         of_units: by name, the pattern's masks, of each gate or of all alike; bool, True = kept.
         pruned_counts: by name, how many weights are pruned.
         samples: of pruned places, to look at.
@@ -26,7 +27,7 @@ class WeightMasks:
 
     def __init__(self, weights: tuple[Weight, ...], pattern: Pattern, unit_masks: dict[str, Tensor]) -> None:
         self._weights = weights
-        self._pattern = pattern
+        self.pattern = pattern
         self.of_units = unit_masks
         self.pruned_counts = dict.fromkeys(unit_masks, 0)
         self.samples = PrunedSamples()
@@ -52,7 +53,7 @@ class WeightMasks:
 
         Where the pattern keeps the largest weights, those that are kept and yet zero look like pruned ones.
         """
-        bits = self._bits_of(weight) if self._pattern.follows_weights else None
+        bits = self._bits_of(weight) if self.pattern.follows_weights else None
         kept = None if bits is None else bits.ne(0)
         return None if kept is None or torch.equal(kept, weight.parameter.detach().ne(0)) else kept
 
@@ -82,7 +83,7 @@ class WeightMasks:
             parameter = weight.parameter
             self.apply(weight, parameter)
             if weight.name in self._bits:
-                self.samples.expect(weight, self.of_units[weight.name], self._bits[weight.name], self._pattern)
+                self.samples.expect(weight, self.of_units[weight.name], self._bits[weight.name], self.pattern)
             if parameter.grad is not None:
                 self.apply(weight, parameter.grad)
             for state in states:
@@ -94,11 +95,11 @@ class WeightMasks:
         self.samples.forget(weight)
         self.of_units[weight.name] = unit_mask = unit_mask.to(parameter.device)
         every_gate = weight.every_gate(unit_mask)
-        pruned = self.pruned_counts[weight.name] = self._pattern.pruned_weights(every_gate, *weight.matrix_shape)
+        pruned = self.pruned_counts[weight.name] = self.pattern.pruned_weights(every_gate, *weight.matrix_shape)
         self._bits.pop(weight.name, None)
         if pruned:
             before = None if before is None else weight.stacked(before)
-            mask = self._pattern.spread(every_gate, weight.stacked(source.to(parameter.device)), before)
+            mask = self.pattern.spread(every_gate, weight.stacked(source.to(parameter.device)), before)
             self._bits[weight.name] = kept_bits(mask.view(parameter.shape), parameter.dtype)
 
     def _bits_of(self, weight: Weight) -> Tensor | None:

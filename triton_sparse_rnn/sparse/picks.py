@@ -114,7 +114,7 @@ class Picks(Pattern):
             keys = keys * before
         keys = to_blocks(keys, self._bank_size)
         pruned = (self.bank - self._counts(mask) * self.columns)[..., None, None].expand(*keys.shape[:-1], 1)
-        highest = _ascending(keys).gather(-1, (pruned - 1).clamp(min=0)).masked_fill(pruned == 0, -1)
+        highest = _ascending(keys).gather(-1, (pruned - 1).clamp(min=0)).masked_fill(pruned == 0, -1)  # all are above
         kept = keys > highest
         too_few = self.bank - pruned - kept.sum(-1, keepdim=True)
         if too_few.any():  # of equal ones the first are pruned
@@ -124,15 +124,12 @@ class Picks(Pattern):
 
     def pruned_places(self, mask: Tensor, spread: Tensor, most: int) -> Tensor:
         gate, group, unit = some(~mask, most).unbind(1)
-        (rows, columns), units = spread.shape[-2:], mask.shape[-1]
-        bank, place = unit // self._per_bank, unit % self._per_bank
-        row = group * self.rows
-        last = bank == (units - 1) // self._per_bank
-        nth = (place * self.columns - last * (units * self.columns - columns)).clamp(min=0)  # pruned place of the row
+        rows, columns = spread.shape[-2:]
+        bank, place, row = unit // self._per_bank, unit % self._per_bank, group * self.rows
         bank_columns = bank[:, None] * self.bank + torch.arange(self.bank, dtype=torch.int64, device=mask.device)
         pruned = spread[gate[:, None], row[:, None], bank_columns.clamp(max=columns - 1)].eq(0)
-        pruned &= bank_columns < columns
-        column = (pruned.cumsum(-1) > nth[:, None]).to(torch.uint8).argmax(-1)
+        # A row has pruned more than BC times `place` weights of this bank: take the one after so many.
+        column = (pruned.cumsum(-1) > place[:, None] * self.columns).to(torch.uint8).argmax(-1)
         return (gate * rows + row) * columns + bank * self.bank + column
 
     def in_whole_vectors(self) -> Picks | None:
