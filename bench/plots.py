@@ -17,8 +17,9 @@ def plot_ratios(rows: Sequence[Row], path: Path) -> None:
     for row in _sequences(rows, "bench_forward"):
         if row.contender in BASELINES or not row.ratios:
             continue
-        sparsity = 0 if row.contender.endswith("0 % zeros") else row.facts["sparsity"]
-        lines.setdefault(f"{100 * sparsity:g} % zeros", []).append((row.facts["H"], statistics.median(row.ratios)))
+        name, sparsity = row.contender.partition(", ")[2], row.facts["sparsity"]
+        label = name if name.endswith("0 % zeros") else f"{name or '16x1'}, {100 * sparsity:g} % zeros"
+        lines.setdefault(label, []).append((row.facts["H"], statistics.median(row.ratios)))
     _draw(lines, path, "PersistentGRU, batch 1, float32, one CPU thread", "times as fast as nn.GRU")
 
 

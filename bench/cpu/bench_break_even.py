@@ -9,6 +9,7 @@ import pytest
 from bench.contenders import Contender, Dense, Ours, measure
 from bench.cpu.peers import OnnxRuntime
 from bench.workloads import Workload
+from triton_sparse_rnn.sparse.picks import Picks
 
 WORKLOADS = [
     Workload(H=H, T=T, sparsity=sparsity)
@@ -17,7 +18,7 @@ WORKLOADS = [
 ]
 
 
-@pytest.mark.parametrize("contender", [Dense(), OnnxRuntime(), Ours()], ids=str)
+@pytest.mark.parametrize("contender", [Dense(), OnnxRuntime(), Ours(), Ours(pattern=Picks())], ids=str)
 @pytest.mark.parametrize("work", WORKLOADS, ids=str)
 def bench_break_even(benchmark, work: Workload, contender: Contender):
     measure(benchmark, work, contender)

@@ -4,6 +4,7 @@ import pytest
 
 from bench.contenders import Contender, Dense, Ours, measure
 from bench.workloads import Workload
+from triton_sparse_rnn.sparse.picks import Picks
 
 STEPS = {256: 100, 512: 100, 1024: 100, 2048: 50}  # T for each H
 SEQUENCES = [Workload(H=H, T=T, sparsity=sparsity) for H, T in STEPS.items() for sparsity in (0.8, 0.9, 0.95)]
@@ -17,13 +18,19 @@ BATCHES = [
 STREAMS = [Workload(H=H, T=1, sparsity=0.9) for H in STEPS]
 
 
-@pytest.mark.parametrize("contender", [Dense(), Ours(), Ours(zeros=False)], ids=str)
+@pytest.mark.parametrize("contender", [Dense(), Ours(), Ours(pattern=Picks()), Ours(zeros=False)], ids=str)
 @pytest.mark.parametrize("work", SEQUENCES, ids=str)
 def bench_gru_sequences(benchmark, work: Workload, contender: Contender):
     measure(benchmark, work, contender)
 
 
-@pytest.mark.parametrize("contender", [Dense(), Ours()], ids=str)
-@pytest.mark.parametrize("work", OTHER_CELLS + BATCHES + STREAMS, ids=str)
+@pytest.mark.parametrize("contender", [Dense(), Ours(), Ours(pattern=Picks())], ids=str)
+@pytest.mark.parametrize("work", OTHER_CELLS, ids=str)
+def bench_other_cells(benchmark, work: Workload, contender: Contender):
+    measure(benchmark, work, contender)
+
+
+@pytest.mark.parametrize("contender", [Dense(), Ours()], ids=str)  # with picks: bench_patterns.py
+@pytest.mark.parametrize("work", BATCHES + STREAMS, ids=str)
 def bench_forward(benchmark, work: Workload, contender: Contender):
     measure(benchmark, work, contender)

@@ -5,6 +5,8 @@ import torch
 
 from bench.contenders import Contender, Dense, Ours, measure
 from bench.workloads import Workload
+from triton_sparse_rnn.sparse.patterns import Blocks
+from triton_sparse_rnn.sparse.picks import Picks
 
 CONTENDERS = [
     Dense(),
@@ -12,9 +14,9 @@ CONTENDERS = [
     Ours(weight_dtype=torch.int8, activation_dtype=torch.int8),
 ]
 WORKLOADS = [
-    Workload(H=H, T=T, sparsity=0.9, block_size=block_size)
+    Workload(H=H, T=T, sparsity=0.9, pattern=pattern)
     for H, T in ((512, 100), (1024, 100), (2048, 50))
-    for block_size in ((16, 1), (16, 4))
+    for pattern in (Blocks(16, 1), Blocks(16, 4), Picks(), Picks(16, 64, 4))
 ]
 
 

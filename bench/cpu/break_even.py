@@ -20,17 +20,19 @@ class Point(NamedTuple):
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return a Markdown table, a line for each layer: against its baseline and against the best float32 peer."""
+    """Return a Markdown table, a line for each of our contenders: against baseline and best float32 peer of a layer."""
     cells = []
     layers: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         if row.suite == SUITE and row.facts["precision"] == "float32":
             layers.setdefault((row.facts["cell"], row.facts["H"]), []).append(row)
     for (cell, H), layer_rows in layers.items():
-        baseline = break_even(_points(layer_rows, lambda row: row.contender in BASELINES))
-        peer = break_even(_points(layer_rows, lambda row: not _is_ours(row)))
-        cells.append([cell, str(H), baseline, peer])
-    return markdown(["layer", "H", "as fast as the baseline from", "as fast as the best float32 peer from"], cells)
+        for ours in dict.fromkeys(row.contender for row in layer_rows if _is_ours(row)):
+            baseline = break_even(_points(layer_rows, ours, lambda row: row.contender in BASELINES))
+            peer = break_even(_points(layer_rows, ours, lambda row: not _is_ours(row)))
+            cells.append([cell, str(H), ours, baseline, peer])
+    headings = ["layer", "H", "contender", "as fast as the baseline from", "as fast as the best float32 peer from"]
+    return markdown(headings, cells)
 
 
 def break_even(points: Sequence[Point]) -> str:
@@ -55,9 +57,9 @@ def break_even(points: Sequence[Point]) -> str:
     return f"{100 * sparsity:.0f} % ({above.other_name})"
 
 
-def _points(rows: Sequence[Row], is_other: Callable[[Row], bool]) -> list[Point]:
-    """Ours and the fastest of the others at each sparsity, in order."""
-    ours = {row.facts["sparsity"]: row for row in rows if _is_ours(row)}
+def _points(rows: Sequence[Row], contender: str, is_other: Callable[[Row], bool]) -> list[Point]:
+    """A contender and the fastest of the others at each sparsity, in order."""
+    ours = {row.facts["sparsity"]: row for row in rows if row.contender == contender}
     return [
         Point(sparsity, row.median_us, fastest.median_us, fastest.contender)
         for sparsity, row in sorted(ours.items())

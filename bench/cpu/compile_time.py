@@ -19,14 +19,15 @@ from typing import Any
 from bench.rows import markdown
 
 CASES: dict[str, dict[str, Any]] = {
-    "GRU, 16x1": {"cell": "GRU", "block_size": (16, 1)},
-    "GRU, 16x32": {"cell": "GRU", "block_size": (16, 32)},
-    "LSTM, 16x1": {"cell": "LSTM", "block_size": (16, 1)},
-    "LSTM, 16x32": {"cell": "LSTM", "block_size": (16, 32)},
-    "RNN, 16x1": {"cell": "RNN", "block_size": (16, 1)},
-    "GRU, 16x1, int8 weights": {"cell": "GRU", "block_size": (16, 1), "weight_dtype": "int8"},
+    "GRU, 16x1": {"cell": "GRU", "storage": ("Blocks", 16, 1)},
+    "GRU, 16x32": {"cell": "GRU", "storage": ("Blocks", 16, 32)},
+    "GRU, picks 16x1 of 32": {"cell": "GRU", "storage": ("Picks",)},
+    "LSTM, 16x1": {"cell": "LSTM", "storage": ("Blocks", 16, 1)},
+    "LSTM, 16x32": {"cell": "LSTM", "storage": ("Blocks", 16, 32)},
+    "RNN, 16x1": {"cell": "RNN", "storage": ("Blocks", 16, 1)},
+    "GRU, 16x1, int8 weights": {"cell": "GRU", "storage": ("Blocks", 16, 1), "weight_dtype": "int8"},
     "GRU, 16x1, int8 weights and activations": {
-        "cell": "GRU", "block_size": (16, 1), "weight_dtype": "int8", "activation_dtype": "int8",
+        "cell": "GRU", "storage": ("Blocks", 16, 1), "weight_dtype": "int8", "activation_dtype": "int8",
     },
 }  # fmt: skip
 
@@ -37,15 +38,17 @@ def measure(name: str) -> dict[str, float]:
     import numba.core.registry  # noqa: F401
     import torch
 
-    from triton_sparse_rnn import to_sparse
+    import triton_sparse_rnn
 
     imported = time.perf_counter()
     case = CASES[name]
     dtypes = {key: getattr(torch, case[key]) for key in ("weight_dtype", "activation_dtype") if key in case}
+    kind, *sizes = case["storage"]
+    storage = getattr(triton_sparse_rnn, kind)(*sizes)
     layer = getattr(torch.nn, case["cell"])(64, 64)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*little to skip")
-        fast: Any = to_sparse(layer.eval(), storage=case["block_size"], backend="cpu", **dtypes)
+        fast: Any = triton_sparse_rnn.to_sparse(layer.eval(), storage=storage, backend="cpu", **dtypes)
     converted = time.perf_counter()
     fast.warm_up()
     return {"import": imported - start, "warm_up": time.perf_counter() - converted}

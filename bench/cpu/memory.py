@@ -21,12 +21,13 @@ from torch import nn
 
 from bench.budgets import assert_within_budget
 from bench.rows import markdown
-from bench.workloads import Workload
+from bench.workloads import Workload, pattern_name
 from triton_sparse_rnn import PersistentGRU, to_sparse
+from triton_sparse_rnn.sparse.patterns import Blocks
 
 SIZES = (1024, 2048)
 BATCHES = (1, 16)
-T, SPARSITY, BLOCK_SIZE = 100, 0.9, (16, 1)
+T, SPARSITY, PATTERN = 100, 0.9, Blocks(16, 1)
 PRECISIONS = {torch.float32: "float32", torch.int8: "int8 weights"}  # as budgets.py names them
 HEADINGS = ("layer", "H", "weights", "converting", *(f"a call, T={T} B={B}" for B in BATCHES))
 
@@ -115,7 +116,7 @@ def _calls(H: int, dtype: torch.dtype | None) -> Iterator[str]:
 
 
 def _workload(H: int, B: int = 1) -> Workload:
-    return Workload(H=H, T=T, B=B, sparsity=SPARSITY, block_size=BLOCK_SIZE)
+    return Workload(H=H, T=T, B=B, sparsity=SPARSITY, pattern=PATTERN)
 
 
 def _warm(weight_dtype: torch.dtype) -> None:
@@ -144,7 +145,7 @@ def main() -> int:
         print(f"bench.cpu.memory: this system does not tell the peak of its memory ({error})", file=sys.stderr)
         return 2
     print(
-        f"\nMB; GRU, I = H, {SPARSITY:.0%} zeros in {BLOCK_SIZE[0]}x{BLOCK_SIZE[1]}. Converting: at its peak, "
+        f"\nMB; GRU, I = H, {SPARSITY:.0%} zeros in {pattern_name(PATTERN)}. Converting: at its peak, "
         "besides the dense and the converted weights. A call: at its peak, with y."
     )
     return 0

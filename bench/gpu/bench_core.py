@@ -8,6 +8,7 @@ import torch
 
 from bench.gpu.contenders import GpuContender, contenders_of, measure
 from bench.workloads import Workload
+from triton_sparse_rnn.sparse.patterns import Blocks
 
 pytestmark = pytest.mark.gpu
 
@@ -31,7 +32,7 @@ CORE = [
     gpu_workload(128, dtype=F32),  # here cuDNN keeps the weights on the chip too
     gpu_workload(512, cell="LSTM", B=8, dtype=F16),  # and here
     gpu_workload(1024, T=1, dtype=F32),  # a step of a stream
-    *(gpu_workload(1024, block_size=(16, 16), T=100, dtype=dtype) for dtype in (F32, BF16)),  # torch BSR takes these
+    *(gpu_workload(1024, pattern=Blocks(16, 16), T=100, dtype=dtype) for dtype in (F32, BF16)),  # torch BSR takes these
     *(gpu_workload(2560, masks=masks, dtype=F32) for masks in ("balanced", "tied")),
     gpu_workload(4096, dtype=BF16),
     gpu_workload(1024, B=4, dtype=F32),

@@ -177,7 +177,7 @@ class TorchBSR(Peer):
         layer = copy.deepcopy(work.layer).to(work.device)
         weight_ih, weight_hh, bias_ih, bias_hh = layer.parameters()
         x, bias = work.x.to(work.device), bias_hh.unsqueeze(1)
-        blocks = weight_hh.detach().to_sparse_bsr(work.block_size)
+        blocks = weight_hh.detach().to_sparse_bsr(work.pattern.block_size)
 
         def recur(h: Tensor) -> Tensor:
             columns = F.pad(h, (0, 0, 0, -len(h) % 16)).t()  # its kernel takes 16 of them or more
@@ -239,7 +239,7 @@ def bytes_moved(work: Workload) -> int:
 def contenders_of(work: Workload) -> list[GpuContender]:
     """All that run a workload, the baseline first."""
     others: list[GpuContender] = [CuDNN(graph=True, dtype=torch.float16)] if work.dtype == torch.bfloat16 else []
-    rows, columns = work.block_size
+    rows, columns = work.pattern.block_size
     if rows == columns:
         others += [TorchBSR(), TorchBSR(graph=True)]
     ours = [Ours(), Ours(graph=True), Ours(graph=True, zeros=False)]

@@ -45,7 +45,7 @@ class Layer(NamedTuple):
 
     def has(self, **facts: object) -> bool:
         """Whether it is of these sizes."""
-        return all(self.rows[0].facts[name] == value for name, value in facts.items())
+        return all(self.rows[0].facts.get(name) == value for name, value in facts.items())
 
 
 def layers_of(rows: Sequence[Row]) -> list[Layer]:

@@ -45,7 +45,7 @@ LAYERS = [
 def candidates(work: Workload) -> Iterator[tiles.ResidentTile]:
     """Yield tiles that hold the layer in programs of one unit group, those with few warps first."""
     weight = work.layer.get_parameter("weight_hh_l0")
-    blocks = row_blocks(BlockMatrix.from_dense(weight, work.block_size, gates=GATES[work.cell]))
+    blocks = row_blocks(BlockMatrix.from_dense(weight, work.pattern, gates=GATES[work.cell]))
     longest, tied, slots = tiles.longest_list(blocks), tiles.gates_are_tied(blocks), tiles.SLOTS[work.cell]
     for num_warps, ko, rows, share in itertools.product((2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 4), {tied, False}):
         tile = tiles.ResidentTile(

@@ -22,9 +22,10 @@ from bench.gpu.contenders import CuDNN, Floor, Ours, TorchBSR, bytes_moved, cont
 from bench.workloads import MASKS, Workload
 from triton_sparse_rnn.kernels.triton import tiles
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
+from triton_sparse_rnn.sparse.patterns import Blocks
 
 PROJECT = Path(gpu_grid.__file__).parents[2]
-TINY = Workload(H=40, sparsity=0.5, T=3, B=2, block_size=(8, 1), device="cpu")
+TINY = Workload(H=40, sparsity=0.5, T=3, B=2, pattern=Blocks(8, 1), device="cpu")
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1, which needs a CPU")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -99,7 +100,7 @@ def test_every_row_holds_all_contenders():
     assert list(map(str, contenders_of(TINY))) == plain
     narrow = list(map(str, contenders_of(dataclasses.replace(TINY, dtype=torch.bfloat16))))
     assert [name for name in narrow if name not in plain] == ["nn, float16, CUDA graph"]
-    square = list(map(str, contenders_of(dataclasses.replace(TINY, block_size=(16, 16)))))
+    square = list(map(str, contenders_of(dataclasses.replace(TINY, pattern=Blocks(16, 16)))))
     assert [name for name in square if name not in plain] == ["torch BSR per step", "torch BSR per step, CUDA graph"]
 
 
@@ -158,7 +159,7 @@ def test_ours_is_right(work, zeros):
 @pytest.mark.parametrize("B", [1, 17])
 def test_bsr_is_right(B, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    work = Workload(H=64, sparsity=0.5, T=3, B=B, block_size=(16, 16))
+    work = Workload(H=64, sparsity=0.5, T=3, B=B, pattern=Blocks(16, 16))
     expected, run, _ = TorchBSR().prepare(work)
     assert TorchBSR().error(run(), expected) < 0.02
 
@@ -169,7 +170,7 @@ def test_bsr_is_skipped_where_torch_refuses_it(monkeypatch):
 
     monkeypatch.setattr(torch, "addmm", refuse)
     with pytest.raises(pytest.skip.Exception, match="not here"):
-        TorchBSR().prepare(Workload(H=64, sparsity=0.5, T=3, block_size=(16, 16)))
+        TorchBSR().prepare(Workload(H=64, sparsity=0.5, T=3, pattern=Blocks(16, 16)))
 
 
 class Clock:
@@ -208,7 +209,7 @@ def test_a_row_holds_its_facts(contender, monkeypatch):
     monkeypatch.setattr(gpu_contenders, "replayed", lambda run: run)
     monkeypatch.setattr(gpu_contenders, "EVENT_SECONDS", 0)
     monkeypatch.setattr(gpu_contenders, "usable_cores", lambda: threads + 1)
-    benchmark, work = Benchmark(), dataclasses.replace(TINY, H=48, T=2, B=1, block_size=(16, 16))
+    benchmark, work = Benchmark(), dataclasses.replace(TINY, H=48, T=2, B=1, pattern=Blocks(16, 16))
     gpu_contenders.measure(benchmark, work, contender)
     info = json.loads(json.dumps(benchmark.extra_info))
     assert (benchmark.calls, benchmark.group) == (1, str(work))

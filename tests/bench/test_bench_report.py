@@ -105,10 +105,14 @@ def test_break_even_table_takes_the_baseline_and_the_best_float32_peer(write):
             entry(suite, str(sparsity), "fast peer", 12, **facts),
             entry(suite, str(sparsity), "peer in int8", 1, **facts | {"precision": "int8"}),
             entry(suite, str(sparsity), "PersistentGRU", ours, **facts),
+            entry(suite, str(sparsity), "PersistentGRU, picks", ours + 10, **facts),
         ]
     other_suite = entry("bench_forward", "0.0", "PersistentGRU", 1, sparsity=0.0)
     rows = read_rows([write("run.json", [*entries, other_suite])])
-    assert table(rows).splitlines()[2:] == ["| GRU | 4 | 25 % (nn.GRU) | 70 % (fast peer) |"]
+    assert table(rows).splitlines()[2:] == [
+        "| GRU | 4 | PersistentGRU | 25 % (nn.GRU) | 70 % (fast peer) |",
+        "| GRU | 4 | PersistentGRU, picks | 50 % (nn.GRU) | above 80 % (fast peer) |",
+    ]
 
 
 def test_main_prints_and_draws(write, tmp_path, capsys):

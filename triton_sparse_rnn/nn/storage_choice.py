@@ -17,8 +17,8 @@ from triton_sparse_rnn.kernels.cpu import support
 from triton_sparse_rnn.sparse.patterns import Blocks, Pattern
 from triton_sparse_rnn.sparse.picks import Picks
 
-# Relative to a vector of Blocks(16, 1) in float32 on the same processor: bench/cpu/bench_patterns.py, GRU of H = 512 at
-# 90 % zeros, AMD Zen 4, with NUMBA_CPU_NAME and NUMBA_CPU_FEATURES for the other rows.
+# Relative to a vector of Blocks(16, 1) in float32 on the same processor: `python -m bench.cpu.patterns vectors`, GRU of
+# H = 512 at 90 % zeros, AMD Zen 4, which ran code for older processors for the other rows.
 _FLOATS: dict[Pattern, float] = {
     Blocks(16, 1): 1,
     Blocks(16, 4): 1,
