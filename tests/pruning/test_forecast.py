@@ -7,6 +7,7 @@ from torch import nn
 
 from triton_sparse_rnn.pruning import ConstantMask, OneShot, PolynomialDecay, Pruner, ThresholdRamp, forecast
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.picks import Picks
 
 STEPS = 120
 
@@ -43,6 +44,8 @@ def train(model, pruner=None):
     [
         {"pattern": (16, 1)},
         {"pattern": (7, 2), "tie_gates": True},
+        {"pattern": Picks()},
+        {"pattern": Picks(7, 16, 2), "balanced": False, "tie_gates": True},
         {"pattern": (1, 1), "balanced": True},
         {"targets": {"*ih*": {"n": None, "z": OneShot(sparsity=0.5, step=30)}}},
     ],
@@ -58,7 +61,7 @@ def test_schedules_by_rank_are_known_in_advance(options):
     assert [row.name for row in predicted.rows] == list(pruner.masks)
     for row in predicted.rows:
         weight = model.get_parameter(row.name).detach()
-        stored = BlockMatrix.from_dense(weight, pruner.pattern.block_size, gates=3)
+        stored = BlockMatrix.from_dense(weight, pruner.pattern, gates=3)
         assert (row.stored_units, row.nbytes) == (len(stored.values), stored.nbytes)
         assert row.macs_per_step == stored.values.numel()
         assert row.dense_nbytes == weight.nbytes
@@ -112,10 +115,14 @@ def test_nothing_changes():
 
 def test_table_lines_up():
     layer = nn.LSTM(40, 80)
-    text = str(forecast(layer, Pruner(layer, OneShot(sparsity=0.9, step=1), targets={"*ih*": None})))
+    text = str(forecast(layer, Pruner(layer, OneShot(sparsity=0.9, step=1), pattern=Picks(), targets={"*ih*": None})))
     lines = text.splitlines()
     assert [line.split()[0] for line in lines] == ["weight", "weight_hh_l0", "total"]
-    assert lines[1].split()[1:] == lines[2].split()[1:] == ["90.0%", "160", "10,964", "102,400", "2,560"]
+    assert (
+        lines[1].split()[1:]
+        == lines[2].split()[1:]
+        == ["90.0%", *["160", "picked", "units", "of", "16x1", "in", "32", "13,768", "102,400", "2,560"]]
+    )
     assert len({len(line) for line in lines}) == 1
 
 
