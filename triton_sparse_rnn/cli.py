@@ -44,8 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train a character model sparse and dense, convert it, generate text, compare",
-        description="Train a SparseGRU while it is pruned to 90 %% and an nn.GRU the same way, convert the sparse one, "
-        "check it, let it write, and show speed and accuracy in one table. A few minutes on 2 cores.",
+        description="Train a SparseGRU while 90 %% of it is pruned, in picks and once more in blocks, and an nn.GRU "
+        "the same way; convert the sparse ones, check them, let the first write, show speed and accuracy in a table. "
+        "A few minutes on 2 cores.",
     )
     demo.add_argument(
         "--text", type=Path, metavar="PATH", help="a text file or a folder of them [Python's own library]"

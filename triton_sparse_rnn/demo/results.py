@@ -99,9 +99,9 @@ def measure(
     zeros = f"{100 * settings.sparsity:g} % zeros"
     described = {
         "dense": ("nn.GRU", DENSE_FILE),
-        "picks": (f"SparseGRU, {zeros} in picks", SPARSE_FILE),
+        "picks": (f"{zeros} in picks", SPARSE_FILE),
         **{name: (one.label, one.file) for name, one in NARROW.items()},
-        "blocks": (f"SparseGRU, {zeros} in blocks", BLOCKS_FILE),
+        "blocks": (f"{zeros} in blocks", BLOCKS_FILE),
     }
     for name, (label, file) in described.items():
         rows[name] |= {

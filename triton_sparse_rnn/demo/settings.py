@@ -32,7 +32,7 @@ class Settings:
     hidden_size: int = 384
     batch_size: int = 32
     window: int = 32
-    steps: int = 1400
+    steps: int = 1200
     learning_rate: float = 4e-3
     warmup: float = 0.05
     clip_norm: float = 1.0
@@ -52,4 +52,4 @@ class Settings:
         return 40 * (self.window + 1) + 2 * self.batch_size * (self.window + 1)
 
 
-QUICK = Settings(hidden_size=256, steps=200, prune_every=4, held_out=50_000, generated=1_000)
+QUICK = Settings(hidden_size=256, steps=160, prune_every=4, held_out=50_000, generated=1_000)
