@@ -21,7 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from triton_sparse_rnn import ConstantMask, PolynomialDecay, Pruner, load_sparse, save_sparse, sparsify, to_sparse
+from triton_sparse_rnn import (
+    ConstantMask,
+    Picks,
+    PolynomialDecay,
+    Pruner,
+    load_sparse,
+    save_sparse,
+    sparsify,
+    to_sparse,
+)
 from triton_sparse_rnn.pruning import Schedule
 
 Text = tuple[Tensor, Tensor]  # streams to train on, and held-out ones: bytes [time, streams]
@@ -52,7 +61,7 @@ def bits_per_byte(model: nn.Module, ids: Tensor) -> Tensor:
 def train(model: nn.Module, text: Text, steps: int, rate: float, schedule: Schedule | None = None) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     if schedule is not None:
-        Pruner(model, schedule, pattern=(16, 1)).attach(optimizer)
+        Pruner(model, schedule, pattern=Picks()).attach(optimizer)
     for step in range(steps):
         start = step * 64 % (len(text[0]) - 65)
         optimizer.zero_grad()

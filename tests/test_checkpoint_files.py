@@ -71,7 +71,7 @@ WEIGHT = "0.weight_hh_l0"
     [
         (lambda tensors, config: tensors[f"{WEIGHT}_columns"].fill_(99), "columns must lie in"),
         (lambda tensors, config: tensors[f"{WEIGHT}_starts"].fill_(2**30), "starts must rise"),
-        (lambda tensors, config: tensors.pop(f"{WEIGHT}_starts"), "starts must not be None beside values"),
+        (lambda tensors, config: tensors.pop(f"{WEIGHT}_starts"), "starts must not be None beside blocks"),
         (lambda tensors, config: config.update(hidden_size=320), "do not fit together"),
         (lambda tensors, config: config.update(hidden_size=32.0), "float"),
         (lambda tensors, config: config.update(hidden_size=0), "hidden_size must be at least 1"),
@@ -123,7 +123,7 @@ def test_blocks_of_another_number_of_gates(tmp_path: Path, model: nn.Module):
     state = read_state_dict(tmp_path / "model")
     weight: Any = state[WEIGHT]
     state[WEIGHT] = dataclasses.replace(weight, gates=2)  # of the same number of rows of blocks
-    with pytest.raises(ValueError, match=r"0.weight_hh_l0 is of 3 gates in its layer, but has blocks of 2"):
+    with pytest.raises(ValueError, match=r"0.weight_hh_l0 is of 3 gates in its layer, but is stored as of 2"):
         sparsity_report(state)
 
 

@@ -216,9 +216,9 @@ def test_demo_interrupted_by_ctrl_c_and_resumed(
     assert cli.main(resume.split()[1:]) == 0
     assert cli.main([*options, str(tmp_path / "b")]) == 0
     assert "bits/char" in capsys.readouterr().out
-    for file in ("model.safetensors", "dense.safetensors"):
+    for file in ("model.safetensors", "model-blocks.safetensors", "dense.safetensors"):
         ours, theirs = load_file(tmp_path / "a" / file), load_file(tmp_path / "b" / file)
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     resumed, whole = (json.loads((tmp_path / folder / "results.json").read_text()) for folder in "ab")
-    for kind in ("dense", "sparse"):
+    for kind in ("dense", "picks", "blocks"):
         assert resumed["models"][kind]["bits_per_character"] == whole["models"][kind]["bits_per_character"]

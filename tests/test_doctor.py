@@ -7,6 +7,7 @@ import torch
 import triton
 
 from triton_sparse_rnn import doctor
+from triton_sparse_rnn.kernels.cpu import support
 from triton_sparse_rnn.kernels.triton import exchange
 from triton_sparse_rnn.ops import dispatch
 
@@ -21,14 +22,19 @@ def test_says_what_runs_here_and_why_the_rest_does_not(monkeypatch: pytest.Monke
 
 
 def test_what_the_cpu_kernels_are_compiled_for(monkeypatch: pytest.MonkeyPatch):
-    for features, expected in (
-        ({"avx512f", "avx512vnni"}, "AVX-512 with vpdpbusd"),
-        ({"avx2", "fma"}, "AVX2"),
-        (set(), "generic"),
+    for features, expected, picks in (
+        ({"avx512f", "avx512vnni", "avx512vbmi"}, "AVX-512 with vpdpbusd", "at full speed, with activations in int8"),
+        ({"avx512f", "avx512vnni"}, "AVX-512 with vpdpbusd", "at full speed; not with activations in int8"),
+        ({"avx512f"}, "AVX-512", "at full speed; not with activations in int8"),
+        ({"avx2", "fma"}, "AVX2", "slower than blocks"),
+        (set(), "generic", "slowly"),
     ):
         monkeypatch.setattr("triton_sparse_rnn.kernels.cpu.target.features", lambda found=features: frozenset(found))
         assert doctor.kernel_target() == expected
         assert f"CPU kernels    {expected}" in doctor.diagnosis()
+        assert f"picks run      {picks}" in doctor.diagnosis()
+    monkeypatch.setattr(support, "vectors", lambda: "none")
+    assert doctor.picks_speed() == "in plain torch only"
     monkeypatch.setattr(dispatch, "unavailable_reason", lambda backend: "numba is gone")
     assert doctor.kernel_target() == "none"
 

@@ -16,6 +16,7 @@ LAST_LINES = {
     "lightning_callback": r"converted, saved and loaded +0\.\d{4} +[\d,]+ +\d+\.\d",
     "lstm_gate_gradients": rf"and 90 % of the weights pruned +{NUMBER} +\d\d\.\d% +[45]\d\.\d% +{NUMBER} s",
     "prune_a_trained_model": rf"fine-tuned, zeros kept, converted +{NUMBER} bits per byte +1\d\d,\d{{3}} bytes",
+    "unstructured_checkpoint": rf"converted, in picks +{NUMBER} bits per byte +{NUMBER} us a step",
     "streaming": rf"PersistentGRU, 90 % zeros +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER}",
 }
 # Skipped without these; and whose warnings are theirs.

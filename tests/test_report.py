@@ -10,7 +10,8 @@ from torch import nn
 from triton_sparse_rnn.conversion import to_sparse
 from triton_sparse_rnn.report import sparsity_report
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
-from triton_sparse_rnn.sparse.patterns import Blocks
+from triton_sparse_rnn.sparse.patterns import Blocks, Pattern
+from triton_sparse_rnn.sparse.picks import Picks
 
 
 def pruned(layer: nn.Module, share: float = 0.8) -> nn.Module:
@@ -146,18 +147,81 @@ def test_what_16_rows_would_give(weight_dtype: torch.dtype, block_size: tuple[in
     for weight in (layer.get_parameter("weight_ih_l0"), layer.get_parameter("weight_hh_l0")):
         weight.data *= torch.rand(3, H)[:, :, None].gt(0.7).flatten(0, 1)  # whole rows, few of them in a block of 16
     converted = to_sparse(layer.eval(), storage=block_size, weight_dtype=weight_dtype, backend="reference")
-    as_it_would_be = to_sparse(layer, storage=(16, block_size[1]), weight_dtype=weight_dtype, backend="reference")
+    as_it_would_be, in_picks = (
+        to_sparse(layer, storage=storage, weight_dtype=weight_dtype, backend="reference")
+        for storage in ((16, block_size[1]), Picks())
+    )
     for weight in sparsity_report(converted).weights:
         assert weight.half_empty is not None
-        for count, module in zip(weight.half_empty, (converted, as_it_would_be), strict=True):
-            stored = module.stored_weights()[weight.name]  # type: ignore[operator]
-            assert count.pattern == Blocks(*stored.block_size)
+        for count, module in zip(weight.half_empty, (converted, as_it_would_be, in_picks), strict=True):
+            stored = module.stored_weights()[weight.name]
+            assert count.pattern == stored.pattern
             assert count.stored_units == len(stored.values)
             assert count.density == stored.density
             assert count.stored_bytes == stored.nbytes
-            assert count.vector_multiply_adds == len(stored.values) * block_size[1]
+            assert count.vector_multiply_adds == len(stored.values) * stored.block_size[1]
     assert all(weight.half_empty is None for weight in sparsity_report(as_it_would_be).weights)
     assert "would be" not in str(sparsity_report(as_it_would_be))
+
+
+MASKS = {
+    "picks": lambda weight: Picks().spread(Picks().scores(weight, "l2") > 4, weight),
+    "blocks": lambda weight: Blocks().spread(Blocks().scores(weight, "l2") > 5, weight),
+    "single weights": lambda weight: weight.abs() > 1.6,
+}
+
+
+def masked(mask: str) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.LSTM(20, 40)
+    for weight in (layer.get_parameter("weight_ih_l0"), layer.get_parameter("weight_hh_l0")):
+        by_gate = torch.randn(4, 40, weight.shape[1])
+        weight.data[:] = (by_gate * MASKS[mask](by_gate)).flatten(0, 1)
+    return layer.eval()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_by_default_a_dense_model_is_reported_as_it_would_be_converted(mask: str):
+    layer = masked(mask)
+    report, converted = sparsity_report(layer), to_sparse(layer, backend="reference")
+    assert report == sparsity_report(converted) == sparsity_report(layer.state_dict())
+    stored = converted.stored_weights()
+    patterns = [stored[name].pattern for name in ("weight_ih_l0", "weight_hh_l0")]
+    assert [weight.pattern for weight in report.weights] == patterns
+    assert patterns[1] == (Blocks() if mask == "blocks" else Picks())
+
+
+@pytest.mark.filterwarnings("ignore:.*little to skip")
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("storage", [Picks(), Picks(8, 16, 2), Picks(16, 64, 4), Blocks(16, 1), Blocks(24, 3)], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_mask_in_every_storage(mask: str, storage: Pattern, weight_dtype: torch.dtype):
+    layer = masked(mask)
+    converted = to_sparse(layer, storage=storage, weight_dtype=weight_dtype, backend="reference")
+    report, stored = sparsity_report(converted), converted.stored_weights()
+    for weight in report.weights:
+        values = stored[weight.name].values
+        assert (weight.pattern, weight.stored_units) == (storage, len(values))
+        assert (weight.stored_bytes, weight.multiply_accumulates) == (stored[weight.name].nbytes, values.numel())
+        assert weight.stored_zeros == values.eq(0).sum()
+    assert report.stored_zeros == sum(weight.stored_zeros for weight in report.weights)
+    if weight_dtype == torch.float32:
+        assert report == sparsity_report(layer, pattern=storage)
+
+
+def test_lines_about_picks():
+    layer = nn.GRU(2, 32, bias=False)
+    for weight in layer.parameters():
+        weight.data[1:] = 0  # one row: 15 of 16 weights are zeros
+    assert str(sparsity_report(layer, pattern=Picks(bank=16, columns=2))).splitlines()[-5:] == [
+        "Recurrent layers: 1.0% dense, 34 non-zero weights.",
+        "  bytes     2,996 stored, 13,056 dense (4.36x)",
+        "  MAC/step  544 stored, 3,264 dense (6.00x)",
+        "  zeros     510 among the stored weights (93.8%)",
+        "A picked unit of 16x2 in 16: 16 hidden units, 2 weights of each, from its own out of 16 neighbouring columns.",
+    ]
+    assert "zeros  " not in str(sparsity_report(nn.GRU(2, 32), pattern=(16, 1)))
+    assert "on a GPU" not in str(sparsity_report(layer, pattern=Picks())).lower()
 
 
 def test_lines_about_half_empty():
@@ -167,12 +231,14 @@ def test_lines_about_half_empty():
     text = str(sparsity_report(layer, pattern=(4, 1)))
     assert text.endswith(
         """
-A block takes as many vector multiply-adds as one of the next multiple of 16 rows, and on a GPU as many bytes:
-weight                   stored  of all  bytes  vector MAC/step
-weight_ih_l0    0 blocks of 4x1    0.0%    100                0
-  would be     0 blocks of 16x1    0.0%     28                0
-weight_hh_l0   32 blocks of 4x1    4.2%    740               32
-  would be    32 blocks of 16x1   16.7%  2,204               32
+Units take as many vector multiply-adds as those of the next multiple of 16 rows, and blocks on a GPU as many bytes:
+weight                               stored  of all  bytes  vector MAC/step
+weight_ih_l0                0 blocks of 4x1    0.0%    100                0
+  would be                 0 blocks of 16x1    0.0%     28                0
+  would be     0 picked units of 16x1 in 32    0.0%    104                0
+weight_hh_l0               32 blocks of 4x1    4.2%    740               32
+  would be                32 blocks of 16x1   16.7%  2,204               32
+  would be    32 picked units of 16x1 in 32   16.7%  2,792               32
 
 On a GPU each gate of 16 units takes as long as the one with the most blocks; a Pruner with balanced=True makes them \
 equal (accuracy not measured):
@@ -246,7 +312,7 @@ def test_wrong_arguments():
 
 def test_bare_state_dict_of_a_converted_model():
     state = to_sparse(pruned(nn.GRU(20, 32)).eval()).state_dict()
-    with pytest.raises(ValueError, match=r"blocks of a converted layer .* such as weight_ih_l0_values.* save_sparse"):
+    with pytest.raises(ValueError, match=r"parts of a converted layer.* such as weight_ih_l0_values.* save_sparse"):
         sparsity_report(state)
 
 

@@ -1,4 +1,4 @@
-"""Recurrent layers that are pruned while they train and then run from block-sparse weights kept on chip."""
+"""Recurrent layers that are pruned while they train and then run from sparse weights kept on chip."""
 
 from triton_sparse_rnn.conversion import sparsify, to_dense, to_sparse
 from triton_sparse_rnn.errors import BackendUnavailableError, SparseFileError

@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser; it imports nothing heavy, so that --help is quick."""
     parser = argparse.ArgumentParser(
         prog="triton-sparse-rnn",
-        description="Recurrent networks that train while they are pruned and run from block-sparse weights.",
+        description="Recurrent networks that train while they are pruned and run from sparse weights.",
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -44,8 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train a character model sparse and dense, convert it, generate text, compare",
-        description="Train a SparseGRU while it is pruned to 90 %% and an nn.GRU the same way, convert the sparse one, "
-        "check it, let it write, and show speed and accuracy in one table. A few minutes on 2 cores.",
+        description="Train a SparseGRU while 90 %% of it is pruned, in picks and once more in blocks, and an nn.GRU "
+        "the same way; convert the sparse ones, check them, let the first write, show speed and accuracy in a table. "
+        "A few minutes on 2 cores.",
     )
     demo.add_argument(
         "--text", type=Path, metavar="PATH", help="a text file or a folder of them [Python's own library]"
@@ -63,8 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="show density, bytes and multiply-accumulates of a checkpoint",
-        description="Show the density of each recurrent weight and gate of a checkpoint, the bytes it takes in blocks, "
-        "and multiply-accumulates per step. FILE is a .safetensors file or what torch.save wrote of a state_dict.",
+        description="Show the density of each recurrent weight and gate of a checkpoint, how to_sparse() would store "
+        "it on this machine (in picks or in blocks), the bytes it then takes, and multiply-accumulates per step. FILE "
+        "is a .safetensors file or what torch.save wrote of a state_dict.",
     )
     report.add_argument("file", type=Path, metavar="FILE")
     report.set_defaults(run=_report)

@@ -28,7 +28,7 @@ __all__ = ["sparsify", "to_dense", "to_sparse"]
 def to_sparse(
     model: nn.Module, **options: Unpack[ConversionOptions]
 ) -> Any:  # a module; of a class whose annotations do not know that its layers have other classes now
-    """Return a model whose recurrent layers run from block-sparse weights, for inference.
+    """Return a model whose recurrent layers run from sparse weights, for inference.
 
     Every nn.RNN, nn.GRU and nn.LSTM is converted, sparse training modules and plain ones alike, by reading the zeros in
     its weights. Hooks, and parameters, buffers, modules and attributes that were added to a layer, are taken over.

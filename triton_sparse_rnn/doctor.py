@@ -11,7 +11,7 @@ from typing import Any
 from triton_sparse_rnn.tables import align
 
 PACKAGES = ("triton-sparse-rnn", "torch", "numpy", "numba", "llvmlite", "triton", "safetensors", "rich", "matplotlib")
-FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "sve")
+FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16", "amx_int8", "asimd", "sve")
 
 
 def versions() -> dict[str, str | None]:
@@ -68,6 +68,19 @@ def kernel_target() -> str:
     return target.vector_path() + (" with vpdpbusd" if target.multiplies_bytes() else "")
 
 
+def picks_speed() -> str:
+    """Return how fast weights stored in picks run on backend "cpu" here."""
+    from triton_sparse_rnn.kernels.cpu import support
+
+    return {
+        "AVX-512 with bytes": "at full speed, with activations in int8 too",
+        "AVX-512": "at full speed; not with activations in int8, which need VBMI and VNNI",
+        "AVX2": "slower than blocks, for lack of AVX-512; pattern=Picks(bank=8) is the best of them here",
+        "generic": "slowly, for lack of AVX-512; prune in blocks for this machine",
+        "none": "in plain torch only",
+    }[support.vectors()]
+
+
 def cuda_device() -> str:
     """Return the name, the size and the compute capability of the current CUDA device."""
     import torch
@@ -109,6 +122,7 @@ def diagnosis() -> str:
             ["  processor", f"{processor['processor']}, {processor['usable_cores']} usable cores"],
             ["  instructions", " ".join(processor["vector_instructions"])],
             ["  CPU kernels", kernel_target()],
+            ["  picks run", picks_speed()],
             ["  torch threads", str(torch.get_num_threads())],
             ["  CUDA device", cuda_device()],
             ["  GPU kernels", gpu_kernels()],

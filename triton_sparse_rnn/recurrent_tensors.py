@@ -38,7 +38,7 @@ def find_gates(tensors: Mapping[str, Tensor | BlockMatrix]) -> Iterator[tuple[st
             if tensor.shape == (columns, hidden) if is_projection else tensor.shape[0] == rows:
                 gates = 1 if is_projection else gates
                 if isinstance(tensor, BlockMatrix) and tensor.gates != gates:
-                    raise ValueError(f"{name} is of {gates} gates in its layer, but has blocks of {tensor.gates}")
+                    raise ValueError(f"{name} is of {gates} gates in its layer, but is stored as of {tensor.gates}")
                 yield name, gates
 
 

@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from triton_sparse_rnn.names import clean_names
 from triton_sparse_rnn.nn.computed_weights import join_parts
 from triton_sparse_rnn.nn.model_tensors import tensors_by_name
+from triton_sparse_rnn.nn.storage_choice import fastest_storage
 from triton_sparse_rnn.recurrent_tensors import NAMES_BY_COUNT, find_gates, is_nonzero
 from triton_sparse_rnn.report_values import GateReport, SparsityReport, TensorReport, UnitCount, WeightReport
 from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES, BlockMatrix
 from triton_sparse_rnn.sparse.patterns import Blocks, Pattern, PatternLike, as_pattern
+from triton_sparse_rnn.sparse.picks import Picks
 from triton_sparse_rnn.sparse.row_blocks import UNITS
 
 # Of buffers of a PersistentLayer.
-_BLOCKS = re.compile(rf".*weight_(ih|hh|hr)_l\d+(_reverse)?_({'|'.join(BlockMatrix.PARTS)})")
+_PARTS = re.compile(rf".*weight_(ih|hh|hr)_l\d+(_reverse)?_({'|'.join(BlockMatrix.PARTS)})")
 
 
-def sparsity_report(model: nn.Module | Mapping[str, Any], *, pattern: PatternLike = (16, 1)) -> SparsityReport:
+def sparsity_report(model: nn.Module | Mapping[str, Any], *, pattern: PatternLike | None = None) -> SparsityReport:
     """Count what is zero, and what would be stored and multiplied without it.
 
     Args:
@@ -32,17 +34,19 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, pattern: PatternLik
             values of a mapping may be BlockMatrix. Anything but tensors in a mapping is left out. A weight that
             a parametrization or a hook computes is counted by its values; a mapping tells those of weight_norm and
             prune, the functions. Names are reported without what wrappers such as torch.compile put in.
-        pattern: in which weights that are not stored in blocks are counted.
+        pattern: in which weights that are not converted are counted; None takes, weight by weight, what `to_sparse`
+            would store on this machine: picks, blocks or, for weight_ih, an ordinary matrix.
     Returns:
         A report for every weight_ih, weight_hh and weight_hr (of nn.RNN, nn.GRU, nn.LSTM and their cells) and gate.
     Raises:
         TypeError: `model` is neither.
         ValueError: it has no tensors, or some whose numbers cannot be read (on the meta device, nested, of a dtype that
-            torch cannot compare), or is the bare state_dict of a converted model, which does not tell sizes.
+            torch cannot compare), or is the bare state_dict of a converted model, which does not tell sizes; or
+            `pattern` is far larger than a weight.
 
     >>> layer = nn.GRU(2, 16, bias=False)
     >>> _ = layer.weight_hh_l0.data[:, 4:].zero_()
-    >>> print(sparsity_report(layer))
+    >>> print(sparsity_report(layer, pattern=(16, 1)))
     weight        gate    shape  density  non-zero             stored  bytes  MAC/step
     weight_ih_l0  all    48 x 2   100.0%        96   6 blocks of 16x1    424        96
                   r      16 x 2   100.0%        32                  2    136        32
@@ -57,7 +61,7 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, pattern: PatternLik
       bytes     1,256 stored, 3,456 dense (2.75x)
       MAC/step  288 stored, 864 dense (3.00x)
     """
-    pattern = as_pattern(pattern)
+    named = None if pattern is None else as_pattern(pattern)
     computed: tuple[str, ...] = ()
     if isinstance(model, nn.Module):
         tensors = tensors_by_name(model)
@@ -73,21 +77,21 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, pattern: PatternLik
         raise ValueError(f"model has tensors without data on the meta device, such as {missing[0]}")
     if nested := [name for name, value in tensors.items() if isinstance(value, Tensor) and value.is_nested]:
         raise ValueError(f"model has nested tensors, which have several shapes, such as {nested[0]}")
-    if parts := [name for name in tensors if _BLOCKS.fullmatch(name)]:
+    if parts := [name for name in tensors if _PARTS.fullmatch(name)]:
         raise ValueError(
-            f"model has blocks of a converted layer without their sizes, such as {parts[0]}: "
+            f"model has parts of a converted layer's weights without their sizes, such as {parts[0]}: "
             "give the module itself, or save it by save_sparse()"
         )
     gates = dict(find_gates(tensors))
     return SparsityReport(
-        tuple(_report_weight(name, tensors, count, pattern) for name, count in gates.items()),
+        tuple(_report_weight(name, tensors, count, named) for name, count in gates.items()),
         tuple(_report_tensor(name, value) for name, value in tensors.items() if name not in gates),
         computed,
     )
 
 
 def _report_weight(
-    name: str, tensors: Mapping[str, Tensor | BlockMatrix], gates: int, pattern: Pattern
+    name: str, tensors: Mapping[str, Tensor | BlockMatrix], gates: int, named: Pattern | None
 ) -> WeightReport:
     weight = tensors[name]
     if isinstance(weight, BlockMatrix):
@@ -98,6 +102,13 @@ def _report_weight(
         return _report_stored(name, nonzero, pattern, kept, dtype, dense.nbytes)
     nonzero, nbytes = is_nonzero(name, weight).unflatten(0, (gates, -1)), weight.numel() * weight.element_size()
     if isinstance(tensors.get(name.replace("weight_ih", "weight_hh")), BlockMatrix):
+        return _report_kept_dense(name, nonzero, nbytes)
+    if named is not None:
+        _, rows, columns = nonzero.shape
+        named.check_size(rows, columns, f"each gate of {name}" if gates > 1 else name)
+    may_stay_dense = name.rpartition(".")[2].startswith("weight_ih")
+    pattern = named or fastest_storage(nonzero, backend=None, activation_dtype=None, may_stay_dense=may_stay_dense)
+    if pattern is None:
         return _report_kept_dense(name, nonzero, nbytes)
     dtype = weight.dtype if weight.dtype in STORAGE_DTYPES and weight.is_floating_point() else torch.float32
     return _report_stored(name, nonzero, pattern, pattern.kept(nonzero), dtype, nbytes)
@@ -124,6 +135,7 @@ def _report_stored(
         for gate, there, units in zip(NAMES_BY_COUNT[gates], _by_gate(nonzero), _by_gate(kept), strict=True)
     )
     count, whole = _count_units(pattern, kept, nonzero, dtype), pattern.in_whole_vectors()
+    fuller = () if whole is None else (whole,) if isinstance(whole, Picks) else (whole, Picks())
     return WeightReport(
         name=name,
         shape=(gates * H, columns),
@@ -131,8 +143,10 @@ def _report_stored(
         gates=parts,
         stored_bytes=count.stored_bytes,
         dense_bytes=dense_bytes,
-        half_empty=None if whole is None else (count, _count_units(whole, whole.kept(nonzero), nonzero, dtype)),
-        fullest_group=_fullest_group(pattern.spread(kept, nonzero)),
+        half_empty=(count, *(_count_units(one, one.kept(nonzero), nonzero, dtype) for one in fuller))
+        if fuller
+        else None,
+        fullest_group=1.0 if isinstance(pattern, Picks) else _fullest_group(pattern.spread(kept, nonzero)),
     )
 
 

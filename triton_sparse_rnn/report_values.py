@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS
 from triton_sparse_rnn.sparse.patterns import Pattern
+from triton_sparse_rnn.sparse.picks import Picks
 from triton_sparse_rnn.tables import align
 
 UNEVEN_ABOVE = 1.2  # of WeightReport.fullest_group: from where on a user is told so
@@ -61,9 +62,9 @@ class WeightReport:
         pattern: in which it is stored; None of a weight that a converted layer keeps dense.
         stored_bytes: of the whole storage, row starts and scales included.
         dense_bytes: of the weight as a dense matrix.
-        half_empty: where units leave vectors partly empty, the weight in these and in such that do not; else None.
+        half_empty: where units leave vectors partly empty, the weight in these and in patterns that do not; else None.
         fullest_group: in blocks of 16 x 1, those of the fullest gate of a unit group as a multiple of the mean. On a
-            GPU the others wait for it at every step.
+            GPU the others wait for it at every step. 1 for picks, which no GPU runs.
     """
 
     name: str
@@ -72,7 +73,7 @@ class WeightReport:
     gates: tuple[GateReport, ...]
     stored_bytes: int
     dense_bytes: int
-    half_empty: tuple[UnitCount, UnitCount] | None = None
+    half_empty: tuple[UnitCount, ...] | None = None
     fullest_group: float = 1.0
 
     @property
@@ -86,6 +87,11 @@ class WeightReport:
     @property
     def multiply_accumulates(self) -> int:
         return sum(gate.multiply_accumulates for gate in self.gates)
+
+    @property
+    def stored_zeros(self) -> int:
+        """Zeros that are stored and multiplied: they fill up blocks, rows of a bank with fewer weights, and edges."""
+        return self.multiply_accumulates - self.nonzero
 
     @property
     def dense_multiply_accumulates(self) -> int:
@@ -148,6 +154,10 @@ class SparsityReport:
         return sum(weight.multiply_accumulates for weight in self.weights)
 
     @property
+    def stored_zeros(self) -> int:
+        return sum(weight.stored_zeros for weight in self.weights)
+
+    @property
     def dense_multiply_accumulates(self) -> int:
         return sum(weight.dense_multiply_accumulates for weight in self.weights)
 
@@ -175,9 +185,22 @@ class SparsityReport:
             f" ({self.dense_bytes / max(1, self.stored_bytes):.2f}x)",
             f"  MAC/step  {self.multiply_accumulates:,} stored, {self.dense_multiply_accumulates:,} dense"
             f" ({self.dense_multiply_accumulates / max(1, self.multiply_accumulates):.2f}x)",
+            *self._zeros_lines(),
+            *self._picks_lines(),
             *self._half_empty_lines(),
             *self._uneven_lines(),
         ]
+
+    def _zeros_lines(self) -> list[str]:
+        if not self.stored_zeros:
+            return []
+        share = self.stored_zeros / self.multiply_accumulates
+        return [f"  zeros     {self.stored_zeros:,} among the stored weights ({share:.1%})"]
+
+    def _picks_lines(self) -> list[str]:
+        """Say what a picked unit is, once for each kind."""
+        found = dict.fromkeys(weight.pattern for weight in self.weights if isinstance(weight.pattern, Picks))
+        return [f"{'A ' + pattern.describe()}: {_in_words(pattern)}." for pattern in found]
 
     def _computed_lines(self) -> list[str]:
         if not self.computed:
@@ -188,14 +211,15 @@ class SparsityReport:
     def _half_empty_lines(self) -> list[str]:
         rows = [["weight", "stored", "of all", "bytes", "vector MAC/step"]]
         for weight in self.weights:
-            for name, count in zip((weight.name, "  would be"), weight.half_empty or (), strict=False):
+            for i, count in enumerate(weight.half_empty or ()):
+                name = "  would be" if i else weight.name
                 numbers = f"{count.density:.1%}", f"{count.stored_bytes:,}", f"{count.vector_multiply_adds:,}"
                 rows.append([name, count.pattern.describe(count.stored_units), *numbers])
         if len(rows) == 1:
             return []
         heading = (
-            f"A block takes as many vector multiply-adds as one of the next multiple of {VECTOR_ROWS} rows, "
-            "and on a GPU as many bytes:"
+            f"Units take as many vector multiply-adds as those of the next multiple of {VECTOR_ROWS} rows, and blocks "
+            "on a GPU as many bytes:"
         )
         return ["", heading, *align(rows, right=range(1, 5))]
 
@@ -231,3 +255,8 @@ def _cells(part: WeightReport | GateReport, stored: str) -> Sequence[str]:
         f"{part.stored_bytes:,}",
         f"{part.multiply_accumulates:,}",
     )
+
+
+def _in_words(pattern: Picks) -> str:
+    rows, weights = f"{pattern.rows} hidden units", "weight" if pattern.columns == 1 else "weights"
+    return f"{rows}, {pattern.columns} {weights} of each, from its own out of {pattern.bank} neighbouring columns"

@@ -214,7 +214,9 @@ def _describe(path: str, module: PersistentLayer) -> dict[str, Any]:
             if isinstance(weight, BlockMatrix):
                 weight.check()
         except ValueError as error:  # somebody has written into its indices
-            raise ValueError(f"model has blocks in {_prefix(path)}{name} that do not fit together: {error}") from error
+            raise ValueError(
+                f"model has stored parts of {_prefix(path)}{name} that do not fit together: {error}"
+            ) from error
     return {
         "class": type(module).__name__,
         "dtype": _dtype_name(module.dtype),

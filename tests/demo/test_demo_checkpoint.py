@@ -15,15 +15,15 @@ from triton_sparse_rnn.demo.text import Text
 def path(tmp_path: Path, tiny: Settings, text: Text) -> Path:
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(
-        path, Progress({"sparse": {"model": {"w": torch.arange(500.0)}, "h": None}}, {"sparse": 1.5}), tiny, text
+        path, Progress({"picks": {"model": {"w": torch.arange(500.0)}, "h": None}}, {"picks": 1.5}), tiny, text
     )
     return path
 
 
 def test_comes_back(path: Path, tiny: Settings, text: Text):
     progress = load_checkpoint(path, tiny, text)
-    assert progress.seconds == {"sparse": 1.5}
-    assert torch.equal(progress.states["sparse"]["model"]["w"], torch.arange(500.0))
+    assert progress.seconds == {"picks": 1.5}
+    assert torch.equal(progress.states["picks"]["model"]["w"], torch.arange(500.0))
     assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]
 
 
@@ -64,12 +64,12 @@ def test_another_version(path: Path, tiny: Settings, text: Text):
         {"format": torch.ones(2)},
         {"format": "1"},
         {"states": 5},
-        {"states": ["sparse"]},
-        {"states": {"sparse": 5}},
-        {"states": {"sparse": [torch.ones(2)]}},
+        {"states": ["picks"]},
+        {"states": {"picks": 5}},
+        {"states": {"picks": [torch.ones(2)]}},
         {"seconds": None},
-        {"seconds": {"sparse": "1.5"}},
-        {"seconds": {"sparse": torch.ones(2)}},
+        {"seconds": {"picks": "1.5"}},
+        {"seconds": {"picks": torch.ones(2)}},
     ],
     ids=str,
 )
@@ -83,7 +83,7 @@ def test_foreign_entries_are_like_any_damage(path: Path, tiny: Settings, text: T
 @pytest.mark.parametrize("value", [torch.ones(2), torch.ones(2).to_sparse(), {"a": 1}, [[1]]], ids=str)
 def test_settings_that_are_no_plain_values(path: Path, tiny: Settings, text: Text, value: object):
     state = torch.load(path, weights_only=True)
-    for name in ("hidden_size", "block_size", "text"):
+    for name in ("hidden_size", "learning_rate", "text"):
         torch.save(state | {"run": state["run"] | {name: value}}, path)
         with pytest.raises(CheckpointError, match=f"damaged, .*'{name}' is a {type(value).__name__}"):
             load_checkpoint(path, tiny, text)
@@ -94,7 +94,7 @@ def test_a_full_disk(path: Path, tiny: Settings, text: Text):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(OSError, match="the file that was there is as it was") as caught:
-            save_checkpoint(path, Progress({"sparse": {"model": torch.zeros(10_000)}}), tiny, text)
+            save_checkpoint(path, Progress({"picks": {"model": torch.zeros(10_000)}}), tiny, text)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.filename == str(path)
@@ -114,6 +114,6 @@ def test_damage_is_found(path: Path, tiny: Settings, text: Text):
 def test_a_failed_save_leaves_the_old_file(path: Path, tiny: Settings, text: Text):
     before = path.read_bytes()
     with pytest.raises(AttributeError):
-        save_checkpoint(path, Progress({"sparse": {"model": lambda: None}}), tiny, text)
+        save_checkpoint(path, Progress({"picks": {"model": lambda: None}}), tiny, text)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from triton_sparse_rnn.demo.evaluation import (
@@ -18,7 +19,7 @@ from triton_sparse_rnn.demo.text import Text, Vocabulary
 
 @pytest.fixture
 def model(text: Text):
-    return build_model("dense", len(text.vocabulary), 5, 9, seed=3).eval()
+    return build_model(nn.GRU, len(text.vocabulary), 5, 9, seed=3).eval()
 
 
 def test_a_model_that_knows_nothing_needs_the_bits_of_a_plain_code(model, text: Text):
@@ -40,7 +41,7 @@ def test_state_is_carried_over_windows(model, text: Text):
 
 def test_an_other_also_costs_the_bits_that_say_which(model):
     vocabulary = Vocabulary(b"ab")
-    model = build_model("dense", len(vocabulary), 5, 9, seed=3).eval()
+    model = build_model(nn.GRU, len(vocabulary), 5, 9, seed=3).eval()
     torch.nn.init.zeros_(model.decoder.weight)
     torch.nn.init.zeros_(model.decoder.bias)
     held_out = vocabulary.encode(b"ab?a" * 50 + b"a")

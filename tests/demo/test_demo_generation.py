@@ -3,6 +3,7 @@ from typing import cast
 import pytest
 import torch
 
+from triton_sparse_rnn import SparseGRU
 from triton_sparse_rnn.conversion import to_sparse
 from triton_sparse_rnn.demo.generation import draw_noise, generate, step_of, time_streams
 from triton_sparse_rnn.demo.model import CharacterModel, build_model
@@ -10,7 +11,7 @@ from triton_sparse_rnn.demo.model import CharacterModel, build_model
 
 @pytest.fixture
 def model() -> CharacterModel:
-    model = build_model("sparse", 6, 5, 20, seed=1).eval()
+    model = build_model(SparseGRU, 6, 5, 20, seed=1).eval()
     for weight in (model.rnn.weight_ih_l0, model.rnn.weight_hh_l0):
         torch.nn.init.normal_(weight)
         weight.data[:, torch.arange(weight.shape[1]) % 5 > 0] = 0

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from triton_sparse_rnn import PersistentGRU
+from triton_sparse_rnn import PersistentGRU, SparseGRU
 from triton_sparse_rnn.demo import narrow as demo_narrow
 from triton_sparse_rnn.demo.evaluation import WrongResultError
 from triton_sparse_rnn.demo.model import CharacterModel, build_model
@@ -12,7 +12,7 @@ from triton_sparse_rnn.demo.narrow import NARROW, convert_narrow
 
 @pytest.fixture
 def trained() -> CharacterModel:
-    model = build_model("sparse", 9, 7, 20, seed=1).eval()
+    model = build_model(SparseGRU, 9, 7, 20, seed=1).eval()
     for weight in (model.rnn.weight_ih_l0, model.rnn.weight_hh_l0):
         weight.data[:, torch.arange(weight.shape[1]) % 3 > 0] = 0
     return model

@@ -16,9 +16,10 @@ from triton_sparse_rnn.demo.evaluation import WrongResultError
 from triton_sparse_rnn.demo.model import CharacterModel, build_model
 from triton_sparse_rnn.demo.narrow import NARROW
 from triton_sparse_rnn.demo.run import MODEL_FILES, WRITTEN, run_demo
-from triton_sparse_rnn.demo.settings import Settings
+from triton_sparse_rnn.demo.settings import PATTERNS, Settings
 from triton_sparse_rnn.demo.text import Text
 from triton_sparse_rnn.demo.training import Training
+from triton_sparse_rnn.nn.training import SparseGRU
 from triton_sparse_rnn.saving import load_sparse
 
 
@@ -47,35 +48,37 @@ def test_everything_is_written_and_the_checkpoint_gone(finished):
 
 def test_results_hold_what_the_table_shows(finished, tiny: Settings):
     folder, results, output = finished
-    for kind in ("dense", "sparse", *NARROW):
+    for kind in ("dense", "picks", *NARROW, "blocks"):
         row = results["models"][kind]
         assert row["file_bytes"] == (folder / row["file"]).stat().st_size
         *_, line = (line for line in output.splitlines() if line.strip().startswith(f"{row['name']} "))
         for shown in (f"{row['bits_per_character']:.3f}", f"{row['file_bytes']:,}", f"{row['us_per_character']:.1f}"):
             assert shown in line
         assert row["us_per_character"] > row["layer_us_per_character"] > 0
-    for kind in ("dense", "sparse"):
+    for kind in PATTERNS:
         assert f"{results['models'][kind]['nonzero_parameters']:,}" in output
         assert len(results["training"][kind]["bits_per_character"]) == tiny.steps
-    dense, sparse = results["models"]["dense"], results["models"]["sparse"]
-    assert sparse["nonzero_parameters"] < dense["nonzero_parameters"] == dense["parameters"] == sparse["parameters"]
+    dense, picks, blocks = (results["models"][kind] for kind in ("dense", "picks", "blocks"))
+    for sparse in (picks, blocks):
+        assert sparse["nonzero_parameters"] < dense["nonzero_parameters"] == dense["parameters"] == sparse["parameters"]
     assert results["check"]["difference"] <= results["check"]["allowed"]
     assert results["settings"]["hidden_size"] == tiny.hidden_size
-    assert results["training"]["sparse"]["final_sparsity"] == pytest.approx(0.9, abs=0.05)
+    for kind in ("picks", "blocks"):
+        assert results["training"][kind]["final_sparsity"] == pytest.approx(0.9, abs=0.05)
     assert "forecast" in output.lower()
 
 
-@pytest.mark.parametrize("kind", ["sparse", *NARROW])
+@pytest.mark.parametrize("kind", ["picks", *NARROW, "blocks"])
 def test_the_saved_model_is_the_one_that_was_measured(finished, tiny: Settings, text, kind: str):
     folder, results, _ = finished
     row = results["models"][kind]
-    model = build_model("sparse", len(text.vocabulary), tiny.input_size, tiny.hidden_size, seed=9)
+    model = build_model(SparseGRU, len(text.vocabulary), tiny.input_size, tiny.hidden_size, seed=9)
     loaded = load_sparse(model, folder / row["file"]).eval()
     assert demo_results.bits_per_character(loaded, text, tiny.held_out) == row["bits_per_character"]
 
 
 @pytest.mark.slow("programs")
-@pytest.mark.parametrize(("kind", "step"), [("sparse", 7), ("sparse", 14), ("dense", 1)])
+@pytest.mark.parametrize(("kind", "step"), [("picks", 7), ("picks", 14), ("dense", 1), ("blocks", 8), ("blocks", 14)])
 def test_interrupted_and_resumed_is_the_same_to_the_bit(
     finished, tiny: Settings, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, step: int
 ):
@@ -92,15 +95,15 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
         run(tiny, text_file, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
     results, _ = run(tiny, text_file, tmp_path, resume=True)
-    assert taken == [(one, count) for one in ("sparse", "dense") for count in range(1, tiny.steps + 1)]  # none twice
+    assert taken == [(one, count) for one in PATTERNS for count in range(1, tiny.steps + 1)]  # none twice
     folder, whole, _ = finished
     theirs = weights_of(folder)
     for name, tensor in weights_of(tmp_path).items():
         assert torch.equal(tensor, theirs[name]), name
-    for model in ("dense", "sparse", *NARROW):
+    for model in (*PATTERNS, *NARROW):
         for number in ("bits_per_character", "file_bytes"):
             assert results["models"][model][number] == whole["models"][model][number]
-    for model in ("dense", "sparse"):
+    for model in PATTERNS:
         for history in ("bits_per_character", "sparsity"):
             assert results["training"][model][history] == whole["training"][model][history]
     assert (tmp_path / "sample.txt").read_text() == (folder / "sample.txt").read_text()
@@ -148,7 +151,7 @@ ENTRIES = (
 @pytest.fixture(scope="module")
 def interrupted(tiny: Settings, text: Text) -> dict[str, Any]:
     """What a training holds after three steps."""
-    training = Training("sparse", tiny, text)
+    training = Training("picks", tiny, text)
     for _ in range(3):
         training.step()
     return training.state_dict()
@@ -161,7 +164,7 @@ def test_a_checkpoint_with_foreign_entries_of_a_training(
     for value in FOREIGN[1:] if entry == "h" else FOREIGN:  # None is the state of a stream that begins
         state = copy.deepcopy(interrupted)
         change_entry(state, entry, value)
-        save_checkpoint(tmp_path / CHECKPOINT, Progress({"sparse": state}, {"sparse": 1.0}), tiny, text)
+        save_checkpoint(tmp_path / CHECKPOINT, Progress({"picks": state}, {"picks": 1.0}), tiny, text)
         with pytest.raises(
             CheckpointError, match=r"checkpoint.pt: damaged, or not a checkpoint of this demo"
         ) as caught:
@@ -172,7 +175,7 @@ def test_a_checkpoint_with_foreign_entries_of_a_training(
 @pytest.mark.parametrize(
     ("entry", "value", "message"),
     [
-        ("kind", "dense", "it is of a 'dense' training, not of a 'sparse' one"),
+        ("kind", "dense", "it is of a 'dense' training, not of a 'picks' one"),
         ("h", torch.zeros(1, 3, 21), "h must be a state of the layer"),
         ("h", torch.zeros(1, 3, 20).double(), "h must be a state"),
         ("losses", [1.0] * 15, "losses must be numbers, one for each step"),
@@ -190,5 +193,5 @@ def test_a_training_refuses_what_would_fail_later(
     state = copy.deepcopy(interrupted)
     change_entry(state, entry, value)
     with pytest.raises(ValueError, match=message):
-        Training("sparse", tiny, text).load_state_dict(state)
-    Training("sparse", tiny, text).load_state_dict(interrupted)
+        Training("picks", tiny, text).load_state_dict(state)
+    Training("picks", tiny, text).load_state_dict(interrupted)

@@ -4,9 +4,11 @@ import signal
 import pytest
 import torch
 
-from triton_sparse_rnn.demo.settings import QUICK, Settings
+from triton_sparse_rnn.demo.settings import PATTERNS, QUICK, Settings
 from triton_sparse_rnn.demo.text import Text
 from triton_sparse_rnn.demo.training import Training, build_pruner, cut_into_streams, learning_rate, train
+from triton_sparse_rnn.sparse.patterns import Blocks, Pattern
+from triton_sparse_rnn.sparse.picks import Picks
 
 
 def nothing() -> None:
@@ -20,7 +22,7 @@ def finished(kind: str, settings: Settings, text: Text) -> Training:
 
 
 def test_both_models_start_from_the_same_weights_and_see_the_same_text(tiny: Settings, text: Text):
-    sparse, dense = (Training(kind, tiny, text) for kind in ("sparse", "dense"))
+    sparse, dense = (Training(kind, tiny, text) for kind in ("picks", "dense"))
     for ours, theirs in zip(sparse.model.parameters(), dense.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     for training in (sparse, dense):
@@ -28,8 +30,11 @@ def test_both_models_start_from_the_same_weights_and_see_the_same_text(tiny: Set
     assert sparse.losses == dense.losses
 
 
-def test_sparse_model_reaches_the_forecast_and_dense_one_stays_dense(tiny: Settings, text: Text):
-    sparse, dense = (finished(kind, tiny, text) for kind in ("sparse", "dense"))
+@pytest.mark.parametrize("kind", ["picks", "blocks"])
+def test_sparse_model_reaches_the_forecast_and_dense_one_stays_dense(tiny: Settings, text: Text, kind: str):
+    sparse, dense = (finished(one, tiny, text) for one in (kind, "dense"))
+    assert sparse.pruner is not None
+    assert sparse.pruner.pattern == PATTERNS[kind]
     zeros = [
         weight.eq(0).float().mean().item() for weight in (sparse.model.rnn.weight_ih_l0, sparse.model.rnn.weight_hh_l0)
     ]
@@ -41,15 +46,16 @@ def test_sparse_model_reaches_the_forecast_and_dense_one_stays_dense(tiny: Setti
     assert dense.model.rnn.weight_hh_l0.ne(0).all()
 
 
+@pytest.mark.parametrize("pattern", [Picks(), Blocks(16, 1)], ids=str)
 @pytest.mark.parametrize("settings", [Settings(), QUICK])
-def test_pruning_ends_early_enough_to_go_on_training(settings: Settings):
+def test_pruning_ends_early_enough_to_go_on_training(settings: Settings, pattern: Pattern):
     training_model = torch.nn.GRU(settings.input_size, settings.hidden_size, device="meta").to_empty(device="cpu")
-    schedule = build_pruner(training_model, settings).weights[0].schedules[0]
+    schedule = build_pruner(training_model, settings, pattern).weights[0].schedules[0]
     assert schedule is not None
     assert 0.3 * settings.steps < schedule.last_step <= 0.8 * settings.steps
 
 
-@pytest.mark.parametrize("kind", ["sparse", "dense"])
+@pytest.mark.parametrize("kind", PATTERNS)
 @pytest.mark.parametrize("stop", [0, 1, 4, 9])
 def test_state_dict_goes_on_to_the_bit(tiny: Settings, text: Text, kind: str, stop: int, tmp_path):
     whole = finished(kind, tiny, text)

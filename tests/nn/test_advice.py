@@ -43,6 +43,22 @@ def test_little_to_skip_is_said(kept, message):
             warn_if_dense("weight_x", weight, Blocks(4, 2), density, kept_dense=True)
 
 
+def test_zeros_that_only_picks_skip_are_to_be_stored_in_picks():
+    layer = nn.LSTM(4, 48)
+    torch.manual_seed(0)
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        weight = layer.get_parameter(name)
+        weight.data *= torch.rand_like(weight) < 0.1
+    with pytest.warns(
+        UserWarning, match=r"not where they can be skipped: leave out storage, and it is stored in picks"
+    ):
+        to_sparse(layer, storage=(16, 1))
+    in_rows = torch.eye(16).repeat(1, 4)  # whole rows would have to be skipped
+    in_rows[0] = 1
+    with pytest.warns(UserWarning, match=r"not where they can be skipped: prune it first, with pattern=Blocks\("):
+        warn_if_dense("weight_x", in_rows, Blocks(16, 1), 1.0, named=Blocks(16, 1))
+
+
 def test_break_even_is_said_per_engine_and_size(monkeypatch):
     monkeypatch.setattr(advice, "BREAK_EVEN_MACHINE", "a machine")
     monkeypatch.setattr(advice, "BREAK_EVEN_ZEROS", {"nn.GRU": {8: 0, 16: 0.125}, "y": {8: 0.5}})

@@ -44,6 +44,8 @@ def train(model, pruner=None):
     [
         {"pattern": (16, 1)},
         {"pattern": (7, 2), "tie_gates": True},
+        {"pattern": Picks()},
+        {"pattern": Picks(7, 16, 2), "balanced": False, "tie_gates": True},
         {"pattern": (1, 1), "balanced": True},
         {"pattern": Picks(4, 8)},
         {"pattern": Picks(16, 32, 2)},
@@ -115,10 +117,14 @@ def test_nothing_changes():
 
 def test_table_lines_up():
     layer = nn.LSTM(40, 80)
-    text = str(forecast(layer, Pruner(layer, OneShot(sparsity=0.9, step=1), targets={"*ih*": None})))
+    text = str(forecast(layer, Pruner(layer, OneShot(sparsity=0.9, step=1), pattern=Picks(), targets={"*ih*": None})))
     lines = text.splitlines()
     assert [line.split()[0] for line in lines] == ["weight", "weight_hh_l0", "total"]
-    assert lines[1].split()[1:] == lines[2].split()[1:] == ["90.0%", "160", "10,964", "102,400", "2,560"]
+    assert (
+        lines[1].split()[1:]
+        == lines[2].split()[1:]
+        == ["90.0%", *["160", "picked", "units", "of", "16x1", "in", "32", "13,768", "102,400", "2,560"]]
+    )
     assert len({len(line) for line in lines}) == 1
 
 

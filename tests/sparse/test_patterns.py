@@ -1,10 +1,23 @@
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from triton_sparse_rnn import (
+    OneShot,
+    PersistentGRU,
+    Picks,
+    Pruner,
+    ThresholdRamp,
+    group_lasso,
+    sparsity_report,
+    to_sparse,
+)
 from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES, BlockMatrix
 from triton_sparse_rnn.sparse.patterns import Blocks, as_pattern
 
@@ -70,6 +83,36 @@ def test_sizes_below_one(bad):
         as_pattern(bad)
     with pytest.raises(ValueError, match=r"^rows and columns of Blocks must be at least \(1, 1\), got "):
         Blocks(*bad)
+
+
+TAKES_A_PATTERN: dict[str, Callable[[nn.GRU, Any], object]] = {
+    "Pruner": lambda layer, given: Pruner(layer, OneShot(sparsity=0.5, step=1), pattern=given),
+    "from_weights": lambda layer, given: ThresholdRamp.from_weights(
+        layer, 0.5, pattern=given, begin_step=0, ramp_step=1, end_step=2
+    ),
+    "group_lasso": lambda layer, given: group_lasso(layer, pattern=given),
+    "sparsity_report": lambda layer, given: sparsity_report(layer, pattern=given),
+    "BlockMatrix": lambda layer, given: BlockMatrix.from_dense(layer.get_parameter("weight_ih_l0"), given, gates=3),
+    "to_sparse": lambda layer, given: to_sparse(layer, storage=given),
+    "PersistentGRU": lambda layer, given: PersistentGRU.from_dense(layer, storage=given),
+}
+
+
+@pytest.mark.parametrize("function", TAKES_A_PATTERN)
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (16, TypeError, r"must be two integers \(rows, columns\)"),
+        ((16, 0), ValueError, r"must be at least \(1, 1\), got \(16, 0\)"),
+        (Blocks(10**9), ValueError, r"must be at most \(4096, 4096\) for .* of 7 x 5, got \(1000000000, 1\)"),
+        (Blocks(1, 10**9), ValueError, r"must be at most \(4096, 4096\) for .* of 7 x 5, got \(1, 1000000000\)"),
+        (Picks(10**9), ValueError, r"must be at most \(4096, 4096\) for .* of 7 x 5, got \(1000000000, 1\)"),
+    ],
+)
+def test_whoever_takes_a_pattern_names_the_argument(function, given, error, message):
+    argument = "storage" if function in ("to_sparse", "PersistentGRU") else "pattern"
+    with pytest.raises(error, match=rf"^{argument} {message}"):
+        TAKES_A_PATTERN[function](nn.GRU(5, 7), given)
 
 
 @pytest.mark.parametrize("score", FORMULAS)

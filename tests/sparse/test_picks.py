@@ -213,7 +213,10 @@ def test_bytes_of_what_is_stored(dtype):
 
 def test_names_and_sizes():
     assert repr(Picks()) == "Picks(rows=16, bank=32, columns=1)"
-    assert (Picks().describe(), Picks(8, 64, 4).describe(1200)) == ("picked unit of 16x1", "1,200 picked units of 8x4")
+    assert (Picks().describe(), Picks(8, 64, 4).describe(1200)) == (
+        "picked unit of 16x1 in 32",
+        "1,200 picked units of 8x4 in 64",
+    )
     assert Picks(8, 64, 4).in_whole_vectors() == Picks(16, 64, 4)
     assert Picks(32).in_whole_vectors() is None
     assert (Picks(8, 64, 4).vectors, Picks(8, 64, 4).products, Picks(8, 64, 4).block_size) == (4, 32, (8, 4))

@@ -16,7 +16,7 @@ from triton_sparse_rnn.demo.text import Text
 from triton_sparse_rnn.pruning.state import is_plain
 
 CHECKPOINT = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
 T = TypeVar("T")
 
 
@@ -29,7 +29,7 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        states: by kind ("sparse", "dense"), what `Training.state_dict` returned last.
+        states: by kind (settings.PATTERNS), what `Training.state_dict` returned last.
         seconds: spent in training so far, by kind.
     """
 

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_sparse_rnn.nn.training import SparseGRU
-
 
 class CharacterModel(nn.Module):
     """Scores for the next symbol from the symbols so far.
@@ -30,8 +28,9 @@ class CharacterModel(nn.Module):
         return self.decoder(y), end
 
 
-def build_model(kind: str, symbols: int, input_size: int, hidden_size: int, seed: int) -> CharacterModel:
-    """Return the "sparse" model (SparseGRU) or the "dense" one (nn.GRU); both start from the same weights."""
+def build_model(
+    layer_class: type[nn.GRU], symbols: int, input_size: int, hidden_size: int, seed: int
+) -> CharacterModel:
+    """Return a model with a layer of nn.GRU or SparseGRU; both start from the same weights."""
     torch.manual_seed(seed)
-    rnn = {"sparse": SparseGRU, "dense": nn.GRU}[kind](input_size, hidden_size)
-    return CharacterModel(symbols, rnn)
+    return CharacterModel(symbols, layer_class(input_size, hidden_size))

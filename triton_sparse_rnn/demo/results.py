@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,19 +19,21 @@ from triton_sparse_rnn.demo.evaluation import Comparison, WrongResultError, bits
 from triton_sparse_rnn.demo.generation import draw_noise, time_streams
 from triton_sparse_rnn.demo.model import CharacterModel, build_model
 from triton_sparse_rnn.demo.narrow import NARROW, convert_narrow
-from triton_sparse_rnn.demo.settings import Settings
+from triton_sparse_rnn.demo.settings import PATTERNS, Settings
 from triton_sparse_rnn.demo.text import Text
 from triton_sparse_rnn.demo.training import Training
 from triton_sparse_rnn.doctor import describe_processor, versions
+from triton_sparse_rnn.nn.training import SparseGRU
 from triton_sparse_rnn.saving import load_sparse, save_sparse
+from triton_sparse_rnn.sparse.patterns import PatternLike
 
-SPARSE_FILE, DENSE_FILE = "model.safetensors", "dense.safetensors"
+SPARSE_FILE, BLOCKS_FILE, DENSE_FILE = "model.safetensors", "model-blocks.safetensors", "dense.safetensors"
 CHECKED = (256, 8)  # T, B of the comparison between trained and converted model
 NARROW_CHECKED = 64  # T of that with narrow weights, which takes plain torch for comparison
 
 
 def convert_and_check(
-    trained: CharacterModel, text: Text, storage: tuple[int, int] | None = None
+    trained: CharacterModel, text: Text, storage: PatternLike | None = None
 ) -> tuple[CharacterModel, Comparison]:
     """Return the model with its layer converted, and how far its outputs are from the trained one's.
 
@@ -51,8 +53,7 @@ def _check_ids(text: Text) -> Tensor:
 
 
 def measure(
-    dense: CharacterModel,
-    trained: CharacterModel,
+    trained: Mapping[str, CharacterModel],
     converted: CharacterModel,
     text: Text,
     settings: Settings,
@@ -62,12 +63,24 @@ def measure(
 
     Times are of one symbol, times how many of them a character of the held-out text takes.
 
-    The rows named in NARROW are the sparse model with the weights of its layer stored in fewer bytes. The row
+    The rows named in NARROW are the model of picks with the weights of its layer stored in fewer bytes. The row
     "dense_weights_in_our_kernel" is the dense model converted: it has no zeros to skip, so its speed tells what of a
     ratio is not due to sparsity.
+
+    Args:
+        trained: the models by kind.
+        converted: that of picks.
+        text, settings: of the run.
+        folder: for the files.
     """
-    narrow = convert_narrow(trained, _check_ids(text)[:NARROW_CHECKED])
-    for file, model in ((SPARSE_FILE, converted), *((NARROW[name].file, model) for name, model in narrow.items())):
+    dense = trained["dense"]
+    narrow = convert_narrow(trained["picks"], _check_ids(text)[:NARROW_CHECKED])
+    blocks, _ = convert_and_check(trained["blocks"], text, storage=PATTERNS["blocks"])
+    for file, model in (
+        (SPARSE_FILE, converted),
+        (BLOCKS_FILE, blocks),
+        *((NARROW[name].file, model) for name, model in narrow.items()),
+    ):
         save_sparse(model, folder / file)
         check_saved(model, folder / file, text, settings)
     dense_tensors = {name: tensor.contiguous() for name, tensor in dense.state_dict().items()}
@@ -75,12 +88,20 @@ def measure(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a dense weight is converted: said in the name of the row
         unpruned, _ = convert_and_check(dense, text, storage=(16, 32))  # or torch would multiply by weight_ih
-    models = {"dense": dense, "sparse": converted, **narrow, "dense_weights_in_our_kernel": unpruned}
+    models = {
+        "dense": dense,
+        "picks": converted,
+        **narrow,
+        "blocks": blocks,
+        "dense_weights_in_our_kernel": unpruned,
+    }
     rows = _time_rows(models, text, settings)
+    zeros = f"{100 * settings.sparsity:g} % zeros"
     described = {
         "dense": ("nn.GRU", DENSE_FILE),
-        "sparse": (f"SparseGRU, {100 * settings.sparsity:g} % zeros", SPARSE_FILE),
+        "picks": (f"{zeros} in picks", SPARSE_FILE),
         **{name: (one.label, one.file) for name, one in NARROW.items()},
+        "blocks": (f"{zeros} in blocks", BLOCKS_FILE),
     }
     for name, (label, file) in described.items():
         rows[name] |= {
@@ -89,7 +110,7 @@ def measure(
             "file": file,
             "file_bytes": (folder / file).stat().st_size,
         }
-    for name, model in (("dense", dense), ("sparse", trained)):
+    for name, model in trained.items():
         rows[name] |= {
             "nonzero_parameters": count_nonzero(model),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -115,7 +136,7 @@ def check_saved(converted: CharacterModel, path: Path, text: Text, settings: Set
     Raises:
         WrongResultError: they differ.
     """
-    fresh = build_model("sparse", len(text.vocabulary), settings.input_size, settings.hidden_size, settings.seed + 1)
+    fresh = build_model(SparseGRU, len(text.vocabulary), settings.input_size, settings.hidden_size, settings.seed + 1)
     loaded = load_sparse(fresh, path)
     ids = _check_ids(text)
     with torch.inference_mode():

@@ -19,13 +19,20 @@ from triton_sparse_rnn.demo.generation import draw_noise, generate
 from triton_sparse_rnn.demo.model import CharacterModel
 from triton_sparse_rnn.demo.narrow import NARROW
 from triton_sparse_rnn.demo.plots import plot_mask, plot_training
-from triton_sparse_rnn.demo.results import DENSE_FILE, SPARSE_FILE, convert_and_check, describe_run, measure
-from triton_sparse_rnn.demo.settings import Settings
+from triton_sparse_rnn.demo.results import (
+    BLOCKS_FILE,
+    DENSE_FILE,
+    SPARSE_FILE,
+    convert_and_check,
+    describe_run,
+    measure,
+)
+from triton_sparse_rnn.demo.settings import PATTERNS, Settings
 from triton_sparse_rnn.demo.text import Text, load_text
 from triton_sparse_rnn.demo.training import Training, train
 
-MODEL_FILES = (DENSE_FILE, SPARSE_FILE, *(narrow.file for narrow in NARROW.values()))
-WRITTEN = (*MODEL_FILES, "results.json", "loss_and_sparsity.png", "mask.png", "sample.txt")
+MODEL_FILES = (DENSE_FILE, SPARSE_FILE, BLOCKS_FILE, *(narrow.file for narrow in NARROW.values()))
+WRITTEN = (*MODEL_FILES, "results.json", "loss_and_sparsity.png", "mask.png", "mask-blocks.png", "sample.txt")
 SHOWN = 600  # symbols of the sample on the screen
 TEMPERATURE = 0.7  # of the sample
 PROMPT = 400  # symbols of held-out text that the sample continues, back to the end of a line
@@ -39,7 +46,9 @@ def run_demo(
     resume: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Train the sparse model and the dense baseline, convert, check, generate, measure; write it all to `folder`.
+    """Train a model pruned in picks, a dense one and one pruned in blocks; convert, check, generate, measure.
+
+    All is written to `folder`.
 
     Args:
         settings: the numbers of the run.
@@ -64,14 +73,14 @@ def run_demo(
         if not resume and (folder / CHECKPOINT).exists():
             console.print(f"The unfinished run in {folder} is not continued: --resume was not given", highlight=False)
         console.print(f"Text: {text.source}; its last {len(text.held_out):,} bytes are held out", highlight=False)
-        sparse = _train("sparse", settings, text, progress, folder, console)
-        dense = _train("dense", settings, text, progress, folder, console)
-        converted, check = convert_and_check(sparse.model, text)
+        trainings = {kind: _train(kind, settings, text, progress, folder, console) for kind in PATTERNS}
+        trained = {kind: training.model for kind, training in trainings.items()}
+        converted, check = convert_and_check(trained["picks"], text)
         console.print(f"Converted with to_sparse(): {check}", highlight=False)
         sample = _write_sample(converted, text, settings, console)
-        models = measure(dense.model, sparse.model, converted, text, settings, folder)
-    results = describe_run(settings, text, check, models, (sparse, dense), progress)
-    _draw(sparse, dense, results, text, folder)
+        models = measure(trained, converted, text, settings, folder)
+    results = describe_run(settings, text, check, models, [*trainings.values()], progress)
+    _draw(trainings, results, text, folder)
     write_atomically(folder / "sample.txt", [sample.encode()])
     write_atomically(folder / "results.json", [f"{json.dumps(results, indent=1)}\n".encode()])
     (folder / CHECKPOINT).unlink()
@@ -130,25 +139,27 @@ def _write_sample(model: CharacterModel, text: Text, settings: Settings, console
     return "".join(pieces) + "\n"
 
 
-def _draw(sparse: Training, dense: Training, results: dict[str, Any], text: Text, folder: Path) -> None:
-    settings, rows = sparse.settings, results["models"]
-    per_character = text.bytes_per_character
-    percent = f"{100 * sparse.sparsities[-1]:.0f} %"
+def _draw(trainings: dict[str, Training], results: dict[str, Any], text: Text, folder: Path) -> None:
+    rows, picks = results["models"], trainings["picks"]
+    settings, per_character = picks.settings, text.bytes_per_character
     sizes = f"GRU {settings.hidden_size}, {settings.steps:,} steps on {text.name}"
     plot_training(
         folder / "loss_and_sparsity.png",
-        {kind: [bits * per_character for bits in one.losses] for kind, one in (("sparse", sparse), ("dense", dense))},
-        sparse.sparsities,
-        {kind: rows[kind]["bits_per_character"] for kind in ("sparse", "dense")},
-        f"{sizes}: pruned to {percent} in blocks of {'x'.join(map(str, settings.block_size))} while it trains",
+        {kind: [bits * per_character for bits in one.losses] for kind, one in trainings.items()},
+        picks.sparsities,
+        {kind: rows[kind]["bits_per_character"] for kind in trainings},
+        f"{sizes}: pruned to {100 * picks.sparsities[-1]:.0f} % while it trains",
     )
-    plot_mask(
-        folder / "mask.png",
-        sparse.model.rnn.weight_hh_l0,
-        ("r (reset)", "z (update)", "n (new)"),
-        settings.block_size,
-        f"What is kept of the recurrent weight: {sizes}",
-    )
+    for kind, file in (("picks", "mask.png"), ("blocks", "mask-blocks.png")):
+        pattern = trainings[kind].pattern
+        assert pattern is not None
+        plot_mask(
+            folder / file,
+            trainings[kind].model.rnn.weight_hh_l0,
+            ("r (reset)", "z (update)", "n (new)"),
+            pattern,
+            f"What is kept of the recurrent weight, pruned in {kind}: {sizes}",
+        )
 
 
 @contextlib.contextmanager

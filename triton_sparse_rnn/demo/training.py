@@ -1,4 +1,4 @@
-"""The training of one character model: the same steps for both, with a pruner for the sparse one."""
+"""The training of one character model: the same steps for all, with a pruner for the sparse ones."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from triton_sparse_rnn.demo.model import build_model
-from triton_sparse_rnn.demo.settings import Settings
+from triton_sparse_rnn.demo.settings import PATTERNS, Settings
 from triton_sparse_rnn.demo.text import Text
+from triton_sparse_rnn.nn.training import SparseGRU
 from triton_sparse_rnn.pruning.forecast import Forecast, forecast
 from triton_sparse_rnn.pruning.pruner import Pruner
 from triton_sparse_rnn.pruning.schedules import PolynomialDecay
+from triton_sparse_rnn.sparse.patterns import Pattern
 
 
 class Training:
@@ -28,6 +30,7 @@ class Training:
     (truncated back-propagation), so a step depends on nothing but what `state_dict` holds.
 
     Attributes:
+        pattern: in which the model is pruned, None for the dense one.
         forecast: of what the pruner will leave, None for the dense model.
         losses: bits per symbol at each step so far.
         sparsities: of the pruned weights after each step; 0 throughout for the dense model.
@@ -35,12 +38,17 @@ class Training:
 
     def __init__(self, kind: str, settings: Settings, text: Text) -> None:
         self.kind = kind
+        self.pattern = PATTERNS[kind]
         self.settings = settings
         self.model = build_model(
-            kind, len(text.vocabulary), settings.input_size, settings.hidden_size, seed=settings.seed
+            SparseGRU if self.pattern else nn.GRU,
+            len(text.vocabulary),
+            settings.input_size,
+            settings.hidden_size,
+            seed=settings.seed,
         )
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.learning_rate)
-        self.pruner = build_pruner(self.model, settings) if kind == "sparse" else None
+        self.pruner = build_pruner(self.model, settings, self.pattern) if self.pattern else None
         if self.pruner is not None:
             self.pruner.attach(self.optimizer)
         self.forecast: Forecast | None = forecast(self.model, self.pruner) if self.pruner is not None else None
@@ -180,7 +188,7 @@ def _interrupt_after_step() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def build_pruner(model: nn.Module, settings: Settings) -> Pruner:
+def build_pruner(model: nn.Module, settings: Settings, pattern: Pattern) -> Pruner:
     """Return a pruner of the recurrent and input weights, on the cubic ramp of Zhu & Gupta (2017)."""
     begin = max(1, round(settings.prune_begin * settings.steps))
     updates = max(1, round((settings.prune_end - settings.prune_begin) * settings.steps / settings.prune_every))
@@ -190,7 +198,7 @@ def build_pruner(model: nn.Module, settings: Settings) -> Pruner:
         end_step=begin + updates * settings.prune_every,
         frequency=settings.prune_every,
     )
-    return Pruner(model, schedule, pattern=settings.block_size)
+    return Pruner(model, schedule, pattern=pattern)
 
 
 def learning_rate(step: int, settings: Settings) -> float:

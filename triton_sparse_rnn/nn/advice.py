@@ -35,8 +35,9 @@ def warn_if_dense(
     pattern: Pattern,
     density: float,
     *,
+    gates: int = 1,
     kept_dense: bool = False,
-    advised: Pattern | None = None,
+    named: Pattern | None = None,
 ) -> None:
     """Say so when there is little to skip in a weight, and what would help.
 
@@ -45,20 +46,25 @@ def warn_if_dense(
         weight: [G * H, columns].
         pattern: in which it is stored, or would be.
         density: the fraction of its units that hold anything but zeros.
+        gates: G.
         kept_dense: whether it stays an ordinary matrix.
-        advised: the pattern to prune in, None for what runs well on its device.
+        named: the pattern that the user named, None for what runs well on its device.
     """
     if density <= LITTLE_TO_SKIP_ABOVE:
         return
     zeros = weight.eq(0).float().mean().item()
     consequence = "runs as a dense product" if density > NOT_PRUNED_ABOVE else "gains little"
     consequence = "stays dense and runs as a dense matrix product" if kept_dense else consequence
-    advised = advised or (Blocks(16, 1) if weight.is_cuda else Picks())
     found = "" if zeros <= 1 - LITTLE_TO_SKIP_ABOVE else "its zeros are not where they can be skipped: "
+    advice = f"prune it first, with pattern={named or (Blocks(16, 1) if weight.is_cuda else Picks())}"
+    if found and isinstance(named, Blocks) and not weight.is_cuda:
+        by_gate = weight.unflatten(0, (gates, -1))
+        if Picks().kept(by_gate).double().mean() <= LITTLE_TO_SKIP_ABOVE:
+            advice = "leave out storage, and it is stored in picks"
     measured = "" if weight.is_cuda else f" ({break_even_text()})"
     warn(
         f"{in_layer(name)} is {zeros:.0%} zeros and {density:.0%} of the units of {pattern} hold other weights, so "
-        f"there is little to skip and it {consequence}; {found}prune it first, with pattern={advised}.{measured}"
+        f"there is little to skip and it {consequence}; {found}{advice}.{measured}"
     )
 
 

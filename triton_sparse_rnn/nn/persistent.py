@@ -1,7 +1,7 @@
-"""What `to_sparse()` returns: recurrent layers for inference, whose weights are stored in blocks without the zeros.
+"""What `to_sparse()` returns: recurrent layers for inference, whose weights are stored without the zeros.
 
-The call, and what it returns, are those of nn.RNN, nn.GRU and nn.LSTM. No other copy of a weight exists than the one in
-blocks; see persistent_weights.py.
+The call, and what it returns, are those of nn.RNN, nn.GRU and nn.LSTM. No other copy of a weight exists than the
+stored one; see persistent_weights.py.
 """
 
 from __future__ import annotations
@@ -181,11 +181,11 @@ class PersistentLayer(PersistentTools):
     def to_dense(self) -> nn.RNNBase:
         """Return a layer of the dense class with these weights: bit for bit the original ones for an unchanged dtype.
 
-        The one exception is -0.0 in a block that is not stored: it comes back as 0.0. What was added to this layer is
+        The one exception is -0.0 that is not stored: it comes back as 0.0. What was added to this layer is
         taken over as `from_dense` does.
 
         Raises:
-            TypeError, ValueError: what was added cannot be copied or taken over, or indices of blocks are wrong.
+            TypeError, ValueError: what was added cannot be copied or taken over, or indices of weights are wrong.
         """
         dense = self._to_weights()
         copy_with_replacements(self, {"": dense})
@@ -315,7 +315,7 @@ class PersistentLayer(PersistentTools):
 
 
 class PersistentRNN(PersistentLayer):
-    """For inference, sparse in memory: nn.RNN from blocks of weights, tanh or relu. See `PersistentGRU`."""
+    """For inference, sparse in memory: nn.RNN from stored weights, tanh or relu. See `PersistentGRU`."""
 
     dense_class = nn.RNN
 
@@ -326,11 +326,14 @@ class PersistentRNN(PersistentLayer):
 
 
 class PersistentGRU(PersistentLayer):
-    """For inference, sparse in memory: nn.GRU from blocks of weights, where what is zero is neither held nor computed.
+    """For inference, sparse in memory: nn.GRU from stored weights alone: what is zero is neither held nor computed.
 
     The call and the results are those of nn.GRU. It has its sizes and options as attributes, but no parameters and no
-    backward. A block that is not stored does not read its input, so NaN and infinity travel along stored weights only.
-    On backend "triton" they travel along 16 x 1 blocks: of stored blocks of fewer rows, the rest of the 16 units reads
+    backward. What is not stored does not read its input, so NaN and infinity travel along stored weights only, with two
+    exceptions. Picks are filled up with zeros where hidden units of a unit group have fewer weights in a bank than
+    others, which the picks of a `Pruner` hardly ever need. Such a zero reads an input that its unit reads anyway, so
+    that infinity there gives NaN; or, if the unit has no weight in this bank, one that another unit reads. On backend
+    "triton" NaN and infinity travel along 16 x 1 blocks: of stored blocks of fewer rows, the rest of the 16 units reads
     the same input, times zero.
 
     >>> gru = nn.GRU(4, 8)
@@ -347,6 +350,6 @@ class PersistentGRU(PersistentLayer):
 
 
 class PersistentLSTM(PersistentLayer):
-    """For inference, sparse in memory: nn.LSTM from blocks of weights; states are pairs (h, c). See `PersistentGRU`."""
+    """For inference, sparse in memory: nn.LSTM from stored weights; states are pairs (h, c). See `PersistentGRU`."""
 
     dense_class = nn.LSTM

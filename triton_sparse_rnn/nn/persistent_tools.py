@@ -51,7 +51,7 @@ class PersistentTools(PersistentWeights):
                 raise
         one = name if name.startswith("weight") else "weight_hh_l0"
         raise AttributeError(
-            f"a {type(self).__name__} has no {name}: it was converted by to_sparse(), and its weights are in blocks. "
+            f"a {type(self).__name__} has no {name}: it was converted by to_sparse(), which stores no zeros. "
             f"stored_weights()[{one!r}].to_dense() is a copy of one, to_dense() a layer of torch.nn with all of them, "
             "and .dtype and .device are those of its inputs and states"
         )

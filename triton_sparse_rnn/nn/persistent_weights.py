@@ -84,7 +84,7 @@ class PersistentWeights(nn.Module):
 
     @property
     def density(self) -> float:
-        """Stored weights of all matrices, zeros inside stored blocks too, as a fraction of all."""
+        """Stored weights of all matrices, zeros that fill up what is stored too, as a fraction of all."""
         return stored_density(self.stored_weights())
 
     @property

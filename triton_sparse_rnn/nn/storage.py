@@ -85,6 +85,10 @@ def store_weights(
             continue
         gates = config.gate_count(name)
         by_gate = weight.unflatten(0, (gates, -1))
+        if pattern is not None:
+            pattern.check_size(
+                by_gate.shape[1], by_gate.shape[2], f"each gate of {name}" if gates > 1 else name, "storage"
+            )
         may_stay_dense = dtype == weight.dtype and name.startswith("weight_ih")
         own = pattern or fastest_storage(
             by_gate, backend=backend, activation_dtype=activation_dtype, may_stay_dense=may_stay_dense
@@ -99,7 +103,7 @@ def store_weights(
         ):
             own = None
         if not is_often_dense(name, weight, config.hidden_size):
-            warn_if_dense(name, weight, shown, density, kept_dense=own is None, advised=pattern)
+            warn_if_dense(name, weight, shown, density, gates=gates, kept_dense=own is None, named=pattern)
         weights[name] = (
             weight.clone(memory_format=torch.contiguous_format)
             if own is None

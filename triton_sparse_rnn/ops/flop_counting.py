@@ -25,7 +25,7 @@ def count_operations(x_shape: Sequence[int], states: Any, weights: Sequence[Any]
         weights: shapes of what `recurrent_layer` takes.
         states, args, kwargs: what else it takes; they make no difference.
 
-    >>> count_operations((5, 4), [(1, 1, 3)], [(12, 4), None, None, None, (2, 1, 16), *[None] * 9])
+    >>> count_operations((5, 4), [(1, 1, 3)], [(12, 4), *[None] * 5, (2, 1, 16), *[None] * 13])
     800
     """
     names = itertools.cycle(NAMES)

@@ -128,7 +128,7 @@ def check_weights(
                 check_activation_dtype(activation_dtype, weight.values.dtype)
             elif weight is not None:
                 if name != "weight_ih":
-                    raise ValueError(f"{name} must be in blocks, got an ordinary tensor")
+                    raise ValueError(f"{name} must be stored in blocks or picks, got an ordinary tensor")
                 _check_tensor(name, weight, shape, dtype, device)
                 check_activation_dtype(activation_dtype, weight.dtype)
         for name, bias in (("bias_ih", weights.bias_ih), ("bias_hh", weights.bias_hh)):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from triton_sparse_rnn.pruning.pruner import Pruner
 from triton_sparse_rnn.pruning.targets import Weight, find_weights
+from triton_sparse_rnn.sparse.patterns import Pattern
 from triton_sparse_rnn.tables import align
 
 
@@ -21,7 +22,7 @@ class WeightForecast:
         name: as in `Pruner.masks`.
         weights: how many it has.
         zeros: how many of them are pruned.
-        stored_units: units of the pattern, such as blocks, that are kept.
+        stored_units: how many units of the pattern, blocks or picked units, are kept.
         nbytes: of a `BlockMatrix` of them in the dtype of the parameter, indices and filled up edges included.
         macs_per_step: multiply-accumulates for one input vector, filled up edges included.
         dense_nbytes: of the parameter as it is.
@@ -47,15 +48,18 @@ class Forecast(WeightForecast):
 
     Attributes:
         rows: one for each weight that the pruner prunes.
+        pattern: the pruner's.
     """
 
     rows: tuple[WeightForecast, ...]
+    pattern: Pattern
 
     def __str__(self) -> str:
         table: list[tuple[str, ...]] = [("weight", "sparsity", "stored", "bytes", "dense bytes", "MACs/step")]
         for row in (*self.rows, self):
-            counts = (row.stored_units, row.nbytes, row.dense_nbytes, row.macs_per_step)
-            table.append((row.name, f"{row.sparsity:.1%}", *(f"{count:,}" for count in counts)))
+            counts = (row.nbytes, row.dense_nbytes, row.macs_per_step)
+            stored = self.pattern.describe(row.stored_units)
+            table.append((row.name, f"{row.sparsity:.1%}", stored, *(f"{count:,}" for count in counts)))
         return "\n".join(align(table, right=range(1, 6)))
 
 
@@ -83,11 +87,11 @@ def forecast(model: nn.Module, pruner: Pruner, reference: nn.Module | Mapping[st
     >>> from triton_sparse_rnn.pruning import PolynomialDecay
     >>> layer = nn.GRU(64, 128)
     >>> schedule = PolynomialDecay(final_sparsity=0.9, begin_step=0, end_step=1000)
-    >>> print(forecast(layer, Pruner(layer, schedule)))
-    weight        sparsity  stored   bytes  dense bytes  MACs/step
-    weight_ih_l0     90.0%     153  10,504       98,304      2,448
-    weight_hh_l0     90.0%     306  20,908      196,608      4,896
-    total            90.0%     459  31,412      294,912      7,344
+    >>> print(forecast(layer, Pruner(layer, schedule, pattern=(16, 1))))
+    weight        sparsity              stored   bytes  dense bytes  MACs/step
+    weight_ih_l0     90.0%  153 blocks of 16x1  10,504       98,304      2,448
+    weight_hh_l0     90.0%  306 blocks of 16x1  20,908      196,608      4,896
+    total            90.0%  459 blocks of 16x1  31,412      294,912      7,344
     """
     if not isinstance(pruner, Pruner):
         raise TypeError(f"pruner must be a Pruner, got {type(pruner).__name__}")
@@ -95,7 +99,12 @@ def forecast(model: nn.Module, pruner: Pruner, reference: nn.Module | Mapping[st
     ends = starts if reference is None else _weights_by_name("reference", reference, pruner)
     rows = tuple(_row(pruner, weight, starts[weight.name], ends[weight.name]) for weight in pruner.weights)
     counts = (field.name for field in dataclasses.fields(WeightForecast) if field.name != "name")
-    return Forecast("total", **{count: sum(getattr(row, count) for row in rows) for count in counts}, rows=rows)
+    return Forecast(
+        "total",
+        **{count: sum(getattr(row, count) for row in rows) for count in counts},
+        rows=rows,
+        pattern=pruner.pattern,
+    )
 
 
 def _row(pruner: Pruner, weight: Weight, start: Tensor, end: Tensor) -> WeightForecast:

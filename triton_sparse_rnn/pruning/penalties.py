@@ -6,19 +6,23 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.pruning.weights import gate_names, recurrent_weights, split_gates
-from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern
+from triton_sparse_rnn.sparse.patterns import Pattern, PatternLike, as_pattern
 
 
 def group_lasso(model: nn.Module, pattern: PatternLike = (16, 1)) -> Tensor:
-    """Sum the l2 norms of all blocks: sum_g ||w_g||_2 (Narang, Undersander, Diamos 2017, used along with pruning).
+    """Sum the l2 norms of all blocks or picked units: sum_g ||w_g||_2 (Narang, Undersander, Diamos 2017, with pruning).
 
     Args:
         model: with nn.RNN, nn.GRU or nn.LSTM layers; their recurrent and input weights count, biases do not.
         pattern: as for the `Pruner`.
 
     Returns:
-        A scalar to multiply by lambda and add to the loss. Its gradient at a block of zeros is zero.
+        A scalar to multiply by lambda and add to the loss. Its gradient at a unit of zeros is zero.
+
+    Raises:
+        TypeError, ValueError: `model` has no such layer, or `pattern` is none or far larger than a weight.
 
     >>> import torch
     >>> layer = nn.RNN(1, 2, bias=False)
@@ -28,7 +32,7 @@ def group_lasso(model: nn.Module, pattern: PatternLike = (16, 1)) -> Tensor:
     6.0
     """
     pattern = as_pattern(pattern)
-    return _total(pattern.norms(weight).sum() for weight in _stacked_weights(model))
+    return _total(_norm(name, weight, pattern) for name, weight in _stacked_weights(model))
 
 
 def l1(model: nn.Module) -> Tensor:
@@ -40,17 +44,22 @@ def l1(model: nn.Module) -> Tensor:
     >>> l1(layer).item()
     3.0
     """
-    return _total(weight.abs().sum() for weight in _stacked_weights(model))
+    return _total(weight.abs().sum() for _, weight in _stacked_weights(model))
 
 
-def _stacked_weights(model: nn.Module) -> Iterator[Tensor]:
-    """The weights [G, H, C]; one that is tied counts once."""
+def _norm(name: str, weight: Tensor, pattern: Pattern) -> Tensor:
+    pattern.check_size(weight.shape[1], weight.shape[2], f"each gate of {name}")
+    return pattern.norms(weight).sum()
+
+
+def _stacked_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The names of weights, and they as [G, H, C]; one that is tied counts once."""
     seen = set()
-    for _, module, attribute in recurrent_weights(model):
+    for path, module, attribute in recurrent_weights(model):
         weight = getattr(module, attribute)
         if id(weight) not in seen:
             seen.add(id(weight))
-            yield split_gates(weight, len(gate_names(module)))
+            yield clean_name(path), split_gates(weight, len(gate_names(module)))
 
 
 def _total(terms: Iterator[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern, check_sco
 
 
 class Pruner:
-    """Prune weights block by block during training, as a schedule says; used like a learning-rate scheduler.
+    """Prune weights, in blocks or picks, during training, as a schedule says; used like a learning-rate scheduler.
 
     After every optimizer step pruned weights, and what the optimizer remembers of them (momentum and the like), are
     set to zero in place; their gradients are zero as soon as they are accumulated, so that clipping sees the truth.

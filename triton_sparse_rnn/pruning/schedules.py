@@ -230,6 +230,7 @@ class ThresholdRamp(Schedule):
         for path, module, attribute in recurrent_weights(model):
             if name_matches(clean_name(path), names):
                 weight = split_gates(getattr(module, attribute).detach(), len(gate_names(module)))
+                pattern.check_size(weight.shape[1], weight.shape[2], f"each gate of {clean_name(path)}")
                 scores = pattern.scores(weight, score)
                 pooled.append((pattern.combine_gates(scores, score) if tie_gates else scores).flatten())
         if not pooled:

@@ -315,6 +315,9 @@ class BlockMatrix:
 
 def _cut(weight: Tensor, pattern: Pattern) -> tuple[Tensor, dict[str, Tensor]]:
     """Cut a weight [G, H, C] into what is to be stored, [NB, BR, BC], and the indices."""
+    if not isinstance(pattern, (Blocks, Picks)):
+        raise TypeError(f"a BlockMatrix stores Blocks or Picks, got {pattern!r}")
+    pattern.check_size(weight.shape[1], weight.shape[2], "a matrix")
     if isinstance(pattern, Picks):
         blocks, picks, columns, starts = pick_units(weight, pattern)
         bank = torch.tensor([pattern.bank], dtype=INDEX_DTYPE, device=weight.device)
@@ -324,8 +327,6 @@ def _cut(weight: Tensor, pattern: Pattern) -> tuple[Tensor, dict[str, Tensor]]:
             "picks": picks,
             "bank": bank,
         }
-    if not isinstance(pattern, Blocks):
-        raise TypeError(f"a BlockMatrix stores Blocks or Picks, got {pattern!r}")
     groups = to_blocks(weight, pattern.block_size).transpose(0, 1)  # [groups, G, block columns, BR, BC]
     kept = groups.ne(0).flatten(-2).any(-1)
     starts = starts_of(kept.sum(-1).flatten()).to(INDEX_DTYPE)

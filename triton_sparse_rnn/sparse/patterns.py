@@ -56,8 +56,14 @@ class Pattern(abc.ABC):
         """Name so many units, or None for "block of 16x1", to put "no" or "a" before."""
 
     @abc.abstractmethod
-    def check_size(self, rows: int, columns: int, where: str) -> None:
-        """Raise ValueError where matrices [rows, columns] are too small for the pattern; `where` says what they are."""
+    def check_size(self, rows: int, columns: int, where: str, name: str = "pattern") -> None:
+        """Raise ValueError where matrices [rows, columns] are too small for the pattern.
+
+        Args:
+            rows, columns: of each matrix.
+            where: what they are.
+            name: of the argument that is the pattern.
+        """
 
     @abc.abstractmethod
     def mask_shape(self, gates: int, rows: int, columns: int) -> tuple[int, ...]:
@@ -249,8 +255,8 @@ class Blocks(Pattern):
         blocks = "block" if count is None else f"{count:,} block{'' if count == 1 else 's'}"
         return f"{blocks} of {self.rows}x{self.columns}"
 
-    def check_size(self, rows: int, columns: int, where: str) -> None:
-        check_filling_up(self.block_size, rows, columns, where, "pattern")
+    def check_size(self, rows: int, columns: int, where: str, name: str = "pattern") -> None:
+        check_filling_up(self.block_size, rows, columns, where, name)
 
     def mask_shape(self, gates: int, rows: int, columns: int) -> tuple[int, ...]:
         return gates, *count_blocks(rows, columns, self.block_size)

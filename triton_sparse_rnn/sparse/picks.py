@@ -73,10 +73,10 @@ class Picks(Pattern):
 
     def describe(self, count: int | None = None) -> str:
         units = "picked unit" if count is None else f"{count:,} picked unit{'' if count == 1 else 's'}"
-        return f"{units} of {self.rows}x{self.columns}"
+        return f"{units} of {self.rows}x{self.columns} in {self.bank}"
 
-    def check_size(self, rows: int, columns: int, where: str) -> None:
-        check_filling_up(self.block_size, rows, columns, where, "pattern")
+    def check_size(self, rows: int, columns: int, where: str, name: str = "pattern") -> None:
+        check_filling_up(self.block_size, rows, columns, where, name)
 
     def mask_shape(self, gates: int, rows: int, columns: int) -> tuple[int, ...]:
         return gates, *count_blocks(rows, columns, self.block_size)
