@@ -51,8 +51,6 @@ def unreadable_reason(name: str, weight: BlockMatrix | Tensor, *, quantized: boo
         return f"{name} is on {values.device}, not on the CPU"
     if isinstance(weight, Tensor):
         return None
-    if weight.is_picked:
-        return f"{name} is stored in picks, whose kernels come with part K"
     if values.dtype not in WEIGHT_DTYPES:
         return f"{name} is stored as {values.dtype}, and only {', '.join(map(str, WEIGHT_DTYPES))} run here"
     if quantized and values.dtype != torch.int8:
