@@ -106,8 +106,10 @@ def _report_weight(
     if named is not None:
         _, rows, columns = nonzero.shape
         named.check_size(rows, columns, f"each gate of {name}" if gates > 1 else name)
-    may_stay_dense = name.rpartition(".")[2].startswith("weight_ih")
-    pattern = named or fastest_storage(nonzero, backend=None, activation_dtype=None, may_stay_dense=may_stay_dense)
+    of_inputs = name.rpartition(".")[2].startswith("weight_ih")
+    pattern = named or fastest_storage(
+        nonzero, of_inputs=of_inputs, backend=None, activation_dtype=None, may_stay_dense=of_inputs
+    )
     if pattern is None:
         return _report_kept_dense(name, nonzero, nbytes)
     dtype = weight.dtype if weight.dtype in STORAGE_DTYPES and weight.is_floating_point() else torch.float32

@@ -25,24 +25,28 @@ def weight(pattern: Blocks | None = None, density: float = 0.1) -> torch.Tensor:
     return torch.randn(G, H, C) * expand_block_mask(mask, pattern.block_size, H, C)
 
 
-def chosen(found: torch.Tensor, backend: str | None = None, activations=None, may_stay_dense: bool = False):
-    return fastest_storage(found, backend=backend, activation_dtype=activations, may_stay_dense=may_stay_dense)
+def chosen(found: torch.Tensor, backend: str | None = None, activations=None, **options: bool):
+    given: dict[str, bool] = {"of_inputs": False, "may_stay_dense": False, **options}
+    return fastest_storage(found, backend=backend, activation_dtype=activations, **given)
 
 
 @pytest.mark.parametrize("density", [0, 0.02, 0.3, 1])
 @pytest.mark.parametrize("activations", [None, torch.int8])
 @pytest.mark.parametrize("like", [None, Blocks(16, 4)])
-def test_no_listed_storage_takes_less_time(vectors, density, activations, like):
+@pytest.mark.parametrize("of_inputs", [False, True])
+def test_no_listed_storage_takes_less_time(vectors, density, activations, like, of_inputs):
     found = weight(like, density)
     times = {
-        pattern: BlockMatrix.from_dense(found.flatten(0, 1), pattern, gates=G).values.numel() / 16 * time
+        pattern: BlockMatrix.from_dense(found.flatten(0, 1), pattern, gates=G).values.numel() / 16 * time[of_inputs]
         for pattern, time in VECTOR_TIMES[vectors][activations].items()
     }
-    best = chosen(found, activations=activations)
+    best = chosen(found, activations=activations, of_inputs=of_inputs)
     assert best is not None
     assert times[best] == min(times.values())
     dense = DENSE_VECTOR_TIME * G * H * C / 16
-    assert (chosen(found, activations=activations, may_stay_dense=True) is None) == (dense < times[best])
+    assert (chosen(found, activations=activations, of_inputs=of_inputs, may_stay_dense=True) is None) == (
+        dense < times[best]
+    )
 
 
 def test_masks_are_stored_as_they_were_made(monkeypatch):

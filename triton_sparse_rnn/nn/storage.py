@@ -89,9 +89,14 @@ def store_weights(
             pattern.check_size(
                 by_gate.shape[1], by_gate.shape[2], f"each gate of {name}" if gates > 1 else name, "storage"
             )
-        may_stay_dense = dtype == weight.dtype and name.startswith("weight_ih")
+        of_inputs = name.startswith("weight_ih")
+        may_stay_dense = dtype == weight.dtype and of_inputs
         own = pattern or fastest_storage(
-            by_gate, backend=backend, activation_dtype=activation_dtype, may_stay_dense=may_stay_dense
+            by_gate,
+            of_inputs=of_inputs,
+            backend=backend,
+            activation_dtype=activation_dtype,
+            may_stay_dense=may_stay_dense,
         )
         shown = own or Blocks(16, 1)
         density = shown.kept(by_gate).double().mean().item()

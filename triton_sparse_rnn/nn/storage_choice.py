@@ -2,13 +2,15 @@
 
 At batch 1 a product takes the time of the vectors that are stored, 16 weights each:
 
-    estimate = stored vectors * VECTOR_TIMES[vectors of the processor][activations][pattern]
+    estimate = stored vectors * VECTOR_TIMES[vectors of the processor][activations][pattern][of W_hh or W_ih]
 
 and an ordinary matrix, multiplied by torch, that of all its vectors times DENSE_VECTOR_TIME. Patterns are compared by
 what they would store of this weight, zeros that fill them up included.
 """
 
 from __future__ import annotations
+
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,32 +19,47 @@ from triton_sparse_rnn.kernels.cpu import support
 from triton_sparse_rnn.sparse.patterns import Blocks, Pattern
 from triton_sparse_rnn.sparse.picks import Picks
 
-# Relative to a vector of Blocks(16, 1) in float32 on the same processor: `python -m bench.cpu.patterns vectors`, GRU of
-# H = 512 at 90 % zeros, AMD Zen 4, which ran code for older processors for the other rows.
-_FLOATS: dict[Pattern, float] = {
-    Blocks(16, 1): 1,
-    Blocks(16, 4): 1,
-    Blocks(16, 16): 0.95,
-    Blocks(16, 32): 0.95,
-    Picks(16, 32): 1.25,
+# Relative to a vector of Blocks(16, 1) in float32 on the same processor: first of W_hh h, then of W_ih x, in which 8
+# steps share each load of a weight. By `python -m bench.cpu.patterns vectors`, GRU of H = 512 at 90 % zeros, AMD Zen 4,
+# which ran code for older processors for the other rows.
+_Times: TypeAlias = "dict[Pattern, tuple[float, float]]"
+_FLOATS: _Times = {
+    Blocks(16, 1): (1, 1),
+    Blocks(16, 4): (1, 0.9),
+    Blocks(16, 16): (1, 0.85),
+    Blocks(16, 32): (0.95, 0.9),
 }
-_BYTES: dict[Pattern, float] = {Blocks(16, 1): 0.7, Blocks(16, 4): 0.3, Blocks(16, 16): 0.3}
-VECTOR_TIMES: dict[str, dict[torch.dtype | None, dict[Pattern, float]]] = {
-    "AVX-512 with bytes": {None: _FLOATS, torch.int8: {**_BYTES, Picks(16, 64, 4): 0.45}},
-    "AVX-512": {None: _FLOATS, torch.int8: {**_BYTES, Picks(16, 32): 1.25}},
-    "AVX2": {None: {**_FLOATS, Picks(16, 32): 4.2, Picks(16, 8): 1.4}, torch.int8: {**_BYTES, Picks(16, 8): 1.4}},
-    "generic": {None: {**_FLOATS, Picks(16, 32): 10}, torch.int8: {**_BYTES, Picks(16, 32): 10}},
+_NO_BYTES: _Times = {Blocks(16, 1): (1.2, 2.1), Blocks(16, 4): (1.15, 2.1), Blocks(16, 16): (1.2, 2.1)}
+_BYTES: _Times = {Blocks(16, 1): (0.8, 0.75), Blocks(16, 4): (0.5, 0.22), Blocks(16, 16): (0.55, 0.24)}
+VECTOR_TIMES: dict[str, dict[torch.dtype | None, _Times]] = {
+    "AVX-512 with bytes": {
+        None: _FLOATS | {Picks(16, 32): (1.3, 1.9)},
+        torch.int8: _BYTES | {Picks(16, 64, 4): (0.75, 0.6), Picks(16, 32): (1.7, 3.3)},
+    },
+    "AVX-512": {
+        None: _FLOATS | {Picks(16, 32): (1.3, 1.9)},
+        torch.int8: _NO_BYTES | {Picks(16, 32): (1.7, 2.8)},
+    },
+    "AVX2": {
+        None: _FLOATS | {Picks(16, 8): (1.35, 1.8), Picks(16, 32): (3.2, 12)},
+        torch.int8: _NO_BYTES | {Picks(16, 8): (1.6, 2.6), Picks(16, 32): (3.7, 13)},
+    },
+    "generic": {
+        None: _FLOATS | {Picks(16, 32): (4.7, 8.6)},
+        torch.int8: _NO_BYTES | {Picks(16, 32): (8, 12)},
+    },
 }
-DENSE_VECTOR_TIME = 0.95
+DENSE_VECTOR_TIME = 0.8  # of W_ih x, by torch: what was not pruned at all is always left to it
 
 
 def fastest_storage(
-    weight: Tensor, *, backend: str | None, activation_dtype: torch.dtype | None, may_stay_dense: bool
+    weight: Tensor, *, of_inputs: bool, backend: str | None, activation_dtype: torch.dtype | None, may_stay_dense: bool
 ) -> Pattern | None:
     """Return the pattern in which a weight is multiplied fastest, or None for an ordinary matrix.
 
     Args:
         weight: [G, H, C].
+        of_inputs: whether it is a weight_ih.
         backend: that is to run it, as for `PersistentGRU.from_dense`. "triton" has no kernel for picks.
         activation_dtype: torch.int8 for quantised activations.
         may_stay_dense: whether None is allowed.
@@ -50,7 +67,7 @@ def fastest_storage(
     gates, rows, columns = weight.shape
     times = _vector_times(weight.device, backend)[activation_dtype]
     estimates: dict[Pattern | None, float] = {
-        pattern: time * pattern.vectors * int(pattern.kept(weight).sum()) for pattern, time in times.items()
+        pattern: time[of_inputs] * pattern.vectors * int(pattern.kept(weight).sum()) for pattern, time in times.items()
     }
     if may_stay_dense:
         whole = Blocks(16, 1)
@@ -58,7 +75,7 @@ def fastest_storage(
     return min(estimates, key=lambda pattern: estimates[pattern])
 
 
-def _vector_times(device: torch.device, backend: str | None) -> dict[torch.dtype | None, dict[Pattern, float]]:
+def _vector_times(device: torch.device, backend: str | None) -> dict[torch.dtype | None, _Times]:
     """What can run there, of the row of this processor or, where its kernels do not run, of the first."""
     on_cpu = device.type == "cpu" and backend != "triton"
     times = VECTOR_TIMES.get(support.vectors() if on_cpu else "", VECTOR_TIMES["AVX-512 with bytes"])

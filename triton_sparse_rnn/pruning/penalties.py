@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.pruning.weights import gate_names, recurrent_weights, split_gates
 from triton_sparse_rnn.sparse.patterns import Pattern, PatternLike, as_pattern
+from triton_sparse_rnn.sparse.picks import DEFAULT_PATTERN
 
 
-def group_lasso(model: nn.Module, pattern: PatternLike = (16, 1)) -> Tensor:
+def group_lasso(model: nn.Module, pattern: PatternLike = DEFAULT_PATTERN) -> Tensor:
     """Sum the l2 norms of all blocks or picked units: sum_g ||w_g||_2 (Narang, Undersander, Diamos 2017, with pruning).
 
     Args:

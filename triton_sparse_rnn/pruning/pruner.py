@@ -16,6 +16,7 @@ from triton_sparse_rnn.pruning.state import pack_state, unpack_state
 from triton_sparse_rnn.pruning.targets import Target, Weight, check_pattern, find_weights, match_weights
 from triton_sparse_rnn.pruning.weight_masks import WeightMasks
 from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern, check_score
+from triton_sparse_rnn.sparse.picks import DEFAULT_PATTERN
 
 
 class Pruner:
@@ -50,7 +51,7 @@ class Pruner:
         model: nn.Module,
         schedule: Schedule | None,
         *,
-        pattern: PatternLike = (16, 1),
+        pattern: PatternLike = DEFAULT_PATTERN,
         score: str = "l2",
         targets: Mapping[str, Target] | None = None,
         tie_gates: bool = False,
@@ -67,9 +68,9 @@ class Pruner:
             model: every nn.RNN, nn.GRU and nn.LSTM in it has its recurrent and input weights (not biases, not
                 weight_hr) pruned, each gate scored apart from the others.
             schedule: for each weight that `targets` does not match; None leaves those dense.
-            pattern: which weights are pruned together, here called a unit: `Blocks`, or a pair (BR, BC) for them, BR
-                hidden units of one gate by BC inputs. Blocks at the edge of a gate may be smaller. Both may be up to
-                4096, or as many as the gate has. Or `Picks`, of which each hidden unit has its own inputs.
+            pattern: which weights are pruned together, here called a unit: `Picks`, of which each hidden unit has its
+                own inputs, or `Blocks`, or a pair (BR, BC) for these, BR hidden units of one gate by BC inputs. Units
+                at the edge of a gate may be smaller. Both sizes may be up to 4096, or as many as the gate has.
             score: "max", "mean" or "l2" of the weights of a unit; see `Pattern.scores`. Narang et al. take "max"; "l2"
                 was 1 to 5 % more accurate on the tasks of docs/results.md.
             targets: {glob: schedule, None for dense, or {gate: schedule or None}}; the first glob that matches counts.

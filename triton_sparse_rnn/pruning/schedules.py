@@ -19,6 +19,7 @@ from torch import nn
 from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.pruning.weights import gate_names, name_matches, recurrent_weights, split_gates
 from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern
+from triton_sparse_rnn.sparse.picks import DEFAULT_PATTERN
 
 _FEWEST_UPDATES = 20  # that a schedule made from the length of a training has, about
 
@@ -195,7 +196,7 @@ class ThresholdRamp(Schedule):
         sparsity: float = 0.9,
         *,
         names: str = "*",
-        pattern: PatternLike = (16, 1),
+        pattern: PatternLike = DEFAULT_PATTERN,
         score: str = "l2",
         tie_gates: bool = False,
         **steps: Any,

@@ -224,6 +224,9 @@ def _in_turn(scores: Tensor, kept: Tensor, sure: Tensor, following: Tensor) -> T
     return keys.masked_fill(~kept, -_LARGEST - 1)
 
 
+DEFAULT_PATTERN = Picks()  # of whoever prunes
+
+
 def _sizes(weight: Tensor) -> Tensor:
     """|w| in float32 or wider, of any dtype; NaN counts as infinity."""
     sizes = weight.to(torch.promote_types(weight.dtype, torch.float32)).abs()
