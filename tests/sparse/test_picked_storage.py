@@ -106,11 +106,11 @@ def written(tensor: Tensor, place: object, value: int) -> Tensor:
         (lambda m: changed(m, picks=written(m.picks, (0, 1, 0), 33)), "picks must be below 32"),
         (lambda m: changed(m, picks=written(m.picks, (0, 1, 0), 255)), "picks must be below 32"),
         (lambda m: changed(m, picks=written(m.picks, (m.columns == 2, 1), 31)), "name one of the 70 columns"),
-        (lambda m: changed(m, picks=m.picks.flip(1)), "picks must ascend within a unit"),
+        (lambda m: changed(m, picks=m.picks.flip(1)), "picks must ascend within a bank"),
         (lambda m: changed(m, columns=m.columns + 1), "columns must lie in 0..2, the banks of 32"),
         (lambda m: changed(m, columns=m.columns - 1), "columns must lie in 0..2, the banks of 32"),
-        (lambda m: changed(m, columns=m.columns.flip(0)), "columns must (ascend|be the same)"),
-        (lambda m: changed(m, columns=written(m.columns, 0, 2)), "columns must be the same for all units of an entry"),
+        (lambda m: changed(m, columns=m.columns.flip(0)), "columns must ascend within each class"),
+        (lambda m: changed(m, columns=written(m.columns, 0, 2)), "columns must ascend within each class"),
         (lambda m: changed(m, starts=written(m.starts, 1, int(m.starts[1]) - 1)), "starts must count whole entries"),
         (lambda m: changed(m, starts=m.starts[:-1]), "starts must be torch.int32 of shape"),
         (lambda m: changed(m, starts=m.starts[::ENTRY_UNITS]), "starts must be torch.int32 of shape"),
@@ -123,6 +123,28 @@ def test_damage_is_refused(damage, message):
     matrix.check()
     with pytest.raises(ValueError, match=message):
         damage(matrix).check()
+
+
+@pytest.mark.parametrize("starts", [[0, 0, 3, 5, 5], [0, 0, 0, 4, 5], [0, 4, 4, 4, 5]], ids=str)
+def test_a_bank_has_as_few_entries_as_its_units_need(starts):
+    """Here 5 units of one bank: in entries of 3 and 2, of 2, 2 and 1, or as it should be."""
+    matrix = BlockMatrix.from_dense(torch.ones(2, 5), Picks(2, 8))
+    other = changed(matrix, starts=torch.tensor(starts, dtype=torch.int32))
+    if starts == matrix.starts.tolist():
+        other.check()
+        return
+    with pytest.raises(ValueError, match="a bank must have entries of 4 units and one of those that are left"):
+        other.check()
+
+
+@pytest.mark.parametrize("units", [2, 5, 7, 9])
+def test_picks_ascend_from_unit_to_unit_and_from_entry_to_entry(units):
+    matrix = BlockMatrix.from_dense(torch.ones(2, units), Picks(2, 16))
+    assert matrix.picks is not None
+    for place in range(units - 1):
+        order = [*range(place), place + 1, place, *range(place + 2, units)]
+        with pytest.raises(ValueError, match="picks must ascend within a bank"):
+            changed(matrix, picks=matrix.picks[order]).check()
 
 
 def test_picks_beside_blocks_are_refused():

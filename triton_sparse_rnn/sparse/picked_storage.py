@@ -60,9 +60,7 @@ def pick_units(weight: Tensor, pattern: Picks) -> PickedUnits:
     place = is_unit.nonzero()
     row, unit = place[:, 0] * gates + place[:, 1], place[:, 3]
     count = units[place[:, 0], place[:, 1], place[:, 2]]
-    whole = count - count % ENTRY_UNITS
-    entry = torch.where(unit < whole, ENTRY_UNITS, count - whole)
-    classes = row * ENTRY_UNITS + ENTRY_UNITS - entry
+    classes = row * ENTRY_UNITS + ENTRY_UNITS - _entry_sizes(unit, count)
     reordered = classes.argsort(stable=True)
 
     def in_order(numbers: Tensor) -> Tensor:
@@ -92,7 +90,7 @@ def check_sizes(bank: int, columns: int) -> None:
 
 
 def check_order(picks: Tensor, columns: Tensor, starts: Tensor, bank: int, inputs: int) -> None:
-    """Raise ValueError unless every entry is whole and in its class, and every pick a column that there is.
+    """Raise ValueError unless units stand in the order of `pick_units`, and every pick is a column that there is.
 
     Args:
         picks, columns, starts: of a `BlockMatrix`; starts rise from 0 to NB.
@@ -105,22 +103,27 @@ def check_order(picks: Tensor, columns: Tensor, starts: Tensor, bank: int, input
         raise ValueError(f"starts must count whole entries of {ENTRY_UNITS}, 3, 2 and 1 units")
     if len(columns) == 0:
         return
-    if not 0 <= columns.min() <= columns.max() < -(-inputs // bank):
-        raise ValueError(f"columns must lie in 0..{-(-inputs // bank) - 1}, the banks of {bank}")
-    kind = (
-        torch.searchsorted(starts, torch.arange(len(columns), dtype=starts.dtype, device=starts.device), right=True) - 1
-    )
-    within = (torch.arange(len(columns), dtype=torch.int64, device=starts.device) - starts[kind]) % sizes[kind]
-    same, rising = columns.diff() == 0, columns.diff() > 0
-    follows = within[1:] > 0
-    if not (same | ~follows).all():
-        raise ValueError("columns must be the same for all units of an entry")
-    begins = ~follows & (kind[1:] == kind[:-1])  # another entry of the same class
-    repeats = same & (sizes[kind[1:]] == ENTRY_UNITS)  # a bank of many units has several entries of the largest class
-    if not (rising | repeats | ~begins).all():
+    banks = -(-inputs // bank)
+    if not 0 <= columns.min() <= columns.max() < banks:
+        raise ValueError(f"columns must lie in 0..{banks - 1}, the banks of {bank}")
+    unit = torch.arange(len(columns), dtype=torch.int64, device=starts.device)
+    kind = torch.searchsorted(starts, unit.to(starts.dtype), right=True) - 1
+    if ((kind * banks + columns).diff() < 0).any():
         raise ValueError("columns must ascend within each class of a row of blocks")
     if (dense_places(picks, columns, bank).amax((1, 2)) >= inputs).any() or picks.max() >= bank:
         raise ValueError(f"picks must be below {bank} and name one of the {inputs} columns")
-    ascending = picks.transpose(1, 2)
-    if (ascending.diff(dim=-1).view(torch.int8) < 0).any() if ascending.shape[-1] > 1 else False:
-        raise ValueError("picks must ascend within a unit")
+
+    numbers, order = (kind // ENTRY_UNITS * banks + columns).sort(stable=True)  # bank by bank
+    counts = numbers.unique_consecutive(return_counts=True)[1]
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    if (_entry_sizes(unit - first, counts.repeat_interleave(counts)) != sizes[kind[order]]).any():
+        raise ValueError(f"a bank must have entries of {ENTRY_UNITS} units and one of those that are left")
+    by_row, same_bank = picks[order].flatten(0, 1), numbers.repeat_interleave(picks.shape[1]).diff() == 0
+    if ((by_row[1:] < by_row[:-1]) & same_bank[:, None]).any():
+        raise ValueError("picks must ascend within a bank")
+
+
+def _entry_sizes(unit: Tensor, count: Tensor) -> Tensor:
+    """How many units the entry has in which unit number `unit` stands, of a bank of `count`."""
+    left = count % ENTRY_UNITS
+    return left.masked_fill(unit < count - left, ENTRY_UNITS)
