@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from triton_sparse_rnn import to_sparse
+from triton_sparse_rnn.kernels.cpu import support
 from triton_sparse_rnn.nn import advice
 from triton_sparse_rnn.nn.advice import break_even_text, warn_if_dense, warn_if_slow
 from triton_sparse_rnn.nn.storage import store_weights
@@ -28,7 +29,8 @@ from triton_sparse_rnn.sparse.patterns import Blocks
         (lambda i, j: i < 0, None),
     ],
 )
-def test_little_to_skip_is_said(kept, message):
+def test_little_to_skip_is_said(kept, message, monkeypatch):
+    monkeypatch.setattr(support, "vectors", lambda: "AVX-512")
     i, j = torch.meshgrid(torch.arange(8), torch.arange(6), indexing="ij")
     weight = kept(i, j).float()
     density = BlockMatrix.from_dense(weight, (4, 2)).density
@@ -43,7 +45,25 @@ def test_little_to_skip_is_said(kept, message):
             warn_if_dense("weight_x", weight, Blocks(4, 2), density, kept_dense=True)
 
 
-def test_zeros_that_only_picks_skip_are_to_be_stored_in_picks():
+@pytest.mark.parametrize(
+    ("vectors", "backend", "advised"),
+    [
+        ("AVX-512", None, "Picks"),
+        ("AVX-512 with bytes", "cpu", "Picks"),
+        ("none", None, "Picks"),
+        ("AVX2", None, "Blocks"),
+        ("generic", "cpu", "Blocks"),
+        ("AVX-512", "triton", "Blocks"),
+    ],
+)
+def test_what_is_advised_runs_fast_there(vectors, backend, advised, monkeypatch):
+    monkeypatch.setattr(support, "vectors", lambda: vectors)
+    with pytest.warns(UserWarning, match=rf"; prune it first, with pattern={advised}\(rows=16,"):
+        warn_if_dense("weight_x", torch.ones(32, 8), Blocks(16, 1), 1.0, backend=backend)
+
+
+def test_zeros_that_only_picks_skip_are_to_be_stored_in_picks(monkeypatch):
+    monkeypatch.setattr(support, "vectors", lambda: "AVX-512")
     layer = nn.LSTM(4, 48)
     torch.manual_seed(0)
     for name in ("weight_ih_l0", "weight_hh_l0"):

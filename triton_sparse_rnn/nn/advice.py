@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from triton_sparse_rnn.nn.storage_choice import pattern_to_prune_in
 from triton_sparse_rnn.notices import in_layer, warn
 from triton_sparse_rnn.sparse.patterns import Blocks, Pattern
 from triton_sparse_rnn.sparse.picks import Picks
@@ -38,6 +39,7 @@ def warn_if_dense(
     gates: int = 1,
     kept_dense: bool = False,
     named: Pattern | None = None,
+    backend: str | None = None,
 ) -> None:
     """Say so when there is little to skip in a weight, and what would help.
 
@@ -48,7 +50,8 @@ def warn_if_dense(
         density: the fraction of its units that hold anything but zeros.
         gates: G.
         kept_dense: whether it stays an ordinary matrix.
-        named: the pattern that the user named, None for what runs well on its device.
+        named: the pattern that the user named, None for what runs well there.
+        backend: with which the layer is to run.
     """
     if density <= LITTLE_TO_SKIP_ABOVE:
         return
@@ -56,8 +59,9 @@ def warn_if_dense(
     consequence = "runs as a dense product" if density > NOT_PRUNED_ABOVE else "gains little"
     consequence = "stays dense and runs as a dense matrix product" if kept_dense else consequence
     found = "" if zeros <= 1 - LITTLE_TO_SKIP_ABOVE else "its zeros are not where they can be skipped: "
-    advice = f"prune it first, with pattern={named or (Blocks(16, 1) if weight.is_cuda else Picks())}"
-    if found and isinstance(named, Blocks) and not weight.is_cuda:
+    to_prune_in = pattern_to_prune_in(weight.device, backend)
+    advice = f"prune it first, with pattern={named or to_prune_in}"
+    if found and isinstance(named, Blocks) and isinstance(to_prune_in, Picks):
         by_gate = weight.unflatten(0, (gates, -1))
         if Picks().kept(by_gate).double().mean() <= LITTLE_TO_SKIP_ABOVE:
             advice = "leave out storage, and it is stored in picks"

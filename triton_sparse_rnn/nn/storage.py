@@ -108,7 +108,10 @@ def store_weights(
         ):
             own = None
         if not is_often_dense(name, weight, config.hidden_size):
-            warn_if_dense(name, weight, shown, density, gates=gates, kept_dense=own is None, named=pattern)
+            kept_dense = own is None
+            warn_if_dense(
+                name, weight, shown, density, gates=gates, kept_dense=kept_dense, named=pattern, backend=backend
+            )
         weights[name] = (
             weight.clone(memory_format=torch.contiguous_format)
             if own is None

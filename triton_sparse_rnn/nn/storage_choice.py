@@ -75,6 +75,12 @@ def fastest_storage(
     return min(estimates, key=lambda pattern: estimates[pattern])
 
 
+def pattern_to_prune_in(device: torch.device, backend: str | None) -> Pattern:
+    """Return what to prune a layer in that is to run there: picks, where they do not take twice the time of blocks."""
+    time = _vector_times(device, backend)[None].get(Picks())
+    return Picks() if time is not None and time[0] < 2 else Blocks(16, 1)
+
+
 def _vector_times(device: torch.device, backend: str | None) -> dict[torch.dtype | None, _Times]:
     """What can run there, of the row of this processor or, where its kernels do not run, of the first."""
     on_cpu = device.type == "cpu" and backend != "triton"
