@@ -107,6 +107,17 @@ def test_a_mask_before_its_weights_is_refused_and_changes_nothing(steps):
     assert fresh[1].sparsity == 0
 
 
+def test_weights_that_became_zero_in_a_narrower_dtype_do_not_tell_their_mask():
+    layer, pruner, _optimizer = begin(4)
+    kept = pruner.masks["weight_hh_l0"].nonzero()[0]
+    with torch.no_grad():
+        layer.weight_hh_l0[tuple(kept)] = 1e-9
+    half = gru(8, 16).half()
+    half.load_state_dict(layer.state_dict())
+    with pytest.raises(ValueError, match=r"weight_hh_l0 that does not fit its zeros: .* first, in the dtype it was in"):
+        Pruner(half, DECAY, pattern=PATTERN).load_state_dict(pruner.state_dict())
+
+
 def flip(name, *entries):
     def damage(state):
         for entry in entries:

@@ -81,7 +81,8 @@ def _check_fit(weight: Weight, pattern: Pattern, unit_mask: Tensor, kept: Tensor
         raise ValueError(f"state_dict has a damaged mask for {weight.name}: it is none of {pattern!r}")
     if kept is None and not every_gate.all() and not torch.equal(spread, nonzero):
         raise ValueError(
-            f"state_dict has a mask for {weight.name} that does not fit its zeros: load the model's state_dict first"
+            f"state_dict has a mask for {weight.name} that does not fit its zeros: load the model's state_dict first, "
+            "in the dtype it was in"
         )
 
 
