@@ -9,18 +9,20 @@ from torch import distributed, nn
 from torch.multiprocessing.spawn import spawn
 
 from triton_sparse_rnn.pruning import OneShot, PolynomialDecay, Pruner
+from triton_sparse_rnn.sparse.patterns import PatternLike
+from triton_sparse_rnn.sparse.picks import Picks
 
 SCHEDULE = PolynomialDecay(final_sparsity=0.7, begin_step=1, end_step=5, frequency=2)
 
 
-def train_on_rank(rank: int, folder: Path) -> None:
+def train_on_rank(rank: int, folder: Path, pattern: PatternLike) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
     torch.manual_seed(rank)  # DistributedDataParallel sends rank 0's weights to all; data stay different
     layer = gru(5, 7)
     model = nn.parallel.DistributedDataParallel(layer)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    pruner = Pruner(model, SCHEDULE, pattern=(2, 1))
+    pruner = Pruner(model, SCHEDULE, pattern=pattern)
     pruner.attach(optimizer)
     for _ in range(7):
         optimizer.zero_grad()
@@ -29,12 +31,12 @@ def train_on_rank(rank: int, folder: Path) -> None:
         assert all(not gradients[name][~mask].any() for name, mask in pruner.masks.items())
         optimizer.step()
     result = {"pruner": pruner.state_dict(), "model": layer.state_dict(), "sharded": refusal_of_a_sharded_weight()}
-    result["shared out"] = masks_of_a_shared_out_optimizer()
+    result["shared out"] = masks_of_a_shared_out_optimizer(pattern)
     torch.save(result, folder / f"rank{rank}.pt")
     distributed.destroy_process_group()
 
 
-def masks_of_a_shared_out_optimizer() -> dict[str, torch.Tensor]:
+def masks_of_a_shared_out_optimizer(pattern: PatternLike) -> dict[str, torch.Tensor]:
     """ZeroRedundancyOptimizer steps a part of the weights on each rank, by an optimizer inside, and sends it to all."""
     from torch.distributed.optim import (
         ZeroRedundancyOptimizer,
@@ -43,7 +45,7 @@ def masks_of_a_shared_out_optimizer() -> dict[str, torch.Tensor]:
     layer = gru(5, 7)
     model = nn.parallel.DistributedDataParallel(layer)
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.02)
-    pruner = Pruner(model, SCHEDULE, pattern=(2, 1))
+    pruner = Pruner(model, SCHEDULE, pattern=pattern)
     pruner.attach(optimizer)
     for step in range(7):
         optimizer.zero_grad()
@@ -73,8 +75,9 @@ def refusal_of_a_sharded_weight() -> str:
 
 @pytest.mark.slow("processes")
 @pytest.mark.skipif(not distributed.is_available(), reason="this torch is built without torch.distributed")
-def test_ranks_find_the_same_masks(tmp_path):
-    spawn(train_on_rank, args=(tmp_path,), nprocs=2)
+@pytest.mark.parametrize("pattern", [(2, 1), Picks(2, 8)], ids=str)
+def test_ranks_find_the_same_masks(pattern, tmp_path):
+    spawn(train_on_rank, args=(tmp_path, pattern), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert first["pruner"]["step_count"] == second["pruner"]["step_count"] == 7
     assert list(first["pruner"]["weights"]) == ["weight_ih_l0", "weight_hh_l0"]  # without "module."
@@ -87,4 +90,5 @@ def test_ranks_find_the_same_masks(tmp_path):
     assert (~first["shared out"]["weight_hh_l0"]).float().mean() == pytest.approx(0.7, abs=0.05)
     assert "weight_hh_l0 must be a plain nn.Parameter, got a DTensor" in first["sharded"]
     plain = gru(5, 7)
-    Pruner(plain, SCHEDULE, pattern=(2, 1)).load_state_dict(first["pruner"])  # a model without the wrapper
+    plain.load_state_dict(first["model"])
+    Pruner(plain, SCHEDULE, pattern=pattern).load_state_dict(first["pruner"])  # a model without the wrapper

@@ -33,18 +33,18 @@ def pack_bits(mask: Tensor) -> Tensor:
     return (padded << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(-1, dtype=torch.uint8)
 
 
-def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Undo `pack_bits`.
+def unpack_bits(packed: Tensor, shape: tuple[int, ...], of: str = "units") -> Tensor:
+    """Undo `pack_bits`; `of` says what the entries stand for.
 
     Raises:
         ValueError: `packed` is no uint8 vector of the right length, or has bits set beyond the last entry.
     """
     count = torch.Size(shape).numel()
     if not _is_vector(packed, -(-count // 8)):
-        raise ValueError(f"expected uint8 [{-(-count // 8)}] for {count} units, got {_describe(packed)}")
+        raise ValueError(f"expected uint8 [{-(-count // 8)}] for {count} {of}, got {_describe(packed)}")
     bits = (packed.to("cpu")[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
     if bits.flatten()[count:].any():
-        raise ValueError(f"bits are set beyond the {count} units")
+        raise ValueError(f"bits are set beyond the {count} {of}")
     return bits.flatten()[:count].to(torch.bool).view(shape)
 
 

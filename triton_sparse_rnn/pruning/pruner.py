@@ -76,9 +76,9 @@ class Pruner:
                 Gates are "r" "z" "n" of a GRU, "i" "f" "g" "o" of an LSTM, "h" of an RNN; one that is not named
                 follows `schedule`.
             tie_gates: one mask for all gates of a unit group; their scores are combined.
-            balanced: prune the same number in each unit group of each gate; with `Picks` each bank of columns of a unit
-                group keeps its share or one unit more. True needs schedules by rank. None takes True for `Picks`, but
-                for what is pruned by a threshold, and False for `Blocks`.
+            balanced: prune the same number in each unit group of each gate. With `Picks` unit groups keep as many or
+                one more, and so do the banks of columns in each. True needs schedules by rank. None takes False for
+                blocks, and for `Picks` True where a schedule is by rank.
             include: globs of further parameters to prune, as `weight.flatten(1)`, such as ("decoder.weight",); not of
                 an nn.Embedding(sparse=True), whose backward raises a TypeError.
 
@@ -212,27 +212,33 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on as if never stopped: plain values and tensors, one bit for each unit.
 
-        `torch.load(weights_only=True)` reads it. Save the model's and the optimizer's state with it. Pruned weights
-        that somebody else wrote to are set to zero again first, so that both fit together.
+        Masks of `Picks` are read off the model's weights, too; where kept ones are exactly zero, and so look like
+        pruned ones, there is one bit more for each weight. `torch.load(weights_only=True)` reads it. Save the
+        model's and the optimizer's state with it. Pruned weights that somebody else wrote to are set to zero again
+        first, so that both fit together.
 
         Warns:
             UserWarning: that this was so, unless it was said before.
         """
         self._look(wait=True)
-        return pack_state(self._step_count, self._settings(), self._weights, self._masks.of_units)
+        return pack_state(self._step_count, self._settings(), self._weights, self._masks)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over masks and step count, and apply the masks to the weights.
 
+        With `Picks` load the model's state_dict first, with blocks before or after.
         Everything is checked first; if anything is wrong, nothing changes.
 
         Raises:
-            TypeError, ValueError: it is no state of a pruner, or of one with other weights, schedules or settings.
+            TypeError, ValueError: it is no state of a pruner, or of one with other weights, schedules or settings, or
+                its masks of `Picks` do not fit the weights.
         """
-        step_count, unit_masks = unpack_state(state_dict, self._settings(), self._weights, self._masks.of_units)
+        step_count, masks = unpack_state(
+            state_dict, self._settings(), self._weights, self.pattern, self._masks.of_units
+        )
         self._step_count, self._started = step_count, step_count > 0
         for weight in self._weights:
-            self._masks.load(weight, unit_masks[weight.name])
+            self._masks.load(weight, *masks[weight.name])
             self._masks.apply(weight, weight.parameter)
 
     def full_mask(self, weight: Weight) -> Tensor:

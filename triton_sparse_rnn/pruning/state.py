@@ -6,19 +6,22 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from triton_sparse_rnn.pruning.masks import pack_bits, unpack_bits
 from triton_sparse_rnn.pruning.targets import Weight
+from triton_sparse_rnn.pruning.weight_masks import WeightMasks
+from triton_sparse_rnn.sparse.patterns import Pattern
 
 VERSION = 1
 
 
 def pack_state(
-    step_count: int, settings: dict[str, Any], weights: tuple[Weight, ...], unit_masks: Mapping[str, Tensor]
+    step_count: int, settings: dict[str, Any], weights: tuple[Weight, ...], masks: WeightMasks
 ) -> dict[str, Any]:
     """Gather a checkpoint of plain values and uint8 tensors; see `Pruner.state_dict`."""
-    described = {weight.name: _describe(weight) | {"mask": pack_bits(unit_masks[weight.name])} for weight in weights}
+    described = {weight.name: _describe(weight) | _pack_masks(weight, masks) for weight in weights}
     return {"version": VERSION, "step_count": step_count, "settings": settings, "weights": described}
 
 
@@ -26,9 +29,13 @@ def unpack_state(
     state: Mapping[str, Any],
     settings: dict[str, Any],
     weights: tuple[Weight, ...],
+    pattern: Pattern,
     unit_masks: Mapping[str, Tensor],
-) -> tuple[int, dict[str, Tensor]]:
-    """Check a checkpoint against this pruner and return its step count and masks; the inputs stay as they are.
+) -> tuple[int, dict[str, tuple[Tensor, Tensor | None]]]:
+    """Check a checkpoint against this pruner and the weights as they are; the inputs stay as they are.
+
+    Returns:
+        Its step count, and by name what `WeightMasks.load` takes.
 
     Raises:
         TypeError, ValueError: see `Pruner.load_state_dict`.
@@ -46,13 +53,37 @@ def unpack_state(
     for weight in weights:
         saved = state["weights"][weight.name]
         expected = _describe(weight)
-        _check_keys(weight.name, saved, {*expected, "mask"})
+        more = {"kept"} if pattern.follows_weights and isinstance(saved, Mapping) and "kept" in saved else set()
+        _check_keys(weight.name, saved, {*expected, "mask", *more})
         _check_same(weight.name, {key: saved[key] for key in expected}, expected)
         try:
-            masks[weight.name] = unpack_bits(saved["mask"], tuple(unit_masks[weight.name].shape))
+            unit_mask = unpack_bits(saved["mask"], tuple(unit_masks[weight.name].shape), "units")
+            kept = unpack_bits(saved["kept"], tuple(weight.parameter.shape), "weights") if more else None
         except ValueError as error:
             raise ValueError(f"state_dict has a damaged mask for {weight.name}: {error}") from None
+        if pattern.follows_weights:
+            _check_fit(weight, pattern, unit_mask, kept)
+        masks[weight.name] = unit_mask, kept
     return step_count, masks
+
+
+def _pack_masks(weight: Weight, masks: WeightMasks) -> dict[str, Tensor]:
+    kept = masks.untold(weight)
+    packed = {"mask": pack_bits(masks.of_units[weight.name])}
+    return packed if kept is None else packed | {"kept": pack_bits(kept)}
+
+
+def _check_fit(weight: Weight, pattern: Pattern, unit_mask: Tensor, kept: Tensor | None) -> None:
+    """Raise ValueError unless the mask is one of the pattern's, and says with the weights which of them are kept."""
+    nonzero = weight.stacked(kept).ne(0)
+    every_gate = weight.every_gate(unit_mask).to(nonzero.device)
+    spread = pattern.spread(every_gate, nonzero)
+    if not torch.equal(pattern.kept(spread), every_gate) or (kept is not None and not torch.equal(spread, nonzero)):
+        raise ValueError(f"state_dict has a damaged mask for {weight.name}: it is none of {pattern!r}")
+    if kept is None and not every_gate.all() and not torch.equal(spread, nonzero):
+        raise ValueError(
+            f"state_dict has a mask for {weight.name} that does not fit its zeros: load the model's state_dict first"
+        )
 
 
 def _describe(weight: Weight) -> dict[str, Any]:

@@ -142,6 +142,7 @@ def check_pattern(weights: Iterable[Weight], pattern: Pattern, *, balanced: bool
     for weight in weights:
         pattern.check_size(*weight.matrix_shape, f"each gate of {weight.name}" if weight.gates > 1 else weight.name)
         units = pattern.count_units(*weight.matrix_shape, balanced=balanced)
+        part = "gate" if units == pattern.count_units(*weight.matrix_shape) else "unit group"
         emptied = []
         for gate, schedule in zip(weight.gate_names, weight.schedules, strict=True):
             sparsity = None if schedule is None else schedule.sparsity_at(schedule.last_step)
@@ -151,7 +152,7 @@ def check_pattern(weights: Iterable[Weight], pattern: Pattern, *, balanced: bool
             gates = f" in gates {', '.join(emptied)}" if emptied != [""] else ""
             warn(
                 f"{weight.name} will be pruned to nothing{gates}: the final sparsity rounds to all there is, "
-                f"{pattern.describe(units)} in each {'unit group' if balanced else 'gate'}; take a finer pattern, "
+                f"{pattern.describe(units)} in each {part}; take a finer pattern, "
                 f"or leave it dense by targets={{{weight.name!r}: None}}"
             )
 

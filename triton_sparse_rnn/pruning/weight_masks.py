@@ -34,21 +34,27 @@ class WeightMasks:
 
     def set(self, weight: Weight, unit_mask: Tensor) -> None:
         """Take a mask that prunes more, spread over the weight as it is; nothing is written to it."""
-        parameter, bits = weight.parameter, self._bits_of(weight)
-        self.samples.forget(weight)
-        self.of_units[weight.name] = unit_mask = unit_mask.to(parameter.device)
-        every_gate = weight.every_gate(unit_mask)
-        pruned = self.pruned_counts[weight.name] = self._pattern.pruned_weights(every_gate, *weight.matrix_shape)
-        self._bits.pop(weight.name, None)
-        if pruned:
-            before = None if bits is None else weight.stacked(bits.ne(0))
-            mask = self._pattern.spread(every_gate, weight.stacked(), before).view(parameter.shape)
-            self._bits[weight.name] = kept_bits(mask, parameter.dtype)
+        bits = self._bits_of(weight)
+        self._take(weight, unit_mask, weight.parameter.detach(), None if bits is None else bits.ne(0))
 
-    def load(self, weight: Weight, unit_mask: Tensor) -> None:
-        """Take a mask in place of the one there is, that may have pruned more; nothing is written to the weight."""
-        self._bits.pop(weight.name, None)
-        self.set(weight, unit_mask)
+    def load(self, weight: Weight, unit_mask: Tensor, kept: Tensor | None) -> None:
+        """Take any mask, in place of the one there is; nothing is written to the weight.
+
+        Args:
+            weight: whose mask.
+            unit_mask: as the pattern has it.
+            kept: the same over the weight, where `untold` had to say it.
+        """
+        self._take(weight, unit_mask, weight.parameter.detach() if kept is None else kept, None)
+
+    def untold(self, weight: Weight) -> Tensor | None:
+        """The mask over the weight, if a mask of units and the weight as it is do not tell it.
+
+        Where the pattern keeps the largest weights, those that are kept and yet zero look like pruned ones.
+        """
+        bits = self._bits_of(weight) if self._pattern.follows_weights else None
+        kept = None if bits is None else bits.ne(0)
+        return None if kept is None or torch.equal(kept, weight.parameter.detach().ne(0)) else kept
 
     def spread(self, weight: Weight) -> Tensor:
         """A mask of the weight's shape and device: bool, True = kept."""
@@ -82,6 +88,18 @@ class WeightMasks:
             for state in states:
                 for tensor in state_tensors(state, parameter):
                     self.apply(weight, tensor)
+
+    def _take(self, weight: Weight, unit_mask: Tensor, source: Tensor, before: Tensor | None) -> None:
+        parameter = weight.parameter
+        self.samples.forget(weight)
+        self.of_units[weight.name] = unit_mask = unit_mask.to(parameter.device)
+        every_gate = weight.every_gate(unit_mask)
+        pruned = self.pruned_counts[weight.name] = self._pattern.pruned_weights(every_gate, *weight.matrix_shape)
+        self._bits.pop(weight.name, None)
+        if pruned:
+            before = None if before is None else weight.stacked(before)
+            mask = self._pattern.spread(every_gate, weight.stacked(source.to(parameter.device)), before)
+            self._bits[weight.name] = kept_bits(mask.view(parameter.shape), parameter.dtype)
 
     def _bits_of(self, weight: Weight) -> Tensor | None:
         bits = self._bits.get(weight.name)

@@ -40,7 +40,7 @@ class Pattern(abc.ABC):
 
     Attributes:
         follows_weights: whether it depends on the weights which of them a mask keeps.
-        balanced: whether a `Pruner` that is not told prunes as much in each unit group.
+        balanced: whether a `Pruner` that is not told prunes balanced.
     """
 
     follows_weights: ClassVar[bool] = False

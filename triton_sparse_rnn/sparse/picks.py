@@ -148,21 +148,25 @@ class Picks(Pattern):
         as_blocks = super().stored_bytes(kept_units, gates, rows, columns, itemsize, scales=scales)
         return as_blocks + (more_starts + 1) * INDEX_BYTES  # and the size of a bank
 
-    def prune_to_sparsity(self, scores: Tensor, kept: Tensor, sparsity: float, *, balanced: bool = False) -> Tensor:
-        """As `Pattern` has it; with `balanced` each bank keeps its share of what its unit group keeps, or one more.
+    def count_units(self, rows: int, columns: int, *, balanced: bool = False) -> int:
+        return super().count_units(rows, columns)  # those of a gate, balanced or not
 
-        The units that a bank's share, rounded down, has room for are kept first, those that come next in their banks
-        after these, by score, and all others last. So the number is exact, whatever was pruned before.
+    def prune_to_sparsity(self, scores: Tensor, kept: Tensor, sparsity: float, *, balanced: bool = False) -> Tensor:
+        """As `Pattern` has it; with `balanced` unit groups keep as many, or one more, and so do the banks of each.
+
+        The exact number of a gate is kept all the same, whatever was pruned before: each unit group, and in it each
+        bank, first keeps its share, rounded down; then those follow that come next in each, by score, then all others.
         """
-        if not balanced:
+        count, (groups, units) = round(sparsity * scores.numel()), scores.shape
+        if not balanced or count == 0:
             return self._ends(super().prune_to_sparsity(scores, kept, sparsity))
-        units = scores.shape[-1]
-        count = round(sparsity * units)
+        share = (groups * units - count) // groups
         _, larger, in_bank = self._places(units, scores.device)
-        share = (units - count) * in_bank // units
-        keys = scores.double().view(torch.int64)  # ordered as these are, from 0
-        keys = keys.where(larger <= share, keys - _LARGEST).masked_fill(larger < share, _LARGEST)
-        return self._ends(kept & ~lowest(keys.masked_fill(~kept, -_LARGEST - 1), count))
+        of_bank = share * in_bank // units
+        keys = _in_turn(scores, kept, larger < of_bank, larger == of_bank)
+        sure, rest = ~lowest(keys, units - share), lowest(keys, units - share - 1)
+        keys = _in_turn(scores, kept, sure, ~(sure | rest))
+        return self._ends(kept & ~lowest(keys.view(1, -1), count).view_as(kept))
 
     def prune_to_threshold(self, scores: Tensor, kept: Tensor, threshold: float) -> Tensor:
         return self._ends(super().prune_to_threshold(scores, kept, threshold))
@@ -208,6 +212,19 @@ class Picks(Pattern):
     def _ends(self, mask: Tensor) -> Tensor:
         """The mask of as many units of each bank, the largest, where equal scores or rounding chose others."""
         return self._mask(self._counts(mask), mask.shape[-1])
+
+
+def _in_turn(scores: Tensor, kept: Tensor, sure: Tensor, following: Tensor) -> Tensor:
+    """Keys by which units are kept, the highest first, int64: sure ones, following ones and others, these by score.
+
+    Args:
+        scores: none negative or NaN.
+        kept: False gives the lowest key.
+        sure, following: bool.
+    """
+    bits = scores.double().view(torch.int64)  # ordered as the scores are, from 0
+    keys = bits.where(following, bits - _LARGEST).masked_fill(sure, _LARGEST)
+    return keys.masked_fill(~kept, -_LARGEST - 1)
 
 
 def _sizes(weight: Tensor) -> Tensor:
