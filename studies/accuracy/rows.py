@@ -135,4 +135,10 @@ VARIED: tuple[Row, ...] = (
 )
 ROWS: tuple[Row, ...] = (DENSE, SMALL, GRADUAL, WIDE, ONE_SHOT, *PATTERN_ROWS, *OTHERS, *VARIED)
 
-SELECTIONS = {"headline": ROWS[:5], "patterns": (SMALL, GRADUAL, *PATTERN_ROWS), "others": OTHERS, "sensitivity": VARIED, "all": ROWS}
+SELECTIONS = {
+    "headline": ROWS[:5],
+    "patterns": (SMALL, GRADUAL, *PATTERN_ROWS),
+    "others": OTHERS,
+    "sensitivity": VARIED,
+    "all": ROWS,
+}
