@@ -158,7 +158,8 @@ def test_dense_weights_are_converted_with_a_warning():
     layer: Any = nn.GRU(3, 16).eval()
     nn.init.zeros_(layer.weight_hh_l0)
     with pytest.warns(
-        UserWarning, match="weight_ih_l0 is 0% zeros and 100% of its .* stays dense and runs as a dense matrix product"
+        UserWarning,
+        match="weight_ih_l0 is 0% zeros and 100% of the units of .* stays dense and runs as a dense matrix product",
     ):
         fast = to_sparse(layer)
     x = torch.randn(5, 2, 3)

@@ -35,6 +35,8 @@ class MatrixFields(NamedTuple):
     product: Any  # of the one that multiplies; of W_hh, of the step
     padded_bias: Any  # offset in scratch of the padded bias, -1 where kernels read the tensor itself
     padded_scales: Any
+    words: Any  # addresses of PickWords (pick_words.py), 0 where picks are read in bytes
+    word_starts: Any
 
 
 NO_MATRIX = MatrixFields(*[0] * len(MatrixFields._fields))._replace(padded_bias=-1, padded_scales=-1)
@@ -82,4 +84,6 @@ def matrix_fields(
         product=product,
         padded_bias=-1 if own_bias else scratch,
         padded_scales=-1 if own_scales else scratch + gates * padded * FLOAT_BYTES,
+        words=0,
+        word_starts=0,
     )

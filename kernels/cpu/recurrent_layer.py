@@ -29,6 +29,7 @@ from triton_sparse_rnn.kernels.cpu.compilation import compiled_layer, kernel_add
 from triton_sparse_rnn.kernels.cpu.layer import KERNEL_BYTES, LayerFields
 from triton_sparse_rnn.kernels.cpu.matrix import NO_MATRIX, MatrixFields, format_of, matrix_fields, padded_rows
 from triton_sparse_rnn.kernels.cpu.pack import PackFormat
+from triton_sparse_rnn.kernels.cpu.pick_words import PickWords, pick_words
 from triton_sparse_rnn.kernels.cpu.step import StepFormat
 from triton_sparse_rnn.kernels.cpu.threads import Team
 from triton_sparse_rnn.kernels.cpu.vector_code import FLOAT_BYTES
@@ -85,6 +86,7 @@ class RecurrentLayer:
         self._step_bytes = sum(direction.weight_hh.nbytes for direction in directions)
         matrices = [matrix for direction in directions for matrix in direction if isinstance(matrix, BlockMatrix)]
         self._no_bias = torch.zeros(max(map(padded_rows, matrices)), dtype=torch.float32, device="cpu")
+        self._words: list[PickWords] = []  # whose addresses are in records
         self._matrices = [self._read_matrices(mode, direction, quantized) for direction in directions]
         self._fields: dict[tuple[int, int], list[_PlacedDirection]] = {}
         self._run = compiled_layer()
@@ -155,6 +157,10 @@ class RecurrentLayer:
             product = kernel_address(layout if mode is None else StepFormat(mode, layout))
             bias = self._no_bias if bias is None else bias
             fields = matrix_fields(weight, bias, layout, pack=pack, product=product, scratch=scratch)
+            if layout.reads_words:
+                words = pick_words(weight)
+                fields = fields._replace(**words.addresses())
+                self._words.append(words)
             scratch += 2 * _whole_lines(fields.gates * fields.gate_bytes)
             return fields
 

@@ -20,10 +20,12 @@ The kernel takes a few vectors of units, sums up all their gates, and finishes t
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from triton_sparse_rnn.kernels.cpu.gate_sums import gate_sums
-from triton_sparse_rnn.kernels.cpu.gates import gru_cell, lstm_cell, relu, tanh
+from triton_sparse_rnn.kernels.cpu.gates import Gates, gru_cell, lstm_cell, relu, tanh
 from triton_sparse_rnn.kernels.cpu.matrix import MatrixFields
 from triton_sparse_rnn.kernels.cpu.stored_weights import BlockFormat
 from triton_sparse_rnn.kernels.cpu.vector_code import Index, Vector, VectorCode
@@ -57,6 +59,16 @@ class StepFormat(NamedTuple):
     layout: BlockFormat  # of W
 
 
+class _OnDemand:
+    """Vectors of the gates, each emitted where a cell asks for it, once: its function fills gaps of the next sums."""
+
+    def __init__(self, emit: Callable[[int], Vector]):
+        self._emit = emit
+
+    def __getitem__(self, gate: int) -> Vector:
+        return self._emit(gate)
+
+
 def emit_step(builder: Any, format: StepFormat, address: Any, first: Any, end: Any) -> None:
     """Emit the kernel for vectors first, ..., end - 1 of the units."""
     mode, layout = format
@@ -67,11 +79,8 @@ def emit_step(builder: Any, format: StepFormat, address: Any, first: Any, end: A
     for row, rows in code.row_tiles(fields.rows, layout.tile_rows):
         if rows == 1 and not layout.quantized:  # reading weights takes longer than cells do: these fill its gaps
             with code.loop(code.index(first), code.index(end)) as vector:
-                recurrent = [
-                    gate_sums(code, layout, matrix, fields, row, 1, vector, code.index(gate))[0]
-                    for gate in range(gates)
-                ]
-                _advance(code, mode, fields, row, vector, recurrent)
+                sum_up = functools.partial(_gate_sum, code, layout, matrix, fields, row, vector)
+                _advance(code, mode, fields, row, vector, _OnDemand(sum_up))
             continue
         together = max(1, _CELLS // rows)
         sums = code.stack(together * gates * rows)
@@ -87,12 +96,23 @@ def emit_step(builder: Any, format: StepFormat, address: Any, first: Any, end: A
                     _advance(code, mode, fields, row + i, vector, recurrent)
 
 
-def _advance(
-    code: VectorCode, mode: str, fields: StepFields, row: Index, vector: Index, recurrent: list[Vector]
-) -> None:
+def _gate_sum(
+    code: VectorCode,
+    layout: BlockFormat,
+    matrix: MatrixFields,
+    fields: StepFields,
+    row: Index,
+    vector: Index,
+    gate: int,
+) -> Vector:
+    """The recurrent product of a gate, in one row."""
+    return gate_sums(code, layout, matrix, fields, row, 1, vector, code.index(gate))[0]
+
+
+def _advance(code: VectorCode, mode: str, fields: StepFields, row: Index, vector: Index, recurrent: Gates) -> None:
     """Run the cell of a vector of units in one row."""
     start = fields.projected + fields.projected_bytes * row
-    projected = [code.load(start + fields.projected_gate_bytes * gate, vector) for gate in range(GATES[mode])]
+    projected = _OnDemand(lambda gate: code.load(start + fields.projected_gate_bytes * gate, vector))
     state = fields.state_bytes * row
     if mode == "GRU":
         h = gru_cell(projected, recurrent, code.load(fields.h + state, vector))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from triton_sparse_rnn.kernels.cpu import target
+from triton_sparse_rnn.kernels.cpu.pick_words import PICK_BITS
 from triton_sparse_rnn.kernels.cpu.vector_code import (
     FLOAT,
     FLOAT_BYTES,
@@ -64,6 +65,12 @@ class BlockFormat(NamedTuple):
             vector_bytes = self.width * FLOAT_BYTES
             fitting = 3 * registers * vector_bytes // (4 * (vector_bytes + bank_bytes))
         return max(1, min(8, 1 << (fitting.bit_length() - 1))) if fitting else 1
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether picks are read in words (pick_words.py), and not in bytes."""
+        fits = 0 < self.bank <= 1 << PICK_BITS and self.BC == 1 and not self.quantized
+        return fits and target.permuted_lanes(self.width) == 16
 
     @property
     def multiplies_quads(self) -> bool:

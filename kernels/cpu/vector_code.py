@@ -16,6 +16,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from llvmlite import ir
 from numba.core import cgutils
 
+from triton_sparse_rnn.kernels.cpu import target
+
 FLOAT, INT8, INT16, INT32, INT64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOAT_BYTES = 4
 _BYTES = {FLOAT: FLOAT_BYTES, INT8: 1, INT16: 2, INT32: 4, INT64: 8}
@@ -80,6 +82,18 @@ class Vector:
 
     def __abs__(self) -> Vector:
         return (self.as_integers() & 0x7FFFFFFF).as_floats()
+
+    def quotient(self, divisor: Vector) -> Vector:
+        """What self / divisor is; in AVX-512, to two units in the last place and if 1 / divisor is a normal float."""
+        code = self.code
+        if target.vector_path() != "AVX-512" or code.width % 16:
+            return self / divisor
+        parts = [code.part(divisor.value, first, 16) for first in range(0, code.width, 16)]
+        mask = ir.IntType(16)(-1)
+        name = "llvm.x86.avx512.rcp14.ps.512"
+        near = [code.call_llvm(name, part.type, part, part.type(None), mask) for part in parts]
+        guess = Vector(code, functools.reduce(code.concatenate, near))
+        return self * (guess + guess * (code.constant(1.0) - divisor * guess))  # a step of Newton's: 14 bits, then 28
 
     def sqrt(self) -> Vector:
         kind = self.value.type
@@ -321,10 +335,27 @@ class VectorCode:
         self.builder.store(self.builder.add(self.builder.load(place), number.value), place)
 
     @contextlib.contextmanager
-    def loop(self, first: Index, end: Index, step: int = 1) -> Iterator[Index]:
-        """Emit the body of the `with` once, run for first, first + step, ... below end."""
+    def loop(self, first: Index, end: Index, step: int = 1, *, unroll: bool = True) -> Iterator[Index]:
+        """Emit the body of the `with` once, run for first, first + step, ... below end.
+
+        Args:
+            unroll: whether LLVM may make one turn of several, with code of their own for those that are left.
+        """
         with cgutils.for_range_slice(self.builder, first.value, end.value, INT64(step)) as (index, _):
             yield Index(self.builder, index)
+            last = self.builder.block
+        if not unroll:
+            module = self.builder.module
+            disable = module.add_metadata(["llvm.loop.unroll.disable"])
+            loop = ir.MDValue(module, (disable,), name=str(len(module.metadata)))
+            loop.operands = (loop, disable)  # a node for this loop alone names itself first
+            last.terminator.set_metadata("llvm.loop", loop)
+
+    @contextlib.contextmanager
+    def if_below(self, first: Index, end: Index) -> Iterator[None]:
+        """Emit the body of the `with`, run where first, taken as signed, is less than end."""
+        with self.builder.if_then(self.builder.icmp_signed("<", first.value, end.value)):
+            yield
 
     def vectors_of(self, floats: Index, one: VectorCode | None = None) -> Iterator[tuple[VectorCode, Index]]:
         """Emit the body of the `for` in loops that take so many floats once: whole vectors, then one by one.

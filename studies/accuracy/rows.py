@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 SEEDS = (0, 1, 2)  # of a headline row; the others have the first
-HEADLINE, BLOCKS, MASKS, SCHEDULES, PENALTIES, LEVELS = (
-    "headline", "blocks", "masks", "schedules", "penalties", "sparsities",
+HEADLINE, PATTERNS, BLOCKS, MASKS, SCHEDULES, PENALTIES, LEVELS = (
+    "headline", "patterns", "blocks", "masks", "schedules", "penalties", "sparsities",
 )  # fmt: skip
 SENSITIVITY = "sensitivity: "  # and the argument that is varied
 
@@ -29,7 +29,7 @@ class Row:
         schedule: "PolynomialDecay", "ThresholdRamp" or "OneShot".
         fractions: arguments of the schedule that are steps, as fractions of all steps; those of `for_training` without.
         arguments: further ones of the schedule; "quantile" of a ThresholdRamp is what q is in a dense model.
-        pruner: arguments of the Pruner.
+        pruner: arguments of the Pruner, "picks" or "block_size" in place of its pattern.
         gates: sparsity of each gate, in place of one for all.
         penalty: "l1" or "group_lasso", added to the loss until pruning has ended, times `strength`.
         taught: whether the dense model of the same seed is its teacher.
@@ -58,7 +58,7 @@ class Row:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        return SEEDS if self.family == HEADLINE else SEEDS[:1]
+        return SEEDS if self.family in (HEADLINE, PATTERNS) else SEEDS[:1]
 
     def settings(self) -> dict[str, Any]:
         """What decides the outcome, for JSON."""
@@ -89,8 +89,14 @@ WIDE = Row("1.5 times wider, as many recurrent weights", HEADLINE, width=1.5)
 RAMP = _ramp(0.95)
 ONE_SHOT = Row("hard pruning, 90 %", HEADLINE, schedule="OneShot", fractions={"step": 0.275})
 
+SINGLE = dataclasses.replace(_blocks(1, 1), family=PATTERNS)
+PATTERN_ROWS: tuple[Row, ...] = (
+    Row("90 % in picks", PATTERNS, pruner={"picks": [16, 32]}),
+    Row("90 % in picks, not balanced", PATTERNS, pruner={"picks": [16, 32], "balanced": False}),
+    SINGLE,
+)
+
 OTHERS: tuple[Row, ...] = (
-    _blocks(1, 1),
     _blocks(8, 1),
     _blocks(16, 4),
     _blocks(16, 16),
@@ -127,6 +133,12 @@ VARIED: tuple[Row, ...] = (
     *_varied("ramp_step", (0.1, 0.4), schedule="ThresholdRamp", arguments={"quantile": 0.95}),
     Row("power 1", SENSITIVITY + "power", arguments={"power": 1.0}, x=1.0),
 )
-ROWS: tuple[Row, ...] = (DENSE, SMALL, GRADUAL, WIDE, ONE_SHOT, *OTHERS, *VARIED)
+ROWS: tuple[Row, ...] = (DENSE, SMALL, GRADUAL, WIDE, ONE_SHOT, *PATTERN_ROWS, *OTHERS, *VARIED)
 
-SELECTIONS = {"headline": ROWS[:5], "others": OTHERS, "sensitivity": VARIED, "all": ROWS}
+SELECTIONS = {
+    "headline": ROWS[:5],
+    "patterns": (SMALL, GRADUAL, *PATTERN_ROWS),
+    "others": OTHERS,
+    "sensitivity": VARIED,
+    "all": ROWS,
+}

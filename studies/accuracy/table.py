@@ -128,10 +128,11 @@ def _forecasts(runs: Mapping[Key, dict[str, Any]]) -> str:
         sizes = [100 * (run["forecast"]["nbytes"] / run["became"]["nbytes"] - 1) for run in group]
         errors = Spread.of(a - b for a, b in zip(told, became, strict=True))
         assert errors is not None
-        block = "x".join(map(str, group[0]["pruner"]["block_size"]))
+        pruner = group[0]["pruner"]
+        pattern = pruner["pattern"] if "pattern" in pruner else "x".join(map(str, pruner["block_size"]))
         mean_told, mean_became = (sum(values) / len(values) for values in (told, became))
         of_bytes = f"{sum(sizes) / len(sizes):+.1f}"
         sparsities = (f"{mean_told:.1f}", f"{mean_became:.1f}", errors.text(1, sign=True))
-        cells.append([task, row, block, *sparsities, of_bytes, str(len(group))])
-    headings = ["task", "model", "block", "forecast, % zeros", "became", "error, points", "error of bytes, %", "runs"]
+        cells.append([task, row, pattern, *sparsities, of_bytes, str(len(group))])
+    headings = ["task", "model", "pattern", "forecast, % zeros", "became", "error, points", "error of bytes, %", "runs"]
     return markdown(headings, cells)

@@ -38,6 +38,7 @@ from triton_sparse_rnn.pruning import Schedule
 from triton_sparse_rnn.pruning.forecast import Forecast
 from triton_sparse_rnn.pruning.targets import Target
 from triton_sparse_rnn.sparse.patterns import Blocks
+from triton_sparse_rnn.sparse.picks import Picks
 
 PENALTIES = {"l1": lambda model, pattern: l1(model), "group_lasso": group_lasso}
 DEFAULT_BLOCK = (16, 1)
@@ -83,7 +84,8 @@ def make_pruner(model: nn.Module, row: Row, size: Size, steps: int, dense: Path)
         dense: weights of the trained dense model, for a threshold.
     """
     arguments = dict(row.pruner)
-    arguments["pattern"] = Blocks(*arguments.pop("block_size", DEFAULT_BLOCK))
+    block_size = arguments.pop("block_size", DEFAULT_BLOCK)
+    arguments["pattern"] = Picks(*arguments.pop("picks")) if "picks" in arguments else Blocks(*block_size)
     chosen: dict[str, Any] = dict(row.arguments) | {
         name: max(int(name == "frequency"), round(share * steps)) for name, share in row.fractions.items()
     }
@@ -186,7 +188,7 @@ def _describe(pruner: Pruner | None) -> dict[str, Any] | None:
     schedules: Iterator[Schedule | None] = (schedule for weight in pruner.weights for schedule in weight.schedules)
     return {
         "schedules": sorted({repr(schedule) for schedule in schedules}),
-        "block_size": pruner.pattern.block_size,
+        "pattern": repr(pruner.pattern),
         "score": pruner.score,
         "tie_gates": pruner.tie_gates,
         "balanced": pruner.balanced,

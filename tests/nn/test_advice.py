@@ -22,8 +22,12 @@ from triton_sparse_rnn.sparse.patterns import Blocks
             r"weight_x is 0% zeros and 100% of the units of Blocks\(rows=4, columns=2\) .* dense product; prune it",
         ),
         (
+            lambda i, j: i % 3 == 0,
+            r"62% zeros and 100% .*not where they can be skipped: prune it first, with pattern=Picks\(",
+        ),
+        (
             lambda i, j: (i + j) % 3 == 0,
-            r"67% zeros and 100% .*not where they can be skipped: prune it first, with pattern=Picks\(",
+            r"67% zeros and 100% .* dense product; to skip its zeros would take longer: prune more of it",
         ),
         (lambda i, j: i < 4, None),
         (lambda i, j: i < 0, None),

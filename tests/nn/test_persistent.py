@@ -23,6 +23,7 @@ from triton_sparse_rnn import BackendUnavailableError, BlockMatrix, PersistentGR
 from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES
 from triton_sparse_rnn.nn.persistent_tools import PersistentTools
 from triton_sparse_rnn.sparse.patterns import Blocks
+from triton_sparse_rnn.sparse.picks import Picks
 
 SIZES = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size"]
 
@@ -74,17 +75,20 @@ def test_stored_weights_are_the_buffers(cell):
     assert 0.2 < ours.density < 0.45
 
 
-def test_fewest_bytes_of_the_listed_block_sizes():
-    layer: Any = nn.GRU(64, 64).requires_grad_(False)
-    keep = (torch.arange(12 * 64) % 8 == 0).view(12, 64).repeat_interleave(16, 0)
-    layer.weight_ih_l0.mul_(keep)
+def test_each_weight_has_the_fastest_of_the_listed_patterns():
+    layer: Any = nn.GRU(64, 64, num_layers=2).requires_grad_(False)
     keep = (torch.arange(12 * 4) % 8 == 0).view(12, 4).repeat_interleave(16, 0).repeat_interleave(16, 1)
-    layer.weight_hh_l0.mul_(keep)
+    layer.weight_ih_l0.mul_(keep)
+    keep = (torch.arange(12 * 64) % 8 == 0).view(12, 64).repeat_interleave(16, 0)
+    for weight in (layer.weight_hh_l0, layer.weight_ih_l1):
+        weight.mul_(keep)
+    layer.weight_hh_l1.mul_(torch.arange(64) == torch.arange(192)[:, None] % 64)  # a bank of 32 holds all 16 rows
     ours = PersistentGRU.from_dense(layer)
     weights: Any = ours.stored_weights()
-    assert weights["weight_ih_l0"].block_size == (16, 1)
-    assert weights["weight_hh_l0"].block_size == (16, 16)
-    assert "storage=[Blocks(rows=16, columns=1), Blocks(rows=16, columns=16)], " in repr(ours)
+    assert weights["weight_ih_l0"].pattern == Blocks(16, 16)
+    assert weights["weight_hh_l0"].pattern == weights["weight_ih_l1"].pattern == Blocks(16, 1)
+    assert isinstance(weights["weight_hh_l1"].pattern, Picks)
+    assert "storage=[Blocks(rows=16, columns=16), Blocks(rows=16, columns=1), Picks(rows=16, bank=" in repr(ours)
 
 
 def test_repr():

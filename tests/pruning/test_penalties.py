@@ -4,6 +4,8 @@ from pruner_training import gru
 from torch import nn
 
 from triton_sparse_rnn.pruning import group_lasso, l1
+from triton_sparse_rnn.sparse.patterns import Blocks
+from triton_sparse_rnn.sparse.picks import Picks
 
 
 def rnn_weights(model):
@@ -29,8 +31,17 @@ def test_l1_sums_recurrent_and_input_weights():
     torch.testing.assert_close(l1(model), sum(weight.abs().sum() for weight in rnn_weights(model)))
 
 
-@pytest.mark.parametrize("penalty", [group_lasso, l1])
-def test_gradient_is_right_and_zero_at_zeros(penalty):
+def unit_norms(part, pattern):
+    """For each weight of 16 rows of up to 32 columns the norm of its block of 16x1, or of its picked unit."""
+    if pattern is Picks:
+        return part.abs().sort(dim=-1).values.norm(dim=0)[part.abs().argsort(dim=-1).argsort(dim=-1)]
+    return part.norm(dim=0).expand_as(part)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "pattern"), [(group_lasso, Picks), (lambda layer: group_lasso(layer, (16, 1)), Blocks), (l1, None)]
+)
+def test_gradient_is_right_and_zero_at_zeros(penalty, pattern):
     layer = gru(3, 16).double()
     nn.init.zeros_(layer.weight_ih_l0)
     with torch.no_grad():
@@ -40,8 +51,8 @@ def test_gradient_is_right_and_zero_at_zeros(penalty):
     assert layer.weight_hh_l0.grad is not None
     assert not layer.weight_ih_l0.grad.any()
     assert not layer.weight_hh_l0.grad[:16, 0].any()
-    block, gradient = layer.weight_hh_l0[16:32, 5].detach(), layer.weight_hh_l0.grad[16:32, 5]
-    torch.testing.assert_close(gradient, block / block.norm() if penalty is group_lasso else block.sign())
+    part, gradient = layer.weight_hh_l0[16:32].detach(), layer.weight_hh_l0.grad[16:32]
+    torch.testing.assert_close(gradient, part / unit_norms(part, pattern) if pattern else part.sign())
     assert layer.bias_hh_l0.grad is None
 
 

@@ -282,7 +282,7 @@ def test_constant_mask_of_a_dense_model_is_an_error():
     pruner = Pruner(layer, ConstantMask())
     for _ in range(2):
         with pytest.raises(
-            ValueError, match="ConstantMask found no block of 16x1 that is all zeros in weight_ih_l0, we"
+            ValueError, match="ConstantMask found no picked unit of 16x1 in 32 that is all zeros in weight_ih_l0, we"
         ):
             backward(layer)
     assert not pruner.finished

@@ -183,9 +183,7 @@ def test_masks_are_copies():
 def test_repr_says_how_far_it_is():
     layer = gru(4, 16)
     pruner, optimizer = attached(layer, OneShot(sparsity=0.5, step=2))
-    assert repr(pruner) == "Pruner(2 weights, pattern=Blocks(rows=16, columns=1), score='l2', step 0, 0.0 % sparse)"
+    begin = "Pruner(2 weights, pattern=Picks(rows=16, bank=32, columns=1), score='l2', step"
+    assert repr(pruner) == f"{begin} 0, 0.0 % sparse)"
     train(layer, optimizer, 2)
-    assert (
-        repr(pruner)
-        == "Pruner(2 weights, pattern=Blocks(rows=16, columns=1), score='l2', step 2, 50.0 % sparse, finished)"
-    )
+    assert repr(pruner) == f"{begin} 2, 50.0 % sparse, finished)"

@@ -9,6 +9,7 @@ from pruner_training import attached, gru, masked_everywhere, train
 from torch import nn
 
 from triton_sparse_rnn import (
+    Blocks,
     ConstantMask,
     OneShot,
     Picks,
@@ -157,7 +158,7 @@ def test_damaged_masks_are_refused(damage, message):
 
 def test_blocks_have_no_weights_in_their_state():
     layer = gru(8, 16)
-    pruner, _optimizer = attached(layer, OneShot(sparsity=0.5, step=1))
+    pruner, _optimizer = attached(layer, OneShot(sparsity=0.5, step=1), pattern=Blocks())
     state = pruner.state_dict()
     state["weights"]["weight_hh_l0"]["kept"] = torch.zeros(96, dtype=torch.uint8)
     with pytest.raises(ValueError, match="missing none; unexpected kept"):
@@ -170,7 +171,7 @@ def test_another_pattern_refuses_a_checkpoint():
     with pytest.raises(ValueError, match=r"pattern='Picks\(.*bank=8.*' in state_dict, but .* has 'Picks\(.*bank=32,"):
         Pruner(layer, DECAY, pattern=Picks(4)).load_state_dict(state)
     with pytest.raises(ValueError, match=r"pattern='Picks\(.*' in state_dict, but this pruner has 'Blocks\("):
-        Pruner(layer, DECAY).load_state_dict(state)
+        Pruner(layer, DECAY, pattern=Blocks()).load_state_dict(state)
     with pytest.raises(ValueError, match="balanced=True in state_dict, but this pruner has False"):
         Pruner(layer, DECAY, pattern=PATTERN, balanced=False).load_state_dict(state)
 
@@ -233,13 +234,14 @@ def test_few_inputs_are_not_pruned_to_nothing():
     assert counts.sum(1).tolist() == [32, 32, 32]  # of 16 units of 16 weights two are kept
     assert counts.amax() == 16
     assert pruner.masks["weight_hh_l0"].view(3, 4, -1).sum(-1).unique().tolist() == [96, 112]
-    with pytest.warns(UserWarning, match="weight_ih_l0 will be .* 4 picked units of 16x1 in each gate"):
+    with pytest.warns(UserWarning, match="weight_ih_l0 will be .* 4 picked units of 16x1 in 32 in each gate"):
         Pruner(gru(4, 16), OneShot(sparsity=0.9, step=1), pattern=Picks())
 
 
 def test_balanced_by_rank_unless_told_otherwise_and_thresholds_are_free():
     assert Pruner(gru(8, 16), DECAY, pattern=PATTERN).balanced
-    assert not Pruner(gru(8, 16), DECAY).balanced
+    assert Pruner(gru(8, 16), DECAY).balanced
+    assert not Pruner(gru(8, 16), DECAY, pattern=Blocks()).balanced
     layer = gru(8, 16)
     ramp = ThresholdRamp.from_weights(layer, 0.5, pattern=PATTERN, begin_step=0, ramp_step=1, end_step=4, frequency=1)
     pruner, optimizer = attached(layer, ramp, pattern=PATTERN)
@@ -266,6 +268,7 @@ def test_zeros_are_kept_and_forecasts_and_penalties_are_its_own():
         sum(PATTERN.norms(each).sum().item() for each in weights)
     )
     with pytest.raises(
-        ValueError, match="ConstantMask found no picked unit of 4x1 that is all zeros in weight_ih_l0, weight_hh_l0"
+        ValueError,
+        match="ConstantMask found no picked unit of 4x1 in 8 that is all zeros in weight_ih_l0, weight_hh_l0",
     ):
         Pruner(gru(8, 16), ConstantMask(), pattern=PATTERN)._start()

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from triton_sparse_rnn.pruning import ConstantMask, OneShot, PolynomialDecay, Pruner, ThresholdRamp
+from triton_sparse_rnn.sparse.patterns import Blocks
+from triton_sparse_rnn.sparse.picks import Picks
 
 OPTIMIZERS = {
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.02),
@@ -74,30 +76,40 @@ def test_resumed_training_is_the_same_to_the_bit(optimizer, schedule, options):
         assert all(torch.equal(mask, whole.pruner.masks[name]) for name, mask in resumed.pruner.masks.items())
 
 
-def test_resume_of_a_constant_mask_keeps_it():
-    source = Run(OneShot(sparsity=0.6, step=1), "sgd", seed=0)
+@pytest.mark.parametrize(
+    ("pattern", "order"),
+    [
+        (Picks(), ("model", "pruner", "optimizer")),
+        (Blocks(), ("model", "pruner", "optimizer")),
+        (Blocks(), ("pruner", "model", "optimizer")),
+    ],
+    ids=str,
+)
+def test_resume_of_a_constant_mask_keeps_it(pattern, order):
+    source = Run(OneShot(sparsity=0.6, step=1), "sgd", seed=0, pattern=pattern)
     source.train(range(1))
-    whole = Run(ConstantMask(), "sgd", seed=1)
+    whole = Run(ConstantMask(), "sgd", seed=1, pattern=pattern)
     whole.layer.load_state_dict(source.layer.state_dict())
     at_start = whole.save()
     whole.train(range(2))
     half = whole.save()
     whole.train(range(2, 4))
     for data, steps in ((at_start, range(4)), (half, range(2, 4))):
-        resumed = Run(ConstantMask(), "sgd", seed=2)
-        resumed.load(data, ("pruner", "model", "optimizer"))
+        resumed = Run(ConstantMask(), "sgd", seed=2, pattern=pattern)
+        resumed.load(data, order)
         resumed.train(steps)
         assert resumed.save() == whole.save()
 
 
-def test_what_becomes_zero_later_is_not_pruned_on_resume():
-    source = Run(OneShot(sparsity=0.6, step=1), "sgd", seed=0)
+@pytest.mark.parametrize("pattern", [Picks(), Blocks()], ids=str)
+def test_what_becomes_zero_later_is_not_pruned_on_resume(pattern):
+    source = Run(OneShot(sparsity=0.6, step=1), "sgd", seed=0, pattern=pattern)
     source.train(range(1))
-    run = Run(ConstantMask(), "sgd", seed=1)
+    run = Run(ConstantMask(), "sgd", seed=1, pattern=pattern)
     run.layer.load_state_dict(source.layer.state_dict())
     run.train(range(1))
     nn.init.zeros_(run.layer.get_parameter("weight_hh_l0"))
-    resumed = Run(ConstantMask(), "sgd", seed=2)
+    resumed = Run(ConstantMask(), "sgd", seed=2, pattern=pattern)
     resumed.load(run.save(), ("model", "optimizer", "pruner"))
     resumed.train(range(1, 2))
     assert all(torch.equal(mask, source.pruner.masks[name]) for name, mask in resumed.pruner.masks.items())
@@ -116,7 +128,7 @@ def test_loading_applies_masks_at_once_and_replaces_all_of_the_old():
     assert all(mask.all() for mask in other.pruner.masks.values())
 
 
-def test_masks_take_one_bit_for_each_block():
+def test_masks_take_one_bit_for_each_unit():
     pruner = Pruner(nn.GRU(64, 64), DECAY)
     assert pruner.state_dict()["weights"]["weight_hh_l0"]["mask"].nbytes == 3 * 4 * 64 // 8
 
@@ -134,11 +146,11 @@ def test_state_is_a_snapshot():
     [
         (
             {"pattern": (8, 1)},
-            r"pattern='Blocks\(rows=16, .*' in state_dict, but this pruner has 'Blocks\(rows=8, .*'",
+            r"pattern='Picks\(rows=16, .*' in state_dict, but this pruner has 'Blocks\(rows=8, .*'",
         ),
         ({"score": "max"}, "score='l2' in state_dict, but this pruner has 'max'"),
         ({"tie_gates": True}, "tie_gates=False in state_dict, but this pruner has True"),
-        ({"balanced": True}, "balanced=False"),
+        ({"balanced": False}, "balanced=True in state_dict, but this pruner has False"),
         ({"schedule": OneShot(sparsity=0.6, step=7)}, r"weight_ih_l0 has schedules=.*PolynomialDecay.* has .*OneShot"),
         ({"targets": {"*hh_l1": {"z": None}}}, r"weight_hh_l1 has schedules=.*'None'"),
         ({"targets": {"*hh_l1": None}}, "missing none; unexpected weight_hh_l1"),
@@ -189,11 +201,11 @@ def drop(*path):
         (
             set_in("settings", "pattern", value=torch.tensor([16, 1])),
             TypeError,
-            r"settings\['pattern'\] in state_dict must be 'Blocks\(.*\)', as this pruner has it, got a Tensor",
+            r"settings\['pattern'\] in state_dict must be 'Picks\(.*\)', as this pruner has it, got a Tensor",
         ),
         (set_in("settings", "pattern", value=[[16, 1]]), TypeError, "as this pruner has it, got a list"),
         (set_in("settings", "score", value=torch.tensor(1)), TypeError, r"settings\['score'\] in .* 'l2', .* Tensor"),
-        (set_in("settings", "balanced", value=torch.tensor(False)), TypeError, r"settings\['balanced'\] .* False, "),
+        (set_in("settings", "balanced", value=torch.tensor(True)), TypeError, r"settings\['balanced'\] .* True, "),
         (set_in("settings", "tie_gates", value=np.zeros(3)), TypeError, r"settings\['tie_gates'\] .* a ndarray"),
         (
             set_in("weights", "weight_hh_l1", "shape", value=torch.tensor([21, 7])),

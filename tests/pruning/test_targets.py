@@ -9,6 +9,8 @@ from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.pruning import ConstantMask, OneShot, Pruner
 from triton_sparse_rnn.pruning.targets import match_weights
 from triton_sparse_rnn.pruning.weights import name_matches
+from triton_sparse_rnn.sparse.patterns import Blocks
+from triton_sparse_rnn.sparse.picks import Picks
 
 HALF, MOST = OneShot(sparsity=0.5, step=1), OneShot(sparsity=0.9, step=1)
 
@@ -214,10 +216,19 @@ def test_names_that_collide_without_prefixes_are_refused():
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (lambda: nn.GRU(1, 16), {}, r"weight_ih_l0 .* in gates r, z, n: .* there is, 1 block of 16x1 in each gate; .*"),
+        (
+            lambda: nn.GRU(1, 16),
+            {},
+            r"weight_ih_l0 .* in gates r, z, n: .* there is, 1 picked unit of 16x1 in 32 in each gate; .*",
+        ),
+        (
+            lambda: nn.GRU(1, 16),
+            {"pattern": (16, 1)},
+            r"weight_ih_l0 .* in gates r, z, n: .* there is, 1 block of 16x1 in each gate; .*",
+        ),
         (
             lambda: nn.GRU(1, 40),
-            {"balanced": True},
+            {"pattern": (16, 1), "balanced": True},
             r"weight_ih_l0 .* r, z, n: .* 1 block of 16x1 in each unit group; .*",
         ),
         (lambda: nn.LSTM(8, 8), {"targets": {"*ih*": {"f": OneShot(sparsity=0.99, step=1)}}}, r"weight_ih_l0 .* f: .*"),
@@ -227,7 +238,7 @@ def test_names_that_collide_without_prefixes_are_refused():
             r"1\.weight will be pruned to nothing: the final sparsity .*, 2 blocks of 3x2 in each gate; .*",
         ),
     ],
-    ids=["one input", "balanced", "one gate", "included"],
+    ids=["one input", "one input, blocks", "balanced", "one gate", "included"],
 )
 def test_weights_that_will_be_pruned_to_nothing_are_warned_of(build, options, message):
     with pytest.warns(UserWarning, match=f"^{message}targets={{'[1a-z_.]*weight[a-z0_]*': None}}$") as caught:
@@ -235,9 +246,10 @@ def test_weights_that_will_be_pruned_to_nothing_are_warned_of(build, options, me
     assert [warning.filename for warning in caught] == [__file__]
 
 
+@pytest.mark.parametrize("pattern", [Picks(), Blocks()], ids=str)
 @pytest.mark.parametrize("options", [{}, {"balanced": True}, {"targets": {"*ih*": None}}])
-def test_weights_of_which_a_block_is_left_are_not_warned_of(options):
-    Pruner(nn.GRU(1 if "targets" in options else 6, 16), MOST, **options)  # round(0.9 * 6) = 5
+def test_weights_of_which_a_unit_is_left_are_not_warned_of(options, pattern):
+    Pruner(nn.GRU(1 if "targets" in options else 6, 16), MOST, pattern=pattern, **options)  # round(0.9 * 6) = 5
 
 
 def test_options_that_exclude_each_other():

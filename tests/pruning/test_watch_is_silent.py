@@ -11,6 +11,8 @@ from pruner_training import NOW, attached, backward, gru, masked_everywhere, pru
 from torch import nn
 
 from triton_sparse_rnn.pruning import ConstantMask, PolynomialDecay, Pruner
+from triton_sparse_rnn.sparse.patterns import Blocks
+from triton_sparse_rnn.sparse.picks import Picks
 
 
 class TestNothingIsSaid:
@@ -107,10 +109,13 @@ class TestNothingIsSaid:
         train(layer, optimizer, 2)
         assert masked_everywhere(pruner, optimizer)
 
-    @pytest.mark.parametrize("first", ["model", "pruner"])
-    def test_of_going_back_to_a_checkpoint(self, first):
+    @pytest.mark.parametrize(
+        ("first", "pattern"), [("model", Picks()), ("model", Blocks()), ("pruner", Blocks())], ids=str
+    )  # masks of picks need the weights
+    def test_of_going_back_to_a_checkpoint(self, first, pattern):
         layer = gru(5, 7)
-        pruner, optimizer = attached(layer, PolynomialDecay(final_sparsity=0.8, begin_step=0, end_step=8, frequency=1))
+        schedule = PolynomialDecay(final_sparsity=0.8, begin_step=0, end_step=8, frequency=1)
+        pruner, optimizer = attached(layer, schedule, pattern=pattern)
         train(layer, optimizer, 3)
         saved = copy.deepcopy((layer.state_dict(), pruner.state_dict()))
         train(layer, optimizer, 4)
@@ -224,11 +229,13 @@ class TestNothingIsSaid:
         train(layer, optimizer, 1)
         assert pruner.step_count == 1
 
-    def test_of_a_weight_without_elements(self):
+    @pytest.mark.parametrize("pattern", [Picks(), Blocks()], ids=str)
+    @pytest.mark.parametrize("shape", [(4, 0), (0, 4)])
+    def test_of_a_weight_without_elements(self, pattern, shape):
         layer = gru(5, 7)
-        layer.none = nn.Parameter(torch.empty(4, 0))
+        layer.none = nn.Parameter(torch.empty(shape))
         with pytest.warns(UserWarning, match="none will be pruned to nothing"):
-            pruner, optimizer = attached(layer, NOW, include=("none",))
+            pruner, optimizer = attached(layer, NOW, pattern=pattern, include=("none",))
         for _ in range(15):
             layer.none.square().sum().backward()
         train(layer, optimizer, 2)

@@ -139,14 +139,6 @@ def test_samples_of_pruned_places(pattern, shape, generator):
     assert len(pattern.pruned_places(torch.ones_like(mask), spread, 50)) == 0
 
 
-@pytest.mark.parametrize("score", FORMULAS)
-def test_a_weight_without_columns_has_no_units(score):
-    pattern, nothing = Picks(2, 8, 2), torch.zeros(1, 3, 0)
-    assert pattern.scores(nothing, score).shape == pattern.mask_shape(1, 3, 0) == (1, 2, 0)
-    assert pattern.weight_counts(3, 0, nothing.device).shape == (2, 0)
-    assert pattern.pruned_weights(pattern.full_mask(1, 3, 0), 3, 0) == 0
-
-
 def test_nan_scores_highest_and_is_kept():
     weight = torch.tensor([[[1.0, torch.nan, 3.0, -4.0], [-torch.inf, 0.0, 1.0, 1.0]]])
     pattern = Picks(2, 8)

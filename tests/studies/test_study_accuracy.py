@@ -8,7 +8,19 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from studies.accuracy import timing
-from studies.accuracy.rows import DENSE, GRADUAL, HEADLINE, ONE_SHOT, ROWS, SEEDS, SENSITIVITY, SMALL, WIDE
+from studies.accuracy.rows import (
+    DENSE,
+    GRADUAL,
+    HEADLINE,
+    ONE_SHOT,
+    PATTERN_ROWS,
+    PATTERNS,
+    ROWS,
+    SEEDS,
+    SENSITIVITY,
+    SMALL,
+    WIDE,
+)
 from studies.accuracy.sizes import Size, parameters, recurrent_weights, size_of
 from studies.accuracy.study import ACCURACY
 from studies.accuracy.timing import time_runs
@@ -17,7 +29,7 @@ from studies.runs.records import Key, Lines, key_of
 from studies.runs.study import Place, weights_path
 from studies.tasks import TASKS
 from studies.tasks.characters import Characters
-from triton_sparse_rnn import SparseGRU, to_dense
+from triton_sparse_rnn import Blocks, Picks, SparseGRU, to_dense
 
 NAMES = {row.name: row for row in ROWS}
 
@@ -73,8 +85,10 @@ def test_selections():
     assert ACCURACY.rows("headline") == [DENSE, SMALL, GRADUAL, WIDE, ONE_SHOT]
     varied = ACCURACY.rows("sensitivity")[1:]
     assert varied == [row for row in ROWS if row.family.startswith(SENSITIVITY)]
-    assert len(ACCURACY.rows("headline")) + len(ACCURACY.rows("others")) + len(varied) == len(ROWS) + 1
-    assert all(row.seeds == (SEEDS if row.family == HEADLINE else (0,)) for row in ROWS)
+    assert ACCURACY.rows("patterns") == [DENSE, SMALL, GRADUAL, *PATTERN_ROWS]
+    parts = ("headline", "patterns", "others", "sensitivity")
+    assert {row.name for row in ROWS} == {row.name for part in parts for row in ACCURACY.rows(part)}
+    assert all(row.seeds == (SEEDS if row.family in (HEADLINE, PATTERNS) else (0,)) for row in ROWS)
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.is_dense], ids=lambda row: row.name)
@@ -85,10 +99,10 @@ def test_every_row_is_pruned_as_it_says(task, row, tmp_path):
     if row.width != 1:
         model = dataclasses.replace(task, hidden_size=size.hidden_size).build_model(SparseGRU, 0)
     pruner = make_pruner(model, row, size, steps, tmp_path / "dense")
-    assert pruner.pattern.block_size == tuple(row.pruner.get("block_size", (16, 1)))
-    assert (pruner.tie_gates, pruner.balanced) == tuple(
-        bool(row.pruner.get(name)) for name in ("tie_gates", "balanced")
-    )
+    picks = "picks" in row.pruner
+    assert pruner.pattern == (Picks(*row.pruner["picks"]) if picks else Blocks(*row.pruner.get("block_size", (16, 1))))
+    assert pruner.tie_gates == row.pruner.get("tie_gates", False)
+    assert pruner.balanced == row.pruner.get("balanced", picks)
     for weight in pruner.weights:
         for gate, schedule in zip("rzn", weight.schedules, strict=True):
             assert schedule is not None

@@ -85,9 +85,8 @@ class Picks(Pattern):
         heights = (rows - torch.arange(0, rows, self.rows, dtype=torch.int64, device=device)).clamp(max=self.rows)
         units = -(-columns // self.columns)
         widths = torch.full((units,), self.columns, dtype=torch.int64, device=device)
-        if units:
-            first = (units - 1) // self._per_bank * self._per_bank  # of the last bank, which alone can lack weights
-            widths[first] -= units * self.columns - columns
+        first = max(0, units - 1) // self._per_bank * self._per_bank  # of the last bank, which alone can lack weights
+        widths[first : first + 1] -= units * self.columns - columns  # no columns, no units
         return heights[:, None] * widths
 
     def kept(self, weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from triton_sparse_rnn.kernels.cpu import target
 from triton_sparse_rnn.kernels.cpu.gates import gru_cell, lstm_cell, relu, sigmoid, tanh
 
 ERROR = 2.5e-7 if "fma" in target.features() else 3.6e-7  # gates.py has why
+ERROR_16 = 3.2e-7 if target.vector_path() == "AVX-512" else ERROR  # in vectors of 16, 32
 POINTS = torch.cat(
     [torch.linspace(-20, 20, 16 * 4096), torch.logspace(-40, 38, 16 * 256), -torch.logspace(-40, 38, 4096)]
 )
@@ -16,7 +17,7 @@ POINTS = torch.cat(
 @pytest.mark.parametrize(("function", "expected"), [(tanh, torch.tanh), (sigmoid, torch.sigmoid)])
 def test_nonlinear_functions_are_within_their_error(function, expected):
     result = on_loaded_vectors(function)(POINTS)
-    assert (result.double() - expected(POINTS.double())).abs().max() <= ERROR
+    assert (result.double() - expected(POINTS.double())).abs().max() <= ERROR_16
     assert result.abs().max() <= 1
 
 
@@ -24,7 +25,7 @@ def test_nonlinear_functions_are_within_their_error(function, expected):
 def test_any_width(width):
     points = torch.linspace(-9, 9, 15 * 32)
     result = on_loaded_vectors(tanh, width)(points)
-    assert (result.double() - points.double().tanh()).abs().max() <= ERROR
+    assert (result.double() - points.double().tanh()).abs().max() <= (ERROR if width % 16 else ERROR_16)
 
 
 @pytest.mark.parametrize(("function", "low"), [(tanh, -1.0), (sigmoid, 0.0)])
