@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from triton_sparse_rnn.kernels.cpu.addresses import address_of
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
@@ -55,7 +55,7 @@ def pick_words(matrix: BlockMatrix) -> PickWords:
     indices = [matrix.picks, matrix.starts]
     if any(tensor.is_inference() for tensor in indices):  # torch counts no writes into these
         return _make(*indices)
-    now = [(address_of("indices", t, t.dtype, t.numel()), t._version, t.shape) for t in indices]
+    now = [(WeakIdRef(t), address_of("indices", t, t.dtype, t.numel()), t._version, t.shape) for t in indices]
     made = _MADE.get(matrix.picks)
     if made is None or made[0] != now:
         made = _MADE[matrix.picks] = now, _make(*indices)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._C import _has_storage
 from torch.compiler import is_compiling
 from torch.nn import Parameter
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from triton_sparse_rnn.kernels.cpu.addresses import reached_bytes
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
@@ -194,8 +194,9 @@ def _indices_as_they_are(matrix: BlockMatrix) -> tuple[object, ...] | None:
     indices = [tensor for name in BlockMatrix.INDICES if (tensor := getattr(matrix, name)) is not None]
     if any(tensor.is_inference() for tensor in indices):
         return None
-    places = [(tensor.data_ptr(), tensor._version) for tensor in indices]
-    return *places, matrix.shape, matrix.gates, matrix.values.shape
+    # The tensors themselves: when one is freed, another may get its address.
+    tensors = [(WeakIdRef(tensor), tensor.data_ptr(), tensor._version) for tensor in indices]
+    return *tensors, matrix.shape, matrix.gates, matrix.values.shape
 
 
 def _check_tensor(
