@@ -10,7 +10,7 @@ from triton_sparse_rnn.kernels.cpu.vector_code import Vector
 # tanh(x) = x P(x^2) / Q(x^2) up to the limit, and what it is there beyond: the rational approximation of Eigen,
 # highest power first, absolute error at most 2.5e-7. Where a multiply-add is two instructions it is at most 3.6e-7, six
 # roundings instead of four: those of the quotient and the product with x, and both of the last step of P and of Q.
-# In vectors of AVX-512 it is at most 3.2e-7: a product with 1 / Q, since a division takes as long as all the rest.
+# By a reciprocal (`Vector.quotient`) it is at most 3.2e-7.
 # From _TANH_ONE on 1 is nearer. That these values are exact matters to infinity: a gate that is closed by it is 0, and
 # not a small number times infinity.
 _TANH_LIMIT = 7.90531110763549805

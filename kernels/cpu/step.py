@@ -78,9 +78,10 @@ def emit_step(builder: Any, format: StepFormat, address: Any, first: Any, end: A
     matrix = code.fields(MatrixFields, fields.matrix)
     for row, rows in code.row_tiles(fields.rows, layout.tile_rows):
         if rows == 1 and not layout.quantized:  # reading weights takes longer than cells do: these fill its gaps
-            with code.loop(code.index(first), code.index(end)) as vector:
-                sum_up = functools.partial(_gate_sum, code, layout, matrix, fields, row, vector)
-                _advance(code, mode, fields, row, vector, _OnDemand(sum_up))
+            one = VectorCode(builder, layout.width, by_reciprocal=True)  # a row of many is in no hurry
+            with one.loop(one.index(first), one.index(end)) as vector:
+                sum_up = functools.partial(_gate_sum, one, layout, matrix, fields, row, vector)
+                _advance(one, mode, fields, row, vector, _OnDemand(sum_up))
             continue
         together = max(1, _CELLS // rows)
         sums = code.stack(together * gates * rows)

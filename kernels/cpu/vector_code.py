@@ -84,9 +84,13 @@ class Vector:
         return (self.as_integers() & 0x7FFFFFFF).as_floats()
 
     def quotient(self, divisor: Vector) -> Vector:
-        """What self / divisor is; in AVX-512, to two units in the last place and if 1 / divisor is a normal float."""
+        """What self / divisor is.
+
+        By a reciprocal, where there is an instruction for it and it was asked for, to two units in the last place and
+        if 1 / divisor is a normal float: that waits less than a division, and takes more instructions.
+        """
         code = self.code
-        if target.vector_path() != "AVX-512" or code.width % 16:
+        if not code.by_reciprocal:
             return self / divisor
         parts = [code.part(divisor.value, first, 16) for first in range(0, code.width, 16)]
         mask = ir.IntType(16)(-1)
@@ -185,9 +189,11 @@ class Accumulator(Generic[LanesT]):
 class VectorCode:
     """Emits loads, stores and loops at one place of a numba function, on vectors of `width` floats."""
 
-    def __init__(self, builder: Any, width: int):
+    def __init__(self, builder: Any, width: int, *, by_reciprocal: bool = False):
+        """`by_reciprocal` is of `Vector.quotient`."""
         self.builder = builder
         self.width = width
+        self.by_reciprocal = by_reciprocal and target.vector_path() == "AVX-512" and width % 16 == 0
 
     def constant(self, number: float) -> Vector:
         return Vector(self, self.splat_constant(number, FLOAT))

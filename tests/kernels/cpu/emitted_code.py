@@ -17,7 +17,7 @@ from triton_sparse_rnn.kernels.cpu.intrinsics import intrinsic
 from triton_sparse_rnn.kernels.cpu.vector_code import Vector, VectorCode
 
 
-def on_vectors(emit: Callable[..., Vector], width: int) -> Callable[..., Tensor]:
+def on_vectors(emit: Callable[..., Vector], width: int, *, by_reciprocal: bool = False) -> Callable[..., Tensor]:
     """Return a function of tensors, whose length is a multiple of `width`, to a float32 tensor of that length.
 
     Args:
@@ -28,7 +28,7 @@ def on_vectors(emit: Callable[..., Vector], width: int) -> Callable[..., Tensor]
     @intrinsic
     def apply(typing_context, sources, target, index) -> Any:
         def generate(context, builder, signature, arguments):
-            code = VectorCode(builder, width)
+            code = VectorCode(builder, width, by_reciprocal=by_reciprocal)
             addresses = [code.index(builder.extract_value(arguments[0], i)) for i in range(len(sources))]
             target, index = map(code.index, arguments[1:])
             code.store(emit(code, *addresses, index), target, index)
@@ -50,10 +50,14 @@ def on_vectors(emit: Callable[..., Vector], width: int) -> Callable[..., Tensor]
     return run
 
 
-def on_loaded_vectors(function: Callable[..., Vector], width: int = 16) -> Callable[..., Tensor]:
+def on_loaded_vectors(
+    function: Callable[..., Vector], width: int = 16, *, by_reciprocal: bool = False
+) -> Callable[..., Tensor]:
     """The same, of a function of vectors."""
     return on_vectors(
-        lambda code, *places: function(*(code.load(address, places[-1]) for address in places[:-1])), width
+        lambda code, *places: function(*(code.load(address, places[-1]) for address in places[:-1])),
+        width,
+        by_reciprocal=by_reciprocal,
     )
 
 

@@ -8,16 +8,17 @@ from triton_sparse_rnn.kernels.cpu import target
 from triton_sparse_rnn.kernels.cpu.gates import gru_cell, lstm_cell, relu, sigmoid, tanh
 
 ERROR = 2.5e-7 if "fma" in target.features() else 3.6e-7  # gates.py has why
-ERROR_16 = 3.2e-7 if target.vector_path() == "AVX-512" else ERROR  # in vectors of 16, 32
+BY_RECIPROCAL = 3.2e-7 if target.vector_path() == "AVX-512" else ERROR
 POINTS = torch.cat(
     [torch.linspace(-20, 20, 16 * 4096), torch.logspace(-40, 38, 16 * 256), -torch.logspace(-40, 38, 4096)]
 )
 
 
 @pytest.mark.parametrize(("function", "expected"), [(tanh, torch.tanh), (sigmoid, torch.sigmoid)])
-def test_nonlinear_functions_are_within_their_error(function, expected):
-    result = on_loaded_vectors(function)(POINTS)
-    assert (result.double() - expected(POINTS.double())).abs().max() <= ERROR_16
+@pytest.mark.parametrize("by_reciprocal", [False, True])
+def test_nonlinear_functions_are_within_their_error(function, expected, by_reciprocal):
+    result = on_loaded_vectors(function, by_reciprocal=by_reciprocal)(POINTS)
+    assert (result.double() - expected(POINTS.double())).abs().max() <= (BY_RECIPROCAL if by_reciprocal else ERROR)
     assert result.abs().max() <= 1
 
 
@@ -25,13 +26,16 @@ def test_nonlinear_functions_are_within_their_error(function, expected):
 def test_any_width(width):
     points = torch.linspace(-9, 9, 15 * 32)
     result = on_loaded_vectors(tanh, width)(points)
-    assert (result.double() - points.double().tanh()).abs().max() <= (ERROR if width % 16 else ERROR_16)
+    assert (result.double() - points.double().tanh()).abs().max() <= ERROR
+    result = on_loaded_vectors(tanh, width, by_reciprocal=True)(points)
+    assert (result.double() - points.double().tanh()).abs().max() <= (ERROR if width % 16 else BY_RECIPROCAL)
 
 
 @pytest.mark.parametrize(("function", "low"), [(tanh, -1.0), (sigmoid, 0.0)])
-def test_nonlinear_functions_saturate_exactly_and_keep_nan(function, low):
+@pytest.mark.parametrize("by_reciprocal", [False, True])
+def test_nonlinear_functions_saturate_exactly_and_keep_nan(function, low, by_reciprocal):
     x = torch.tensor([math.inf, -math.inf, math.nan, 1e30, -1e30, 50.0, -50.0, 0.0]).repeat(2)
-    result = on_loaded_vectors(function)(x)[:8].tolist()
+    result = on_loaded_vectors(function, by_reciprocal=by_reciprocal)(x)[:8].tolist()
     assert math.isnan(result.pop(2))
     assert result == [1.0, low, 1.0, low, 1.0, low, function is sigmoid and 0.5]
 
