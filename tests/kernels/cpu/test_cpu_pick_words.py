@@ -108,10 +108,10 @@ def test_a_write_into_picks_counts(compiled):
     before = run(x)[0]
     picks = next(buffer for name, buffer in module.named_buffers() if name.endswith("ih_l0_picks"))
     with torch.no_grad():
-        picks.copy_(31 - picks)
-        picks.copy_(31 - picks)
+        picks.copy_(picks.flip(-1))
+        picks.copy_(picks.flip(-1))
         assert torch.equal(run(x)[0], before)
-        picks[:, 0, :] = 31 - picks[:, 0, :]
+        picks.copy_(picks.flip(-1))
     module.backend = "reference"
     expected = module(x)[0]
     module.backend = None
