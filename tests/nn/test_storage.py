@@ -27,7 +27,7 @@ def make_layer(stored: int, dtype=torch.float32, cell: Any = nn.LSTM) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:.*little to skip")
-@pytest.mark.parametrize(("pattern", "dense_from"), [(None, 9), (Blocks(5, 1), 10), (Blocks(16, 1), 11)])
+@pytest.mark.parametrize(("pattern", "dense_from"), [(None, 8), (Blocks(5, 1), 10), (Blocks(16, 1), 11)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_input_weight_of_which_little_was_pruned_stays_dense(pattern, dense_from, dtype):
     """Where that is faster, and unless blocks that the kernels run at full speed are asked for."""
