@@ -184,6 +184,10 @@ def test_links_lead_somewhere(page):
     assert link_faults(page, page.read_text(encoding="utf-8")) == []
 
 
+def test_no_figure_is_missing():
+    assert [name_of(page) for page in PAGES if "FIGURE" in page.read_text(encoding="utf-8")] == []
+
+
 def test_every_page_and_drawing_is_linked_and_drawings_are_valid():
     linked = set()
     for page in PAGES:

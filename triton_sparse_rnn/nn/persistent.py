@@ -1,7 +1,7 @@
 """What `to_sparse()` returns: recurrent layers for inference, whose weights are stored without the zeros.
 
 The call, and what it returns, are those of nn.RNN, nn.GRU and nn.LSTM. No other copy of a weight exists than the
-stored one; see persistent_weights.py.
+stored one (persistent_weights.py); what kernels derive from indices lies beside it.
 """
 
 from __future__ import annotations

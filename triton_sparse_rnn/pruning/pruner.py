@@ -69,8 +69,8 @@ class Pruner:
                 weight_hr) pruned, each gate scored apart from the others.
             schedule: for each weight that `targets` does not match; None leaves those dense.
             pattern: which weights are pruned together, here called a unit: `Picks`, of which each hidden unit has its
-                own inputs, or `Blocks`, or a pair (BR, BC) for these, BR hidden units of one gate by BC inputs. Units
-                at the edge of a gate may be smaller. Both sizes may be up to 4096, or as many as the gate has.
+                own inputs, or, as for a GPU, `Blocks`, or a pair (BR, BC) for these, BR hidden units of one gate by BC
+                inputs. Units at the edge of a gate may be smaller. Both sizes are up to 4096, or as many as it has.
             score: "max", "mean" or "l2" of the weights of a unit; see `Pattern.scores`. Narang et al. take "max"; "l2"
                 was 1 to 5 % more accurate on the tasks of docs/results.md.
             targets: {glob: schedule, None for dense, or {gate: schedule or None}}; the first glob that matches counts.
