@@ -1,11 +1,12 @@
 """What the tests of the persistent modules share: pruned layers, and each backend with what it runs."""
 
 import math
+import multiprocessing
 from typing import Any
 
 import pytest
 import torch
-from rounding import rounding_of_sums, terms_of
+from rounding import assert_same_sums, rounding_of_sums, terms_of
 from torch import nn
 
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
@@ -61,10 +62,33 @@ def tensors_of(result: Any) -> list[torch.Tensor]:
     return [result] if isinstance(result, torch.Tensor) else [t for part in result for t in tensors_of(part)]
 
 
+def run_after_fork(module: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    """What a forked process gets."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=lambda: queue.put([t.numpy() for t in tensors_of(module(x))]))
+    process.start()
+    forked = queue.get(timeout=30)
+    process.join(10)
+    assert process.exitcode == 0
+    return [torch.from_numpy(array) for array in forked]
+
+
 def assert_same_bits(ours: Any, theirs: Any) -> None:
     for a, b in zip(tensors_of(ours), tensors_of(theirs), strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def assert_backends_agree_on_nan_and_infinity(layer: Any, **options: Any) -> None:
+    """Some in x, some in a state, of a GRU of two layers and two directions."""
+    x, hx = torch.randn(6, 3, layer.input_size), torch.randn(4, 3, layer.hidden_size)
+    clean = torch.randn(6, 3, layer.input_size)
+    x[1, 0, 2], x[3, 1, 0], x[0, 2, -1] = float("nan"), float("inf"), -float("inf")
+    hx[2, 1, 3] = float("nan")
+    for arguments in ((x,), (x, hx), (clean, hx)):
+        ours, theirs = (tensors_of(convert(layer, name, **options)(*arguments)) for name in ("cpu", "reference"))
+        assert_same_sums(ours, theirs, terms_of(layer))
 
 
 def assert_as_exact_as_nn(ours: Any, dense: nn.RNNBase, input: Any, hx: Any = None) -> None:

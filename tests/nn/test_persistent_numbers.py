@@ -1,7 +1,6 @@
 """What the persistent modules compute: every dtype and storage, NaN and infinity, the same bits every time."""
 
 import copy
-import multiprocessing
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,12 +10,14 @@ import torch
 from persistent_cases import (
     CELLS,
     assert_as_exact_as_nn,
+    assert_backends_agree_on_nan_and_infinity,
     assert_same_bits,
     convert,
     every_cell_and_backend,
     every_cell_on_the_cpu,
     make_pruned,
     make_states,
+    run_after_fork,
     tensors_of,
 )
 from rounding import assert_same_sums, terms_of
@@ -107,14 +108,7 @@ def test_nan_in_a_weight_reaches_the_output(cell, backend, name):
 
 
 def test_backends_agree_on_nan_and_infinity():
-    layer = make_pruned(nn.GRU, 6, 9, num_layers=2, bidirectional=True)
-    x = torch.randn(6, 3, 6)
-    x[1, 0, 2], x[3, 1, 0], x[0, 2, 5] = float("nan"), float("inf"), -float("inf")
-    hx = torch.randn(4, 3, 9)
-    hx[2, 1, 3] = float("nan")
-    for arguments in ((x,), (x, hx), (torch.randn(6, 3, 6), hx)):
-        ours, theirs = (tensors_of(convert(layer, name)(*arguments)) for name in ("cpu", "reference"))
-        assert_same_sums(ours, theirs, terms_of(layer))
+    assert_backends_agree_on_nan_and_infinity(make_pruned(nn.GRU, 6, 9, num_layers=2, bidirectional=True))
 
 
 def test_sums_beyond_float16_are_held_in_float32():
@@ -125,10 +119,6 @@ def test_sums_beyond_float16_are_held_in_float32():
         ours = convert(layer)
     x, h = torch.full((1, 1, 1), 600.0).half(), torch.full((1, 1, 1), 60.0).half()
     assert ours(x, h)[0].item() == 0  # 66000 - 6000 - 60000
-
-
-def run_in_process(module, x, queue):
-    queue.put([t.numpy() for t in tensors_of(module(x))])
 
 
 @every_cell_and_backend
@@ -146,14 +136,7 @@ def test_same_bits_in_every_copy_process_and_thread(cell, backend):
             assert_same_bits(result, expected)
     if backend == "reference":
         return  # torch's own threads do not survive a fork: nn.RNN hangs there too
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    process = context.Process(target=run_in_process, args=(ours, x, queue))
-    process.start()
-    forked = queue.get(timeout=30)
-    process.join(10)
-    assert process.exitcode == 0
-    assert_same_bits([torch.from_numpy(array) for array in forked], expected)
+    assert_same_bits(run_after_fork(ours, x), expected)
 
 
 @every_cell_on_the_cpu

@@ -12,11 +12,12 @@ from persistent_cases import (
     CELLS,
     CELLS_AND_BACKENDS,
     assert_as_exact_as_nn,
+    assert_backends_agree_on_nan_and_infinity,
     assert_same_bits,
     convert,
     every_cell_on_the_cpu,
     make_states,
-    tensors_of,
+    run_after_fork,
 )
 from torch import nn
 from torch.export import Dim
@@ -102,6 +103,7 @@ def test_the_same_in_every_copy_and_file(options, tmp_path):
         assert_same_bits(same(x), expected)
         assert same.weight_ih_l1_picks.dtype == torch.uint8
     assert_same_bits(ours.double().float()(x), expected)
+    assert_same_bits(run_after_fork(copy.deepcopy(ours), x), expected)  # which looks at the indices once more
 
 
 @pytest.mark.parametrize(("cell", "backend"), [(nn.GRU, "cpu"), (nn.LSTM, "reference")])
@@ -136,14 +138,7 @@ def test_aot_inductor(tmp_path):
 def test_backends_agree_on_nan_and_infinity():
     """Also where a padded place of a row without a weight in a bank reads one."""
     layer = scattered(nn.GRU, 40, 37, num_layers=2, bidirectional=True)
-    x = torch.randn(6, 3, 40)
-    x[1, 0, 2], x[3, 1, 0], x[0, 2, 39] = float("nan"), float("inf"), -float("inf")
-    hx = torch.randn(4, 3, 37)
-    hx[2, 1, 3] = float("nan")
-    for arguments in ((x,), (x, hx), (torch.randn(6, 3, 40), hx)):
-        ours, theirs = (tensors_of(picked(layer, name)(*arguments)) for name in ("cpu", "reference"))
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert_backends_agree_on_nan_and_infinity(layer, storage=PICKS)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -91,7 +91,7 @@ def pattern_to_prune_in(device: torch.device, backend: str | None) -> Pattern:
 def _vector_times(device: torch.device, backend: str | None) -> dict[torch.dtype | None, _Times]:
     """What can run there, of the row of this processor or, where its kernels do not run, of the first."""
     on_cpu = device.type == "cpu" and backend != "triton"
-    times = VECTOR_TIMES.get(support.vectors() if on_cpu else "", VECTOR_TIMES["AVX-512 with bytes"])
+    times = VECTOR_TIMES.get(support.vectors() if on_cpu else "none", VECTOR_TIMES["AVX-512 with bytes"])
     if on_cpu:
         return times
     return {dtype: {key: time for key, time in row.items() if isinstance(key, Blocks)} for dtype, row in times.items()}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from triton_sparse_rnn.sparse.blocks import to_blocks
-from triton_sparse_rnn.sparse.bsr import starts_of
+from triton_sparse_rnn.sparse.bsr import rows_of_blocks, starts_of
 from triton_sparse_rnn.sparse.picks import BANKS, COLUMNS, ENTRY_UNITS, Picks
 
 
@@ -106,19 +106,19 @@ def check_order(picks: Tensor, columns: Tensor, starts: Tensor, bank: int, input
     banks = -(-inputs // bank)
     if not 0 <= columns.min() <= columns.max() < banks:
         raise ValueError(f"columns must lie in 0..{banks - 1}, the banks of {bank}")
-    unit = torch.arange(len(columns), dtype=torch.int64, device=starts.device)
-    kind = torch.searchsorted(starts, unit.to(starts.dtype), right=True) - 1
+    kind = rows_of_blocks(starts, len(columns))  # the class of each unit
     if ((kind * banks + columns).diff() < 0).any():
         raise ValueError("columns must ascend within each class of a row of blocks")
     if (dense_places(picks, columns, bank).amax((1, 2)) >= inputs).any() or picks.max() >= bank:
         raise ValueError(f"picks must be below {bank} and name one of the {inputs} columns")
 
     numbers, order = (kind // ENTRY_UNITS * banks + columns).sort(stable=True)  # bank by bank
-    counts = numbers.unique_consecutive(return_counts=True)[1]
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    if (_entry_sizes(unit - first, counts.repeat_interleave(counts)) != sizes[kind[order]]).any():
+    _, group, counts = numbers.unique_consecutive(return_inverse=True, return_counts=True)
+    unit = torch.arange(len(columns), dtype=torch.int64, device=starts.device) - (counts.cumsum(0) - counts)[group]
+    if (_entry_sizes(unit, counts[group]) != sizes[kind[order]]).any():
         raise ValueError(f"a bank must have entries of {ENTRY_UNITS} units and one of those that are left")
-    by_row, same_bank = picks[order].flatten(0, 1), numbers.repeat_interleave(picks.shape[1]).diff() == 0
+    by_row = picks[order].flatten(0, 1)
+    same_bank = group[:, None].expand(picks.shape[:2]).flatten().diff() == 0
     if ((by_row[1:] < by_row[:-1]) & same_bank[:, None]).any():
         raise ValueError("picks must ascend within a bank")
 
