@@ -46,15 +46,15 @@ def root_mean_square(weight: Tensor) -> Tensor:
 
     NaN and infinity count as zeros, so that one such weight does not change what the others score relative to it.
 
-    >>> root_mean_square(torch.tensor([[3.0, 0.0], [torch.nan, 3.0]])).item() ** 2
-    4.5
+    >>> root_mean_square(torch.tensor([[2.0, 0.0], [torch.nan, 0.0]])).item()
+    1.0
     """
     if not weight.numel():
         return torch.zeros((), dtype=torch.float64, device=weight.device)
-    sizes = weight.double().nan_to_num(0.0, 0.0, 0.0).flatten(1)
-    largest = sizes.abs().amax()
+    values = weight.double().nan_to_num(0.0, 0.0, 0.0).flatten(1)  # a copy
+    largest = values.abs().amax()  # no square of a float64 vanishes, or is infinite, in parts of it
     # Rows first, then their sums: the rounding of a sum in one go depends on the number of threads.
-    squares = (sizes / largest.where(largest > 0, 1.0)).square().sum(1).sum()
+    squares = values.div_(largest.where(largest > 0, 1.0)).square_().sum(1).sum()
     return largest * (squares / weight.numel()).sqrt()
 
 

@@ -143,9 +143,11 @@ class MaskRule:
         sizes = [self._ranked_shape(group[place])[1] for place, _ in parts]
         wanted, least = scheduled(sizes, sparsity), sum(least_kept(size, sparsity) for size in sizes)
         if wanted < least:
-            rows = max(self._ranked_shape(group[place])[0] for place, _ in parts)
+            names = ", ".join(group[place].name for place in sorted({place for place, _ in parts}))
+            units = self._ranked_shape(group[0])[0] * (group[0].gates if self.tie_gates else 1)  # that go together
             warn(
-                f"{', '.join(weight.name for weight in group)} will be less sparse than the schedule says, which would "
-                f"leave {self.pattern.describe(wanted * rows)}: {self.pattern.describe(least * rows)} are kept, so "
-                "that no gate loses all; take a finer pattern"
+                f"{names} will be less sparse than the schedule says, which would leave "
+                f"{self.pattern.describe(wanted * units)}: {self.pattern.describe(least * units)} are kept, so that "
+                "no gate loses all; take a finer pattern, or leave a weight dense by "
+                f"targets={{{group[parts[0][0]].name!r}: None}}"
             )
