@@ -193,6 +193,7 @@ OPERATIONS: dict[str, Callable[..., list[Any]]] = {
        for schedule in SCHEDULES for score in (("max", "mean", "l2") if schedule == "OneShot" else ("l2",))},
     "tied": functools.partial(train_and_prune, "OneShot", "mean", tie_gates=True),
     "balanced": functools.partial(train_and_prune, "PolynomialDecay", "l2", balanced=True),
+    "by layer": functools.partial(train_and_prune, "PolynomialDecay", "l2", split="layer"),
     **{f"gate gradients {cell.__name__} {backend} {packed} {rule}": functools.partial(
         train_with_gate_gradients, cell, backend, packed, **rule)
        for cell, backend in ((SparseLSTM, "cpu"), (SparseLSTM, "reference"), (SparseGRU, "reference"))

@@ -1,11 +1,12 @@
 import copy
+import inspect
 import pickle
 from typing import Any
 
 import pytest
 import torch
 
-from triton_sparse_rnn import OneShot, PolynomialDecay, ThresholdRamp, load_sparse, save_sparse, to_sparse
+from triton_sparse_rnn import OneShot, PolynomialDecay, Pruner, ThresholdRamp, load_sparse, save_sparse, to_sparse
 
 pytest.importorskip("lightning")
 
@@ -14,6 +15,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning_training import STEPS, fit, loader, make_trainer, masked, model_class, pruner_callback
 
 from triton_sparse_rnn.integrations.lightning import PrunerCallback
+from triton_sparse_rnn.integrations.pruned_training import PrunerOptions
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # data this small needs none
@@ -256,6 +258,16 @@ def test_a_function_of_the_number_of_steps():
     callback = pruner_callback(schedule=lambda steps: ThresholdRamp.for_training(steps, q=0.2))
     model, _ = fit(callback)
     assert callback.pruner.weights[0].schedules[0] == ThresholdRamp.for_training(2 * STEPS, q=0.2)
+    assert masked(callback, model)
+
+
+def test_all_options_of_a_pruner_are_taken():
+    parameters = inspect.signature(Pruner).parameters.values()
+    assert PrunerOptions.__annotations__.keys() == {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+    callback = pruner_callback(split="layer")
+    model, _ = fit(callback)
+    assert callback.pruner.split == "layer"
+    assert callback.pruner.sparsity == pytest.approx(0.8, abs=0.03)
     assert masked(callback, model)
 
 

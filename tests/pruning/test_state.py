@@ -76,6 +76,20 @@ def test_resumed_training_is_the_same_to_the_bit(optimizer, schedule, options):
         assert all(torch.equal(mask, whole.pruner.masks[name]) for name, mask in resumed.pruner.masks.items())
 
 
+@pytest.mark.parametrize("options", [{"pattern": (3, 1)}, {}, {"balanced": False}], ids=str)
+@pytest.mark.parametrize("stop", [2, 6, 10])
+def test_a_budget_of_a_layer_goes_on_to_the_bit(options, stop):
+    whole = Run(DECAY, "adam", seed=0, split="layer", **options)
+    whole.train(range(stop))
+    resumed = Run(DECAY, "adam", seed=1, split="layer", **options)
+    resumed.load(whole.save(), ("model", "optimizer", "pruner"))
+    assert resumed.save() == whole.save()
+    for run in (whole, resumed):
+        run.train(range(stop, 12))
+    assert resumed.save() == whole.save()
+    assert resumed.pruner.finished
+
+
 @pytest.mark.parametrize(
     ("pattern", "order"),
     [
@@ -151,6 +165,7 @@ def test_state_is_a_snapshot():
         ({"score": "max"}, "score='l2' in state_dict, but this pruner has 'max'"),
         ({"tie_gates": True}, "tie_gates=False in state_dict, but this pruner has True"),
         ({"balanced": False}, "balanced=True in state_dict, but this pruner has False"),
+        ({"split": "layer"}, "split='gate' in state_dict, but this pruner has 'layer'"),
         ({"schedule": OneShot(sparsity=0.6, step=7)}, r"weight_ih_l0 has schedules=.*PolynomialDecay.* has .*OneShot"),
         ({"targets": {"*hh_l1": {"z": None}}}, r"weight_hh_l1 has schedules=.*'None'"),
         ({"targets": {"*hh_l1": None}}, "missing none; unexpected weight_hh_l1"),

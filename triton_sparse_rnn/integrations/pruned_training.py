@@ -35,6 +35,7 @@ class PrunerOptions(TypedDict, total=False):
     targets: Mapping[str, Target] | None
     tie_gates: bool
     balanced: bool | None
+    split: str
     include: Iterable[str]
 
 
@@ -65,7 +66,7 @@ class PrunedTraining:
                 steps that the trainer plans, as in `lambda steps: ThresholdRamp.for_training(steps, q=0.1)`. None takes
                 `PolynomialDecay.for_training`.
             final_sparsity: fraction of units in [0, 1), in place of `schedule`; None is the default of that method.
-            **options: pattern, score, targets, tie_gates, balanced and include, as for `Pruner`.
+            **options: pattern, score, targets, tie_gates, balanced, split and include, as for `Pruner`.
 
         Raises:
             TypeError, ValueError: an argument is wrong. What the model must know of is found out when training starts.

@@ -68,7 +68,8 @@ def forecast(model: nn.Module, pruner: Pruner, reference: nn.Module | Mapping[st
     """Predict, before training, what the pruner will leave of a model. Nothing is changed.
 
     PolynomialDecay and OneShot choose how many units they prune, so these are known exactly (which ones is guessed
-    from the reference; it matters only for the smaller ones at an edge). ConstantMask is read off the model.
+    from the reference; it matters only for the smaller ones at an edge), with split="layer" those of a layer as a
+    whole: how its weights and gates share them is guessed too. ConstantMask is read off the model.
 
     What a ThresholdRamp prunes depends on where training takes the weights; those are taken to fall whose score in the
     reference is at most q. Blocks end less sparse, 16 x 1 by 2 to 11 points, since what survives grows in the place of
@@ -97,7 +98,8 @@ def forecast(model: nn.Module, pruner: Pruner, reference: nn.Module | Mapping[st
         raise TypeError(f"pruner must be a Pruner, got {type(pruner).__name__}")
     starts = _weights_by_name("model", model, pruner)
     ends = starts if reference is None else _weights_by_name("reference", reference, pruner)
-    rows = tuple(_row(pruner, weight, starts[weight.name], ends[weight.name]) for weight in pruner.weights)
+    masks = _final_masks(pruner, starts, ends)
+    rows = tuple(_row(pruner, weight, masks[weight.name]) for weight in pruner.weights)
     counts = (field.name for field in dataclasses.fields(WeightForecast) if field.name != "name")
     return Forecast(
         "total",
@@ -107,10 +109,20 @@ def forecast(model: nn.Module, pruner: Pruner, reference: nn.Module | Mapping[st
     )
 
 
-def _row(pruner: Pruner, weight: Weight, start: Tensor, end: Tensor) -> WeightForecast:
-    mask = pruner.full_mask(weight).to(start.device)
-    for step in sorted({schedule.last_step for schedule in weight.schedules if schedule is not None}):
-        mask = pruner.update_mask(weight, end if step else start, mask, step)
+def _final_masks(pruner: Pruner, starts: dict[str, Tensor], ends: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By name, the masks of units after the last updates."""
+    masks: dict[str, Tensor] = {}
+    for group in pruner.rule.together(pruner.weights):
+        found = [pruner.rule.full_mask(weight).to(starts[weight.name].device) for weight in group]
+        schedules = {schedule for weight in group for schedule in weight.schedules if schedule is not None}
+        for step in sorted({schedule.last_step for schedule in schedules}):
+            tensors = [(ends if step else starts)[weight.name] for weight in group]
+            found = pruner.rule.update(group, tensors, found, step)
+        masks |= zip((weight.name for weight in group), found, strict=True)
+    return masks
+
+
+def _row(pruner: Pruner, weight: Weight, mask: Tensor) -> WeightForecast:
     every_gate = weight.every_gate(mask)
     stored, itemsize = int(every_gate.sum()), weight.parameter.element_size()
     return WeightForecast(

@@ -10,10 +10,12 @@ from torch.optim import Optimizer
 
 from triton_sparse_rnn.notices import warn
 from triton_sparse_rnn.pruning.attachment import Attachment, GradientHook, check_not_pruned_by_another
+from triton_sparse_rnn.pruning.budgets import check_split
+from triton_sparse_rnn.pruning.mask_rule import MaskRule
 from triton_sparse_rnn.pruning.optimizers import is_optimizer, optimizers_in, parameter_ids, states_of
 from triton_sparse_rnn.pruning.schedules import ConstantMask, Schedule
 from triton_sparse_rnn.pruning.state import pack_state, unpack_state
-from triton_sparse_rnn.pruning.targets import Target, Weight, check_pattern, find_weights, match_weights
+from triton_sparse_rnn.pruning.targets import Target, Weight, find_weights, match_weights
 from triton_sparse_rnn.pruning.weight_masks import WeightMasks
 from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern, check_score
 from triton_sparse_rnn.sparse.picks import DEFAULT_PATTERN
@@ -56,6 +58,7 @@ class Pruner:
         targets: Mapping[str, Target] | None = None,
         tie_gates: bool = False,
         balanced: bool | None = None,
+        split: str = "gate",
         include: Iterable[str] = (),
     ) -> None:
         """Find the weights; nothing is pruned before a step of the schedule.
@@ -79,6 +82,10 @@ class Pruner:
             tie_gates: one mask for all gates of a unit group; their scores are combined.
             balanced: prune the same number in each unit group of each gate; with `Picks` the same or one more, and so
                 in each bank. Needs schedules by rank; None is False for blocks, and for `Picks` True where it can be.
+            split: "gate" makes each gate of each weight as sparse as its schedule says; "layer" only all that follow
+                one schedule in a layer and direction, weight_ih and weight_hh, together. Their units are ranked as one,
+                by score relative to the root mean square of their own weight, but no gate has less than a quarter of
+                an even share. Needs schedules by rank.
             include: globs of further parameters to prune, as `weight.flatten(1)`, such as ("decoder.weight",); not of
                 an nn.Embedding(sparse=True), whose backward raises a TypeError.
 
@@ -87,21 +94,23 @@ class Pruner:
                 cannot be pruned: frozen, tied, parametrized, or sharded (DTensor).
 
         Warns:
-            UserWarning: a gate, or with `balanced` a unit group of it, has so few that all will be pruned.
+            UserWarning: a gate, or with `balanced` a unit group of it, has so few that all will be pruned; or with
+                split="layer" would, and is kept from it, so that the layer is less sparse than its schedule says.
         """
         self.pattern = as_pattern(pattern)
         self.score = check_score(score)
         self.tie_gates = _checked_flag("tie_gates", tie_gates)
         self.balanced = self.pattern.balanced if balanced is None else _checked_flag("balanced", balanced)
         self._model = model
+        self.split = check_split(split)
+        self.rule = MaskRule(self.pattern, self.score, self.tie_gates, self.balanced, self.split)
         self._weights = match_weights(model, schedule, targets, include)
-        self._check_options(balanced=bool(balanced))
-        check_pattern(self._weights, self.pattern, balanced=self.balanced)
+        self.rule.check(self._weights, balanced=bool(balanced))
         self._step_count = 0
         self._started = False
         self._attachment: Attachment | None = None
         self._gradient_hooks: list[Any] = []
-        full = {weight.name: self.full_mask(weight) for weight in self._weights}
+        full = {weight.name: self.rule.full_mask(weight) for weight in self._weights}
         self._masks = WeightMasks(self._weights, self.pattern, full)
         self._told_of_writes = False
         self._hook_gradients()
@@ -220,7 +229,7 @@ class Pruner:
             UserWarning: that this was so, unless it was said before.
         """
         self._look(wait=True)
-        return pack_state(self._step_count, self._settings(), self._weights, self._masks)
+        return pack_state(self._step_count, self.rule.settings(), self._weights, self._masks)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over masks and step count, and apply the masks to the weights.
@@ -232,51 +241,11 @@ class Pruner:
             TypeError, ValueError: it is no state of a pruner, or of one with other weights, schedules or settings, or
                 its masks of `Picks` do not fit the weights.
         """
-        step_count, masks = unpack_state(state_dict, self._settings(), self._weights, self._masks)
+        step_count, masks = unpack_state(state_dict, self.rule.settings(), self._weights, self._masks)
         self._step_count, self._started = step_count, step_count > 0
         for weight in self._weights:
             self._masks.load(weight, *masks[weight.name])
             self._masks.apply(weight, weight.parameter)
-
-    def full_mask(self, weight: Weight) -> Tensor:
-        """Return the pattern's mask of a weight before anything is pruned: all True, see `update_mask`."""
-        return self.pattern.full_mask(1 if self.tie_gates else weight.gates, *weight.matrix_shape)
-
-    def update_mask(self, weight: Weight, tensor: Tensor, mask: Tensor, step: int) -> Tensor:
-        """Return what an update at `step` makes of a pattern's mask, given the weights in `tensor`.
-
-        Args:
-            weight: one of `weights`; its schedules decide. Gates without an update at `step` keep their mask.
-            tensor: of the weight's shape.
-            mask: as `full_mask` has it, bool, True = kept.
-            step: any, not only the present one.
-        """
-        scores = self.pattern.scores(weight.stacked(tensor), self.score)
-        if self.tie_gates:
-            scores = self.pattern.combine_gates(scores, self.score)
-        updated = mask.clone()
-        for gate, schedule in enumerate(weight.schedules[: len(scores)]):
-            if schedule is None or not schedule.updates_at(step):
-                continue
-            sparsity, threshold = schedule.sparsity_at(step), schedule.threshold_at(step)
-            if sparsity is not None:
-                updated[gate] = self.pattern.prune_to_sparsity(
-                    scores[gate], mask[gate], sparsity, balanced=self.balanced
-                )
-            elif threshold is not None:
-                updated[gate] = self.pattern.prune_to_threshold(scores[gate], mask[gate], threshold)
-        return updated
-
-    def _check_options(self, *, balanced: bool) -> None:
-        for weight in self._weights:
-            if self.tie_gates and len(set(weight.schedules)) > 1:
-                raise ValueError(f"tie_gates=True gives all gates one mask, but targets gives {weight.name} several")
-            for schedule in weight.schedules:
-                if balanced and schedule is not None and schedule.sparsity_at(schedule.last_step) is None:
-                    raise ValueError(
-                        f"balanced=True needs a schedule by rank, PolynomialDecay or OneShot: a "
-                        f"{type(schedule).__name__} (for {weight.name}) does not choose how many it prunes"
-                    )
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
         if not is_optimizer(optimizer):
@@ -367,20 +336,16 @@ class Pruner:
         self._masks.apply_everywhere(states)
 
     def _update_masks(self, step: int) -> None:
-        for weight in self._weights:
-            if any(schedule is not None and schedule.updates_at(step) for schedule in weight.schedules):
-                parameter, mask = weight.parameter.detach(), self._masks.of_units[weight.name]
-                self._masks.apply(weight, parameter)  # somebody else may have written there
-                updated = self.update_mask(weight, parameter, mask.to(parameter.device), step)
-                self._masks.set(weight, updated)
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "pattern": repr(self.pattern),
-            "score": self.score,
-            "tie_gates": self.tie_gates,
-            "balanced": self.balanced,
-        }
+        for group in self.rule.together(self._weights):
+            schedules = {schedule for weight in group for schedule in weight.schedules}
+            if not any(schedule is not None and schedule.updates_at(step) for schedule in schedules):
+                continue
+            tensors = [weight.parameter.detach() for weight in group]
+            for weight, tensor in zip(group, tensors, strict=True):
+                self._masks.apply(weight, tensor)  # somebody else may have written there
+            masks = [self._masks.of_units[weight.name].to(weight.parameter.device) for weight in group]
+            for weight, mask in zip(group, self.rule.update(group, tensors, masks, step), strict=True):
+                self._masks.set(weight, mask)
 
     def __repr__(self) -> str:
         return (

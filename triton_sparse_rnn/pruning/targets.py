@@ -47,6 +47,12 @@ class Weight:
     def gates(self) -> int:
         return len(self.schedules)
 
+    @property
+    def layer(self) -> str:
+        """What the weights of one layer and direction share: "rnn.weight_*_l0_reverse"; else the name."""
+        prefix, _, attribute = self.name.rpartition("weight_")
+        return self.name if self.gate_names == ("",) else f"{prefix}weight_*_{attribute.partition('_')[2]}"
+
     def stacked(self, tensor: Tensor | None = None) -> Tensor:
         """View the parameter, or another tensor of its shape, as [G, H, C]."""
         return split_gates(self.parameter.detach() if tensor is None else tensor, self.gates)
@@ -137,10 +143,9 @@ def _not_dense(value: object) -> str | None:
     return None if value.is_floating_point() else str(value.dtype)
 
 
-def check_pattern(weights: Iterable[Weight], pattern: Pattern, *, balanced: bool) -> None:
-    """Refuse a pattern far larger than a weight; warn of gates of which the final sparsity, rounded, leaves nothing."""
+def warn_of_emptied_gates(weights: Iterable[Weight], pattern: Pattern, *, balanced: bool) -> None:
+    """Warn of gates of which the final sparsity, rounded, leaves nothing."""
     for weight in weights:
-        pattern.check_size(*weight.matrix_shape, f"each gate of {weight.name}" if weight.gates > 1 else weight.name)
         units = pattern.count_units(*weight.matrix_shape, balanced=balanced)
         part = "gate" if units == pattern.count_units(*weight.matrix_shape) else "unit group"
         emptied = []
