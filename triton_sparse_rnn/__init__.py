@@ -14,10 +14,12 @@ from triton_sparse_rnn.nn import (
 )
 from triton_sparse_rnn.pruning import (
     ConstantMask,
+    Distillation,
     OneShot,
     PolynomialDecay,
     Pruner,
     ThresholdRamp,
+    divergence,
     forecast,
     group_lasso,
     l1,
@@ -33,6 +35,7 @@ __all__ = [
     "BlockMatrix",
     "Blocks",
     "ConstantMask",
+    "Distillation",
     "GateGradientSparsity",
     "GateGradientStats",
     "OneShot",
@@ -47,6 +50,7 @@ __all__ = [
     "SparseLSTM",
     "SparseRNN",
     "ThresholdRamp",
+    "divergence",
     "forecast",
     "group_lasso",
     "l1",

@@ -1,8 +1,12 @@
-"""Names of modules and tensors, without what wrappers put into them."""
+"""Names of modules and tensors, without what wrappers put into them, and modules without the wrappers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # The attributes under which wrappers keep the module that they wrap.
 WRAPPERS = {
@@ -13,6 +17,7 @@ WRAPPERS = {
     "_forward_module",  # Lightning Fabric
     "_original_module",
 }
+_WRAPPING = ("torch.", "lightning.fabric.", "lightning_fabric.")  # where their classes are
 
 
 def clean_name(path: str) -> str:
@@ -34,3 +39,13 @@ def clean_names(paths: Iterable[str]) -> dict[str, str]:
     """
     names = {path: clean_name(path) for path in paths}
     return names if len(set(names.values())) == len(names) else {path: path for path in names}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside of wrappers of torch and Lightning Fabric; one of a user's is none, whatever it has."""
+    kind = type(model).__module__
+    if kind.startswith(_WRAPPING) and not kind.startswith("torch.nn.modules."):
+        for name, module in model.named_children():
+            if name in WRAPPERS:
+                return unwrapped(module)
+    return model

@@ -1,5 +1,6 @@
-"""Gradual pruning: schedules, the pruner, penalties, and a forecast of what comes out."""
+"""Gradual pruning: schedules, the pruner, penalties, a teacher, and a forecast of what comes out."""
 
+from triton_sparse_rnn.pruning.distillation import Distillation, divergence
 from triton_sparse_rnn.pruning.forecast import forecast
 from triton_sparse_rnn.pruning.penalties import group_lasso, l1
 from triton_sparse_rnn.pruning.pruner import Pruner
@@ -7,11 +8,13 @@ from triton_sparse_rnn.pruning.schedules import ConstantMask, OneShot, Polynomia
 
 __all__ = [
     "ConstantMask",
+    "Distillation",
     "OneShot",
     "PolynomialDecay",
     "Pruner",
     "Schedule",
     "ThresholdRamp",
+    "divergence",
     "forecast",
     "group_lasso",
     "l1",
