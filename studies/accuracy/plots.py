@@ -1,4 +1,4 @@
-"""Two pictures: what models cost against what they save, and how much the steps of a schedule matter."""
+"""Pictures: what models cost against what they save, at which width the gap closes, and what a schedule's steps do."""
 
 from __future__ import annotations
 
@@ -10,22 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from studies.accuracy.rows import (
-    BLOCKS,
-    DENSE,
-    GRADUAL,
-    HEADLINE,
-    LEVELS,
-    MASKS,
-    ONE_SHOT,
-    PATTERNS,
-    PENALTIES,
+    BLOCK,
+    IN_BLOCKS,
+    PICKS,
+    PRUNED,
     RAMP,
     SCHEDULES,
     SEEDS,
     SENSITIVITY,
-    SINGLE,
-    SMALL,
-    WIDE,
     Row,
 )
 from studies.accuracy.summary import FLOAT32, AccuracySection, ModelSummary, model_of, models_of
@@ -44,25 +36,31 @@ from studies.runs.figures import (
 )
 from studies.runs.records import Lines
 
-STYLES = {  # by family: colour, marker
-    HEADLINE: (ORANGE, "o"),
-    LEVELS: ("#f76707", "."),
-    PATTERNS: ("#c2255c", "P"),
-    BLOCKS: (BLUE, "s"),
-    MASKS: (GREEN, "^"),
-    SCHEDULES: ("#862e9c", "D"),
-    PENALTIES: ("#74838f", "v"),
+STYLES = {  # of what weights a model has: colour, marker
+    "dense": (INK, "o"),
+    "picks": (ORANGE, "P"),
+    "16x1 blocks": (BLUE, "s"),
+    "single weights": (GREEN, "^"),
+    "block-diagonal": ("#862e9c", "D"),
 }
-SHORT = {  # labels of the rows that are named
-    DENSE.name: "dense",
-    SMALL.name: "small dense",
-    GRADUAL.name: "90 % in 16x1",
-    "90 % in picks": "picks",
-    SINGLE.name: "single weights",
-    WIDE.name: "wider, pruned",
-    ONE_SHOT.name: "hard 90 %",
-    "r and z 95 %, n 80 %": "r, z 95 %, n 80 %",
-    "weight_hh only, 90 %": "weight_hh only",
+SHORT = {  # where a name in the table would be too long beside a point
+    "small dense, taught by the dense model": "small, taught",
+    "90 % in 16x1 blocks": "90 %",
+    "90 % in picks": "90 %",
+    "90 % in single weights": "90 %",
+    "trained, then 90 % in picks": "trained, then 90 %",
+    "trained, then 90 % in picks, taught by itself": "trained, then 90 %, taught by itself",
+    "trained, then 90 % in 16x1 blocks, taught by itself": "trained, then 90 %, taught by itself",
+    "90 % in picks, taught by the dense model": "90 %, taught",
+    "90 % in picks at once": "90 % at once",
+    "80 % in picks": "80 %",
+    "95 % in picks": "95 %",
+    "97 % in picks": "97 %",
+    "dense, 2 times as wide": "2x as wide",
+    "1.5 times as wide, 90 % in picks": "1.5x as wide, 90 %",
+    "2 times as wide, 90 % in picks": "2x as wide, 90 %",
+    "1.5 times as wide, as many weights in picks": "1.5x as wide, as many",
+    "2 times as wide, as many weights in picks": "2x as wide, as many",
 }
 
 
@@ -75,26 +73,28 @@ class Panel(NamedTuple):
 
 
 PANELS = {
-    "begin_step": Panel("begin, % of the steps (end 50 %)", GRADUAL, 5.0),
-    "end_step": Panel("end, % of the steps (begin 5 %)", GRADUAL, 50.0),
-    "frequency": Panel("steps between updates, % of the steps", GRADUAL, 2.25),
-    "power": Panel("power of PolynomialDecay", GRADUAL, 3.0),
+    "begin_step": Panel("begin, % of the steps (end 50 %)", IN_BLOCKS, 5.0),
+    "end_step": Panel("end, % of the steps (begin 5 %)", IN_BLOCKS, 50.0),
+    "frequency": Panel("steps between updates, % of the steps", IN_BLOCKS, 2.25),
+    "power": Panel("power of PolynomialDecay", IN_BLOCKS, 3.0),
     "ramp_step": Panel("ramp of a ThresholdRamp, % of the steps", RAMP, 25.0),
     "q": Panel("q of a ThresholdRamp, % of dense blocks", RAMP, 95.0),
-    "final_sparsity": Panel("final sparsity of PolynomialDecay, %", GRADUAL, 90.0),
 }
-PANELS_IN_A_LINE = 4  # that share the metric's axis
+PANELS_IN_A_LINE = 3  # that share the metric's axis
 Value = Callable[[ModelSummary], float | None]
 
 
 def plot_all(lines: Lines, folder: Path) -> list[Path]:
-    """Write accuracy-parameters.png, accuracy-time.png if layers were timed, and accuracy-schedule-TASK.png."""
+    """Write accuracy-time.png if layers were timed, accuracy-width.png and accuracy-schedule-TASK.png as rows allow."""
     found = models_of(lines)
-    paths = [folder / "accuracy-parameters.png"]
-    plot_trade_off(found, lambda model: model.parameters, "parameters that are not zero", paths[0])
-    if lines.times:
+    paths = []
+    tested = [section for section in found if any(model.split == "test" for model in section.models)]
+    if tested and lines.times:
         paths.append(folder / "accuracy-time.png")
-        plot_trade_off(found, shipped_us, "µs per step of the layer, batch 1, one thread", paths[-1])
+        plot_trade_off(tested, shipped_us, "µs per step of the layer, batch 1, one thread", paths[-1])
+    if wide := [section for section in tested if any(model.row.width not in (1, None) for model in section.models)]:
+        paths.append(folder / "accuracy-width.png")
+        plot_side_by_side(wide, _draw_widths, (5.6, 4.6), 3, paths[-1])
     for section in found:
         varied = {model.row.family for model in section.models if model.row.family.startswith(SENSITIVITY)}
         if len(varied) > 1:
@@ -109,39 +109,81 @@ def shipped_us(model: ModelSummary) -> float | None:
     return min(times, default=None)
 
 
+def kind_of(row: Row) -> str:
+    """What weights a model of a row has, as in STYLES."""
+    if row.is_dense:
+        return "dense"
+    if row.diagonal:
+        return "block-diagonal"
+    return {"picks": "picks", "block_size": "16x1 blocks" if row.pruner == BLOCK else "single weights"}[
+        next(iter(row.pruner))
+    ]
+
+
 def plot_trade_off(found: Sequence[AccuracySection], value: Value, axis: str, path: Path) -> None:
-    """Draw for each task the first metric over what `value` tells of a model, on a logarithmic axis."""
+    """Draw for each task the first metric on the test split over what `value` tells of a model, logarithmic."""
 
     def draw(axes: Axes, section: AccuracySection) -> list[Label]:
         axes.set_xlabel(axis, color=INK)
         return _draw_models(axes, section, value)
 
-    plot_side_by_side(found, draw, (5.2, 5.2), 6, path)
+    plot_side_by_side(found, draw, (5.6, 5.6), 5, path)
 
 
 def _draw_models(axes: Axes, section: AccuracySection, value: Value) -> list[Label]:
     """Draw points; return what is to be written beside them."""
     metric = section.metrics[0]
     labels = []
-    for family, (colour, marker) in STYLES.items():
+    for kind, (colour, marker) in STYLES.items():
         points = [
-            (at, model.quality[metric.key], model.row.name)
+            (at, model.metric(metric), model.row.name)
             for model in section.models
-            if model.row.family == family and model.weight_dtype == FLOAT32 and (at := value(model)) is not None
+            if model.split == "test"
+            and model.weight_dtype == FLOAT32
+            and kind_of(model.row) == kind
+            and (at := value(model)) is not None
         ]
         if not points:
             continue
         x, spreads, _ = zip(*points, strict=True)
-        draw_points(axes, x, spreads, colour=colour, marker=marker, label=family)
-        labels += [Label(SHORT[name], at, s.mean, colour) for at, s, name in points if name in SHORT]
+        draw_points(axes, x, spreads, colour=colour, marker=marker, label=kind)
+        labels += [Label(SHORT.get(name, name), at, spread.mean, colour) for at, spread, name in points]
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:,.0f}" if at >= 10 else f"{at:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.15, y=0.12)
-    axes.set_ylabel(metric.heading, color=INK)
+    axes.set_ylabel(f"{metric.heading}, test", color=INK)
     axes.set_title(section.title, loc="left", color=INK, fontsize=11)
     strip(axes)
     return labels
+
+
+def _draw_widths(axes: Axes, section: AccuracySection) -> list[Label]:
+    """Draw by how much models of several widths are worse than the dense one of normal width, as lines."""
+    own = [model for model in section.models if model.split == "test" and model.weight_dtype == FLOAT32]
+    lines: dict[str, list[ModelSummary]] = {
+        "dense": [model for model in own if model.row.is_dense and model.row.length == 1]
+    }
+    pruned = [model for model in own if model.row.pruner == PICKS and model.row.sparsity == PRUNED.sparsity]
+    pruned = [model for model in pruned if model.row is PRUNED or model.row.width != 1]
+    lines["90 % in picks"] = [model for model in pruned if not model.row.as_many_weights]
+    lines["in picks, as many weights at every width"] = [
+        model for model in pruned if model.row.as_many_weights or model.row is PRUNED
+    ]
+    for (name, models), (colour, marker) in zip(lines.items(), [(INK, "o"), (ORANGE, "P"), (BLUE, "s")], strict=True):
+        worse = sorted(
+            {model.hidden_size: model.worse for model in models if model.worse and not model.row.teaching}.items()
+        )
+        if worse:
+            x, spreads = zip(*worse, strict=True)
+            draw_points(axes, x, spreads, colour=colour, marker=marker, label=name)
+            axes.plot(x, [spread.mean for spread in spreads], color=colour, linewidth=1)
+    axes.axhline(0, color=PALE, linewidth=1)
+    axes.set_xlabel("units of the layer", color=INK)
+    axes.set_ylabel("worse than the dense layer of normal width, %", color=INK)
+    axes.set_title(section.title, loc="left", color=INK, fontsize=11)
+    strip(axes)
+    return []
 
 
 def plot_sensitivity(section: AccuracySection, path: Path) -> None:
@@ -163,16 +205,17 @@ def plot_sensitivity(section: AccuracySection, path: Path) -> None:
 
 def _draw_panel(axes: Axes, section: AccuracySection, argument: str, panel: Panel) -> None:
     metric = section.metrics[0]
-    points = [(x, m.quality[metric.key].mean) for m in section.models if (x := _place(argument, m.row)) is not None]
+    found = [(x, model) for model in section.models if (x := _place(argument, model.row)) is not None]
+    points = [(x, model.quality["validation"][metric.key].mean) for x, model in found]
     default = model_of(section, panel.default)
     if default is not None:
-        spread = default.quality[metric.key]
+        spread = default.quality["validation"][metric.key]
         axes.axhspan(spread.low, spread.high, color=PALE, alpha=0.3, linewidth=0, label="seeds of the default")
         run = next((r for r in section.runs if (r["row"], r["seed"]) == (panel.default.name, SEEDS[0])), None)
         if run is not None:
-            here = (panel.at, run["models"][0]["quality"][metric.key])
+            here = (panel.at, run["models"][0]["quality"]["validation"][metric.key])
             points.append(here)
-            axes.plot(*here, color=STYLES[HEADLINE][0], marker="o", linestyle="none", zorder=3, label="default")
+            axes.plot(*here, color=ORANGE, marker="o", linestyle="none", zorder=3, label="default")
     x, y = zip(*sorted(points), strict=True) if points else ((), ())
     axes.plot(x, y, color=INK, marker=".", linewidth=1, label="varied: the default's first seed, or a mean")
     axes.set_xlabel(panel.axis, color=INK, fontsize=9)
@@ -183,8 +226,6 @@ def _place(argument: str, row: Row) -> float | None:
     """Return where a row is drawn in the panel of an argument; None: it is not."""
     if row.family == SENSITIVITY + argument:
         return row.x if argument == "power" else 100 * row.x
-    if argument == "final_sparsity" and row.family == LEVELS and row.sparsity is not None:
-        return 100 * row.sparsity
     if argument == "q" and row.family == SCHEDULES and row is not RAMP:
         return 100 * row.arguments["quantile"]
     return None

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from studies.accuracy.rows import GRADUAL, Row
+from studies.accuracy.rows import PRUNED, Row
 from studies.tasks import Task
 from triton_sparse_rnn import SparseGRU
 
@@ -32,21 +32,22 @@ class Parameters(NamedTuple):
 
 def size_of(task: Task, row: Row) -> Size:
     """Return what makes the row's model as large as the table says."""
-    assert GRADUAL.sparsity is not None
-    normal = parameters(task, task.hidden_size)
+    assert PRUNED.sparsity is not None
+    normal = parameters(task)
     if row.width is None:
-        budget, widths = normal.left_at(GRADUAL.sparsity), range(1, task.hidden_size + 1)
-        return Size(min(widths, key=lambda H: abs(parameters(task, H).left_at(0) - budget)), row.sparsity)
+        budget, widths = normal.left_at(PRUNED.sparsity), range(1, task.hidden_size + 1)
+        return Size(min(widths, key=lambda H: abs(parameters(task.resized(H)).left_at(0) - budget)), row.sparsity)
     hidden_size = round(row.width * task.hidden_size)
-    if row.sparsity is None or row.width == 1:
+    if row.sparsity is None or not row.as_many_weights:
         return Size(hidden_size, row.sparsity)
-    return Size(hidden_size, 1 - (1 - row.sparsity) * normal.prunable / parameters(task, hidden_size).prunable)
+    own = parameters(task.resized(hidden_size, row.inputs))
+    return Size(hidden_size, 1 - (1 - row.sparsity) * normal.prunable / own.prunable)
 
 
-def parameters(task: Task, hidden_size: int) -> Parameters:
-    """Count the parameters of a task's model with a GRU of that width."""
+def parameters(task: Task) -> Parameters:
+    """Count the parameters of a task's model with a GRU."""
     with torch.device("meta"):
-        model = task.resized(hidden_size).build_model(SparseGRU, seed=0)
+        model = task.build_model(SparseGRU, seed=0)
     prunable = sum(weight.numel() for weight in recurrent_weights(model))
     return Parameters(prunable, sum(parameter.numel() for parameter in model.parameters()) - prunable)
 

@@ -1,4 +1,4 @@
-"""Runs of one row taken together: means, and differences to the dense run of the same seed and steps."""
+"""Runs of one row taken together: means, and differences to the dense run of the same seed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from studies.accuracy.rows import DENSE, ROWS, Row
 from studies.runs.records import Lines, key_of
 from studies.runs.sections import OTHER, Section, sections
 from studies.runs.spread import Spread
-from studies.tasks.task import Metric
+from studies.tasks.task import HeldOut, Metric
 
 KNOWN = {row.name: row for row in ROWS}
 FLOAT32 = "float32"
@@ -20,9 +20,10 @@ class ModelSummary(NamedTuple):
     """A row in one weight dtype, over all its seeds.
 
     Attributes:
-        quality: by metric.
-        loss_percent: by how much the first metric is worse than the dense run's of the same seed, in % of it; None if
-            there is no such seed.
+        quality: by split and metric.
+        loss_percent: by split, how much worse the first metric is than the dense run's of the same seed, in % of it;
+            not there if there is no such seed.
+        trained_steps, seconds: of training, with that of the dense model where it began with one.
         parameters, nbytes: of the whole model, those that are not zero, and of its file.
         us_per_step, torch_us_per_step: of its layer, by this package and by nn.GRU; None where it was not timed.
     """
@@ -31,8 +32,10 @@ class ModelSummary(NamedTuple):
     weight_dtype: str
     hidden_size: int
     sparsity: float
-    quality: dict[str, Spread]
-    loss_percent: Spread | None
+    quality: dict[str, dict[str, Spread]]
+    loss_percent: dict[str, Spread]
+    trained_steps: int
+    seconds: float
     parameters: float
     nbytes: float
     us_per_step: float | None
@@ -41,6 +44,20 @@ class ModelSummary(NamedTuple):
     @property
     def name(self) -> str:
         return self.row.name + (f", {self.weight_dtype}" if self.weight_dtype != FLOAT32 else "")
+
+    @property
+    def split(self) -> HeldOut:
+        """The one to tell of: the test split, unless the row is there to choose from."""
+        return "test" if "test" in self.quality else "validation"
+
+    @property
+    def worse(self) -> Spread | None:
+        """`loss_percent` on that split."""
+        return self.loss_percent.get(self.split)
+
+    def metric(self, metric: Metric) -> Spread:
+        """A metric on that split."""
+        return self.quality[self.split][metric.key]
 
 
 AccuracySection = Section[ModelSummary]
@@ -72,22 +89,44 @@ def _summarize(
     timed: Sequence[Mapping[str, Any]],
 ) -> ModelSummary:
     """Take together the models with one number in all runs of a row."""
-    name, key, models = runs[0]["row"], metrics[0].key, [run["models"][number] for run in runs]
-    pairs = [
-        (run["models"][number]["quality"][key], dense[run["seed"]]["models"][0]["quality"][key])
-        for run in runs
-        if run["seed"] in dense
-    ]
+    name, models = runs[0]["row"], [run["models"][number] for run in runs]
+    row = KNOWN.get(name, Row(name, OTHER))
+    splits = [*models[0]["quality"]]
+    before = statistics.fmean(run["seconds"] for run in dense.values()) if row.begins_dense and dense else 0.0
     time = next((time for time in timed if time["weight_dtype"] == models[0]["weight_dtype"]), {})
     return ModelSummary(
-        row=KNOWN.get(name, Row(name, OTHER)),
+        row=row,
         weight_dtype=models[0]["weight_dtype"],
         hidden_size=runs[0]["hidden_size"],
         sparsity=statistics.fmean(run["sparsity"] for run in runs),
-        quality=Spread.by_key(model["quality"] for model in models),
-        loss_percent=Spread.of(100 * (own - other) / other for own, other in pairs),
+        quality={split: Spread.by_key(model["quality"][split] for model in models) for split in splits},
+        loss_percent={
+            split: spread
+            for split in splits
+            if (spread := worse(runs, dense, split, metrics[0].key, number)) is not None
+        },
+        trained_steps=runs[0].get("trained_steps", runs[0]["steps"]),
+        seconds=before + statistics.fmean(run["seconds"] for run in runs),
         parameters=statistics.fmean(run["parameters"] for run in runs),
         nbytes=statistics.fmean(model["bytes"] for model in models),
         us_per_step=time.get("us_per_step"),
         torch_us_per_step=time.get("torch_us_per_step"),
     )
+
+
+def worse(
+    runs: Sequence[Mapping[str, Any]], others: Mapping[int, Mapping[str, Any]], split: str, key: str, number: int = 0
+) -> Spread | None:
+    """Return by how much runs are worse than others, in % of these, over the seeds that both have; None: there is none.
+
+    Args:
+        others: by seed, of which the first model counts.
+        key: of a metric.
+        number: of the model of each run that counts.
+    """
+    pairs = [
+        (run["models"][number]["quality"][split][key], others[run["seed"]]["models"][0]["quality"][split][key])
+        for run in runs
+        if run["seed"] in others and split in others[run["seed"]]["models"][0]["quality"]
+    ]
+    return Spread.of(100 * (own - base) / base for own, base in pairs)

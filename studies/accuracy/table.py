@@ -5,61 +5,88 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from studies.accuracy.rows import DENSE, GRADUAL, ONE_SHOT, RAMP, SENSITIVITY, SMALL, WIDE, Row
-from studies.accuracy.summary import FLOAT32, AccuracySection, model_of, models_of
+from studies.accuracy.rows import (
+    CLAIMS,
+    DENSE,
+    IN_BLOCKS,
+    ONE_SHOT,
+    OTHERS,
+    PRUNED,
+    RAMP,
+    RECIPE,
+    SENSITIVITY,
+    SMALL,
+    WIDE,
+    WIDTHS,
+    Row,
+)
+from studies.accuracy.summary import FLOAT32, AccuracySection, ModelSummary, model_of, models_of, worse
 from studies.runs.records import Key, Lines
 from studies.runs.sections import origin
 from studies.runs.spread import Spread, markdown
 
-CLAIMS = (  # what the paper says, the model, and what it is compared with
-    ("pruned, same width: 14 to 21 % worse than dense", GRADUAL, DENSE),
-    ("1.4 to 1.7 times wider, pruned: 4 % better to 2 % worse than dense", WIDE, DENSE),
-    ("hard pruning: 7 to 9 % worse than gradual", ONE_SHOT, GRADUAL),
+SAID = (  # what the papers say, the model, and what it is compared with
+    ("pruned, same width: 14 to 21 % worse than dense", PRUNED, DENSE),
+    ("the same in blocks", IN_BLOCKS, DENSE),
+    ("1.4 to 1.7 times as wide, 90 %: 4 % better to 2 % worse than dense", WIDE, DENSE),
+    ("hard pruning: 7 to 9 % worse than gradual", ONE_SHOT, PRUNED),
     ("small dense: 36 % worse than dense", SMALL, DENSE),
-    ("small dense: worse than pruned", SMALL, GRADUAL),
+    ("small dense: worse than pruned", SMALL, PRUNED),
+    ("the same, than in blocks", SMALL, IN_BLOCKS),
 )
 
 
 def tables(lines: Lines) -> str:
-    """Return an overview, the models of each task, the papers' claims, sensitivities, and forecasts."""
+    """Return an overview, the models of each task, the papers' claims, what was chosen from, and forecasts."""
     found = models_of(lines)
     parts = ["## Worse than dense, %", _overview(found)]
     parts += [part for section in found for part in _section(section)]
-    parts += ["## The papers' claims", _claims(found), *(part for section in found for part in _sensitivity(section))]
+    parts += ["## The papers' claims", _claims(found)]
+    parts += [part for section in found for part in (*_recipe(section), *_sensitivity(section))]
     return "\n\n".join([*parts, "## Forecast and outcome", _forecasts(lines.runs)])
+
+
+def _is_shown(row: Row) -> bool:
+    """Whether a row is among the models of its task, not in a table of what was chosen from."""
+    return row.family != RECIPE and not row.family.startswith(SENSITIVITY)
 
 
 def _overview(found: Sequence[AccuracySection]) -> str:
     """Return a line for each model that is not dense, and a column for each task."""
-    shown = [model for section in found for model in section.models if not model.row.family.startswith(SENSITIVITY)]
+    shown = [model for section in found for model in section.models if _is_shown(model.row)]
     names = dict.fromkeys(model.name for model in shown if model.row is not DENSE)
     cells = []
     for name in names:
         by_task = [next((model for model in section.models if model.name == name), None) for section in found]
-        cells.append([name, *("" if model is None else _percent(model.loss_percent) for model in by_task)])
+        cells.append([name, *("" if model is None else _percent(model.worse) for model in by_task)])
     return markdown(["model", *(section.title for section in found)], cells)
 
 
 def _section(section: AccuracySection) -> list[str]:
     first, *others = section.metrics
+    models = [model for model in section.models if _is_shown(model.row)]
+    tested = any(model.split == "test" for model in models)
     headings = ["model", "units", "zeros, %", first.heading, "worse than dense, %", *(m.heading for m in others)]
-    headings += ["parameters", "bytes of the file", "µs per step", "by nn.GRU", "seeds"]
+    headings += ["on validation"] * tested
+    headings += ["parameters", "bytes of the file", "µs per step", "by nn.GRU", "steps", "seconds", "seeds"]
     cells = [
         [
             model.name,
             str(model.hidden_size),
             f"{100 * model.sparsity:.1f}",
-            model.quality[first.key].text(first.digits),
-            "" if model.row is DENSE and model.weight_dtype == FLOAT32 else _percent(model.loss_percent),
-            *(f"{model.quality[metric.key].mean:.{metric.digits}f}" for metric in others),
+            model.metric(first).text(first.digits),
+            "" if model.row is DENSE and model.weight_dtype == FLOAT32 else _percent(model.worse),
+            *(f"{model.metric(metric).mean:.{metric.digits}f}" for metric in others),
+            *[f"{model.quality['validation'][first.key].mean:.{first.digits}f}"] * tested,
             f"{model.parameters:,.0f}",
             f"{model.nbytes:,.0f}",
             _microseconds(model.us_per_step),
             _microseconds(model.torch_us_per_step),
-            str(model.quality[first.key].seeds),
+            f"{model.trained_steps:,}",
+            f"{model.seconds:,.0f}",
+            str(model.metric(first).seeds),
         ]
-        for model in section.models
-        if not model.row.family.startswith(SENSITIVITY)
+        for model in models
     ]
     return [f"## {section.title}", markdown(headings, cells), f"{len(section.runs)} runs, {origin(section.runs)}"]
 
@@ -73,47 +100,64 @@ def _microseconds(value: float | None) -> str:
 
 
 def _claims(found: Sequence[AccuracySection]) -> str:
-    """Compare pairs of models by the first metric, seed by seed."""
-    cells = [[claim, *(_percent(_worse(section, row, other)) for section in found)] for claim, row, other in CLAIMS]
-    return markdown(["the paper", *(f"here, {section.task}, %" for section in found)], cells)
+    """Compare pairs of models by the first metric, seed by seed, on the test split."""
+    cells = [[said, *(_percent(_worse(section, row, other, "test")) for section in found)] for said, row, other in SAID]
+    return markdown(["the papers", *(f"here, {section.title}, %" for section in found)], cells)
 
 
-def _worse(section: AccuracySection, row: Row, other: Row) -> Spread | None:
+def _worse(section: AccuracySection, row: Row, other: Row, split: str) -> Spread | None:
     """Return by how much one row is worse than another, in % of the other, over the seeds that both have."""
-    key = section.metrics[0].key
-    quality = {(run["row"], run["seed"]): run["models"][0]["quality"][key] for run in section.runs}
-    pairs = [
-        (value, quality[other.name, seed])
-        for (name, seed), value in quality.items()
-        if name == row.name and (other.name, seed) in quality
+    runs = [run for run in section.runs if run["row"] == row.name and split in run["models"][0]["quality"]]
+    others = {run["seed"]: run for run in section.runs if run["row"] == other.name}
+    return worse(runs, others, split, section.metrics[0].key)
+
+
+def _recipe(section: AccuracySection) -> list[str]:
+    """Return a table of what the recipe was chosen from: by how much each differs from the row without it."""
+    tried = [model for model in section.models if model.row.family in (CLAIMS, WIDTHS, OTHERS, RECIPE)]
+    if not any(model.row.family == RECIPE for model in tried) or (default := model_of(section, PRUNED)) is None:
+        return []
+    return [
+        f"## What the recipe was chosen from, {section.title}",
+        f"On validation. {PRUNED.name}: {_on_validation(section, default)}.",
+        _differences(section, [model for model in tried if model.row.family == RECIPE], PRUNED),
     ]
-    return Spread.of(100 * (value - base) / base for value, base in pairs)
 
 
 def _sensitivity(section: AccuracySection) -> list[str]:
     """Return a table of the varied schedules, by how much each differs from its default, of the same seed."""
     varied = [model for model in section.models if model.row.family.startswith(SENSITIVITY)]
-    default = model_of(section, GRADUAL)
+    default = model_of(section, IN_BLOCKS)
     if not varied or default is None:
         return []
+    return [
+        f"## Sensitivity to the schedule, {section.title}",
+        f"On validation. `PolynomialDecay.for_training` ({IN_BLOCKS.name}): {_on_validation(section, default)}. "
+        f"The default of ramp_step is {RAMP.name}.",
+        _differences(section, varied, IN_BLOCKS),
+    ]
+
+
+def _on_validation(section: AccuracySection, model: ModelSummary) -> str:
+    spread = model.quality["validation"][section.metrics[0].key]
+    return f"{spread.text(section.metrics[0].digits)}, {spread.seeds} seed{'s' * (spread.seeds > 1)}"
+
+
+def _differences(section: AccuracySection, models: Sequence[ModelSummary], default: Row) -> str:
     first = section.metrics[0]
     cells = [
         [
             model.row.family.removeprefix(SENSITIVITY),
             model.name,
             f"{100 * model.sparsity:.1f}",
-            model.quality[first.key].text(first.digits),
-            _percent(_worse(section, model.row, RAMP if model.row.schedule == RAMP.schedule else GRADUAL)),
+            model.quality["validation"][first.key].text(first.digits),
+            _percent(
+                _worse(section, model.row, RAMP if model.row.schedule == RAMP.schedule else default, "validation")
+            ),
         ]
-        for model in varied
+        for model in models
     ]
-    spread = default.quality[first.key]
-    return [
-        f"## Sensitivity to the schedule, {section.task}",
-        f"`PolynomialDecay.for_training` ({GRADUAL.name}): {spread.text(first.digits)}, {spread.seeds} seeds. "
-        f"The default of ramp_step is {RAMP.name}.",
-        markdown(["varied", "schedule", "zeros, %", first.heading, "worse than the default, same seed, %"], cells),
-    ]
+    return markdown(["varied", "model", "zeros, %", first.heading, "worse than the default, same seed, %"], cells)
 
 
 def _forecasts(runs: Mapping[Key, dict[str, Any]]) -> str:

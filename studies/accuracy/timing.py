@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from studies.accuracy.rows import ROWS, SEEDS, SENSITIVITY
-from studies.accuracy.training import DEFAULT_BLOCK, convert
+from studies.accuracy.training import convert
 from studies.runs.progress import one_thread
 from studies.runs.records import Key, Lines, line_of
 from studies.runs.study import weights_path
@@ -25,6 +25,7 @@ from triton_sparse_rnn import PersistentGRU, SparseGRU
 
 UNTIMED = {row.name for row in ROWS if row.family.startswith(SENSITIVITY)}
 T = 100  # steps of a call
+BLOCK = (16, 1)  # in which a dense layer is stored
 ROUNDS = 41  # in each of which every layer is called once
 
 
@@ -72,7 +73,7 @@ def _contenders(task: Task, runs: Mapping[Key, dict[str, Any]], models: Path) ->
     for key, run in runs.items():
         model = task.resized(run["hidden_size"]).build_model(SparseGRU, 0).eval()
         model.load_state_dict(load_file(weights_path(models, key)))
-        block_size = None if run["pruner"] else DEFAULT_BLOCK  # or torch would multiply by an unpruned weight_ih
+        block_size = None if run["pruner"] else BLOCK  # or torch would multiply by an unpruned weight_ih
         for told in run["models"]:
             dtype = getattr(torch, told["weight_dtype"])
             layer = convert(model, weight_dtype=dtype, storage=block_size).rnn

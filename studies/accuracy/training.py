@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from studies.accuracy.rows import DENSE, Row
+from studies.accuracy.rows import DENSE, Rate, Row
 from studies.accuracy.sizes import Size, recurrent_weights, size_of
 from studies.runs.records import Key
 from studies.runs.spread import thinned
 from studies.runs.study import OnStep, Place, keep_weights, weights_path
 from studies.tasks import Task
+from studies.tasks.task import HeldOut
+from studies.tasks.teacher import Teacher
 from triton_sparse_rnn import (
     ConstantMask,
     OneShot,
@@ -41,7 +43,7 @@ from triton_sparse_rnn.sparse.patterns import Blocks
 from triton_sparse_rnn.sparse.picks import Picks
 
 PENALTIES = {"l1": lambda model, pattern: l1(model), "group_lasso": group_lasso}
-DEFAULT_BLOCK = (16, 1)
+HELD: dict[Rate, float] = {"falling": 0.0, "held": 0.5, "constant": 1.0}  # share of the steps before the rate falls
 LOSSES = 20  # means of the training loss that are kept
 
 
@@ -53,14 +55,20 @@ def train(task: Task, row: Row, key: Key, place: Place, on_step: OnStep) -> dict
     Returns:
         What the line of the run holds.
     """
-    size = size_of(task, row)
-    task = task.resized(size.hidden_size)
+    size, steps = size_of(task, row), key.steps * row.length
+    task = task.resized(size.hidden_size, row.inputs)
     model = task.build_model(SparseGRU, key.seed).train()
     dense_path = weights_path(place.models, key._replace(row=DENSE.name))
-    pruner = None if row.is_dense else make_pruner(model, row, size, key.steps, dense_path)
-    same_width = row.width == 1 and dense_path.exists()
-    predicted = forecast(model, pruner, load_file(dense_path) if same_width else None) if pruner else None
-    losses = _optimize(model, task, row, key, pruner, _teacher(task, row, dense_path), on_step)
+    if row.begins_dense:
+        model.load_state_dict(load_file(dense_path))
+    if row.diagonal:
+        assert size.sparsity is not None
+        make_diagonal(model, round(1 / (1 - size.sparsity)))
+    pruner = None if row.is_dense else make_pruner(model, row, size, steps, dense_path)
+    alike = row.width == row.inputs == 1 and not row.diagonal and dense_path.exists()
+    predicted = forecast(model, pruner, load_file(dense_path) if alike else None) if pruner else None
+    teacher = _make_teacher(model, task, row, dense_path)
+    losses = _optimize(model, task, row, key.seed, steps, pruner, teacher, on_step)
     keep_weights(model, place.models, key)
     weights = recurrent_weights(model)
     zeros = sum(int((weight == 0).sum()) for weight in weights)
@@ -72,6 +80,7 @@ def train(task: Task, row: Row, key: Key, place: Place, on_step: OnStep) -> dict
         "parameters": sum(parameter.numel() for parameter in model.parameters()) - (zeros if pruner else 0),
         "forecast": _describe_forecast(predicted) if predicted else None,
         "became": _describe_forecast(_outcome(model, row, pruner)) if pruner else None,
+        "trained_steps": steps + key.steps * row.begins_dense,
         "models": models,
         "training_loss": thinned(losses, LOSSES),
     }
@@ -84,8 +93,12 @@ def make_pruner(model: nn.Module, row: Row, size: Size, steps: int, dense: Path)
         dense: weights of the trained dense model, for a threshold.
     """
     arguments = dict(row.pruner)
-    block_size = arguments.pop("block_size", DEFAULT_BLOCK)
-    arguments["pattern"] = Picks(*arguments.pop("picks")) if "picks" in arguments else Blocks(*block_size)
+    if "picks" in arguments:
+        arguments["pattern"] = Picks(*arguments.pop("picks"))
+    else:
+        arguments["pattern"] = Blocks(*arguments.pop("block_size"))
+    if row.diagonal:
+        return Pruner(model, ConstantMask(), **arguments)
     chosen: dict[str, Any] = dict(row.arguments) | {
         name: max(int(name == "frequency"), round(share * steps)) for name, share in row.fractions.items()
     }
@@ -107,26 +120,46 @@ def make_pruner(model: nn.Module, row: Row, size: Size, steps: int, dense: Path)
     return Pruner(model, schedule, targets=targets, **arguments)
 
 
-def _teacher(task: Task, row: Row, dense: Path) -> nn.Module | None:
-    """Return the trained dense model, of its own width."""
-    if not row.taught:
+def make_diagonal(model: nn.Module, blocks: int) -> None:
+    """Set to zero what is not in so many blocks on the diagonal of each gate; the rest grows, as there is less of it.
+
+    nn.GRU draws weights from +-1 / sqrt(hidden_size), a layer of one block's width would from sqrt(blocks) times that.
+    """
+    for weight in recurrent_weights(model):
+        hidden_size, inputs = weight.shape[0] // 3, weight.shape[1]
+        rows = torch.arange(hidden_size).repeat(3) * blocks // hidden_size
+        kept = rows[:, None] == torch.arange(inputs) * blocks // inputs
+        weight.data.mul_(kept * blocks**0.5)
+
+
+def _make_teacher(model: nn.Module, task: Task, row: Row, dense: Path) -> Teacher | None:
+    """Return the trained dense model, of its own width, as the teacher of `model`."""
+    if row.teaching is None:
         return None
     weights = load_file(dense)
     width = weights["rnn.weight_hh_l0"].shape[1]
-    teacher = task.resized(width).build_model(SparseGRU, 0)
-    teacher.load_state_dict(weights)
-    return teacher.eval()
+    trained = task.resized(width).build_model(SparseGRU, 0)
+    trained.load_state_dict(weights)
+    return Teacher(model, trained.eval(), **dataclasses.asdict(row.teaching))
 
 
 def _optimize(
-    model: nn.Module, task: Task, row: Row, key: Key, pruner: Pruner | None, teacher: nn.Module | None, on_step: OnStep
+    model: nn.Module,
+    task: Task,
+    row: Row,
+    seed: int,
+    steps: int,
+    pruner: Pruner | None,
+    teacher: Teacher | None,
+    on_step: OnStep,
 ) -> list[float]:
     """Train with Adam; return the loss of every step, without the penalty."""
     optimizer = torch.optim.Adam(model.parameters())
-    losses, batches = [], task.losses(model, key.seed, teacher)
+    losses, batches = [], task.losses(model, seed, teacher)
     with pruner.attach(optimizer) if pruner else contextlib.nullcontext():
-        for step in range(key.steps):
-            optimizer.param_groups[0]["lr"] = task.learning_rate(step, key.steps)
+        for step in range(steps):
+            rate = row.rate_factor * task.learning_rate(step, steps, HELD[row.rate])
+            optimizer.param_groups[0]["lr"] = rate
             loss = next(batches)
             optimizer.zero_grad()
             (loss + _penalty(model, row, pruner)).backward()
@@ -147,6 +180,7 @@ def _evaluate(task: Task, model: nn.Module, row: Row, weight_dtype: torch.dtype)
 
     A pruned one is converted. A dense one is run by torch.nn in float32, with rounded weights.
     """
+    splits: tuple[HeldOut, ...] = ("validation", "test") if row.is_tested else ("validation",)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         if row.is_dense:
@@ -161,7 +195,7 @@ def _evaluate(task: Task, model: nn.Module, row: Row, weight_dtype: torch.dtype)
     return {
         "weight_dtype": str(weight_dtype).removeprefix("torch."),
         "bytes": nbytes,
-        "quality": task.evaluate(shipped),
+        "quality": {split: task.evaluate(shipped, split) for split in splits},
     }
 
 

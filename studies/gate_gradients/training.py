@@ -52,7 +52,7 @@ def train(task: Task, row: Row, key: Key, thresholds: Mapping[float, float], on_
     redundant = course.stats[-1].mean_redundant_macs if course.stats else 0.0
     return {
         "gate_gradient": arguments,
-        "quality": task.evaluate(model.eval()),
+        "quality": task.evaluate(model.eval(), "validation"),
         "zeros": zeros_over_time(course.stats),
         "redundant_macs": {"rnn": redundant, "model": redundant * recurrent_share(model)},
         "training_loss": thinned(course.losses, LOSSES),

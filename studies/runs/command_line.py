@@ -66,7 +66,7 @@ def _parser(study: Study) -> argparse.ArgumentParser:
     run.set_defaults(do=_run)
     names = ", ".join(study.tasks)
     run.add_argument("task", nargs="*", choices=[*study.tasks, []], metavar="TASK", help=f"{names} (default: all)")
-    run.add_argument("--rows", choices=[*study.selections], default="all", help="(default: %(default)s)")
+    run.add_argument("--rows", choices=[*study.selections], default=study.usual, help="(default: %(default)s)")
     rows = [row.name for row in study.rows()]
     only = "only this row, and what it is compared with; may be repeated: " + "; ".join(rows).replace("%", "%%")
     run.add_argument("--row", action="append", choices=rows, metavar="NAME", help=only)

@@ -41,6 +41,8 @@ class Study:
         always: rows that others are compared with or learn from: they run whatever is chosen, and first.
         steps: of a run, by task, where not the task's own.
         untrained: names of rows that are only evaluated; their runs have seed 0 and no step.
+        usual: the selection that is run unless the command line names another.
+        suits: whether a row is run on a task.
         settings: of task, row and steps: what decides the outcome beside the run's name, for JSON.
         train: one model, of task, row, the run's name, the place and what is called after every step; returns what came
             of it, for JSON.
@@ -66,6 +68,8 @@ class Study:
     keeps_models: bool = False
     steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
     untrained: Sequence[str] = ()
+    usual: str = "all"
+    suits: Callable[[Any, Any], bool] = lambda task, row: True
     tasks: Sequence[str] = (*TASKS,)
     load: Callable[[str, Place], Any] = lambda name, place: TASKS[name].load()
 
@@ -101,7 +105,7 @@ class Study:
             KeyboardInterrupt: Ctrl-C; the file holds all finished runs.
         """
         steps, plan = steps or self.steps.get(task.name, task.steps), {}
-        for row in rows:
+        for row in (row for row in rows if self.suits(task, row)):
             trained = row.name not in self.untrained
             for seed in seeds or row.seeds if trained else (0,):
                 plan[Key(task.name, row.name, seed, steps if trained else 0)] = row

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from studies.tasks.source_text import SourceText, cut_into_streams
-from studies.tasks.task import MakeRNN, Metric, Task, distilled, numbers_of
+from studies.tasks.task import HeldOut, MakeRNN, Metric, Task, numbers_of
+from studies.tasks.teacher import Teacher
 
 SCORED_STREAMS, SCORED_WINDOW = 32, 256  # at most, side by side; symbols at once
 
@@ -38,7 +39,7 @@ class Characters(Task):
     """`batch_size` streams of text are read side by side, `window` symbols a step; the state is carried along.
 
     Attributes:
-        held_out: how many of the held-out symbols are scored.
+        scored: how many symbols of a split are scored.
     """
 
     name: ClassVar[str] = "characters"
@@ -50,8 +51,9 @@ class Characters(Task):
     batch_size: int = 32
     window: int = 64
     peak_rate: float = 2e-3
+    warmup: float = 0.05
     steps: int = 500
-    held_out: int = 200_000
+    scored: int = 200_000
 
     @property
     def loss_scale(self) -> float:
@@ -69,7 +71,7 @@ class Characters(Task):
         torch.manual_seed(seed)
         return CharacterModel(self.text.symbols, make_rnn(self.embedding_size, self.hidden_size))
 
-    def losses(self, model: nn.Module, seed: int, teacher: nn.Module | None = None) -> Iterator[Tensor]:
+    def losses(self, model: nn.Module, seed: int, teacher: Teacher | None = None) -> Iterator[Tensor]:
         """Begin at a window drawn from `seed`; where the streams end, start again with a fresh state."""
         streams = cut_into_streams(self.text.train, self.batch_size)
         windows = (len(streams) - 1) // self.window
@@ -83,19 +85,15 @@ class Characters(Task):
             state = tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach()
             loss = F.cross_entropy(scores.flatten(0, 1), ids[1:].flatten())
             if teacher is not None:
-                with torch.no_grad():
-                    taught, teacher_state = teacher(ids[:-1], teacher_state)
-                loss = distilled(loss, scores.flatten(0, 1).log_softmax(1), taught.flatten(0, 1).log_softmax(1))
+                taught, teacher_state = teacher(ids[:-1], teacher_state)
+                loss = loss + teacher.loss(scores, taught)
             yield loss
 
-    def learning_rate(self, step: int, steps: int) -> float:
-        """The same throughout."""
-        return self.peak_rate
-
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, split: HeldOut) -> dict[str, float]:
         """Read up to 32 streams side by side, with the state carried along."""
-        symbols = self.text.held_out[: self.held_out]
+        part = self.text.test if split == "test" else self.text.validation
+        symbols = part.symbols[: self.scored]
         streams = cut_into_streams(symbols, max(1, min(SCORED_STREAMS, len(symbols) // SCORED_WINDOW)))
         state, nats, targets = None, 0.0, streams[1:]
         for start in range(0, len(targets), SCORED_WINDOW):
@@ -103,4 +101,4 @@ class Characters(Task):
             scores, state = model(streams[:-1][window], state)
             nats += F.cross_entropy(scores.flatten(0, 1), targets[window].flatten(), reduction="sum").item()
         bits = nats / math.log(2) + self.text.rare_bits * int((targets == self.text.symbols - 1).sum())
-        return {"bits_per_character": bits / targets.numel() * self.text.bytes_per_character}
+        return {"bits_per_character": bits / targets.numel() * part.bytes_per_character}

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from studies.tasks.task import MakeRNN, Metric, MissingDataError, Task, distilled, numbers_of, share_of
+from studies.tasks.task import HeldOut, MakeRNN, Metric, MissingDataError, Task, numbers_of, split_of
+from studies.tasks.teacher import Teacher
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
 BLANK = 0  # of CTC; phonemes count from 1
 REPEATS = 2  # time steps that a letter stands for
-HELD_OUT = 0.05  # share of the families of words
+HELD_OUT = 0.05  # share of the families of words for each of validation and test
 EVALUATED_AT_ONCE = 512
 
 Dictionary = Mapping[str, Sequence[Sequence[str]]]
@@ -61,7 +62,7 @@ class PronunciationModel(nn.Module):
 class Pronunciation(Task):
     """Attributes beside those of every task.
 
-    train, held_out: words. A word, all its variants, its plural and its possessive are on one side.
+    train, validation, test: words. A word, all its variants, its plural and its possessive are in one of them.
     phonemes: their names, without stress; phonemes[0] has the number 1.
     """
 
@@ -73,7 +74,8 @@ class Pronunciation(Task):
     )
 
     train: list[Word]
-    held_out: list[Word]
+    validation: list[Word]
+    test: list[Word]
     phonemes: tuple[str, ...]
     embedding_size: int = 64
     hidden_size: int = 128
@@ -99,20 +101,23 @@ class Pronunciation(Task):
         }
         phonemes = tuple(sorted({sound for variants in plain.values() for variant in variants for sound in variant}))
         numbers = {phoneme: number for number, phoneme in enumerate(phonemes, 1)}
-        train, held_out = [], []
+        words: dict[str, list[Word]] = {"train": [], "validation": [], "test": []}
         for spelling in sorted(plain):
             coded = (tuple(numbers[sound] for sound in variant) for variant in plain[spelling])
             word = Word(spelling, tuple(dict.fromkeys(coded)))
             if set(spelling) <= set(LETTERS) and _steps_needed(word.variants[0]) <= REPEATS * len(spelling):
-                (held_out if _is_held_out(spelling) else train).append(word)
-        return cls(train, held_out, phonemes, **settings)
+                words[_split_of(spelling)].append(word)
+        return cls(**words, phonemes=phonemes, **settings)
 
     def settings(self) -> dict[str, Any]:
         return numbers_of(self) | {
             "repeats": REPEATS,
             "train_words": len(self.train),
-            "held_out_words": len(self.held_out),
-            "sha256": hashlib.sha256(repr((self.train, self.held_out, self.phonemes)).encode()).hexdigest(),
+            "validation_words": len(self.validation),
+            "test_words": len(self.test),
+            "sha256": hashlib.sha256(
+                repr((self.train, self.validation, self.test, self.phonemes)).encode()
+            ).hexdigest(),
         }
 
     def build_model(self, make_rnn: MakeRNN, seed: int) -> PronunciationModel:
@@ -121,10 +126,10 @@ class Pronunciation(Task):
             len(self.phonemes), make_rnn(self.embedding_size, self.hidden_size, bidirectional=True)
         )
 
-    def losses(self, model: nn.Module, seed: int, teacher: nn.Module | None = None) -> Iterator[Tensor]:
+    def losses(self, model: nn.Module, seed: int, teacher: Teacher | None = None) -> Iterator[Tensor]:
         """Take all words in turn, but for less than a batch of each length; then again in another order.
 
-        A teacher's predictions are those of every time step, summed over a word as its loss is.
+        What is learned of a teacher's predictions is summed over a word's steps, as its loss is.
         """
         chance = random.Random(seed)
         for words in itertools.chain.from_iterable(self._epoch(chance) for _ in itertools.count()):
@@ -132,9 +137,7 @@ class Pronunciation(Task):
             scores = model(letters)
             loss = ctc_loss(scores, words) * self.loss_scale
             if teacher is not None:
-                with torch.no_grad():
-                    taught = teacher(letters)
-                loss = distilled(loss, scores.transpose(0, 1).flatten(1), taught.transpose(0, 1).flatten(1))
+                loss = loss + teacher.loss(scores, teacher(letters), steps=len(scores))
             yield loss
 
     def _epoch(self, chance: random.Random) -> list[list[Word]]:
@@ -146,10 +149,11 @@ class Pronunciation(Task):
         return chance.sample(batches, len(batches))
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, split: HeldOut) -> dict[str, float]:
         """Decode greedily, and count errors to whichever variant is nearest."""
+        held_out = self.test if split == "test" else self.validation
         nats, errors, phonemes, wrong = 0.0, 0, 0, 0
-        for words in batches_of_one_length(self.held_out, EVALUATED_AT_ONCE):
+        for words in batches_of_one_length(held_out, EVALUATED_AT_ONCE):
             scores = model(spell(words))
             nats += ctc_loss(scores, words).item()
             for word, said in zip(words, decode(scores), strict=True):
@@ -159,8 +163,8 @@ class Pronunciation(Task):
                 wrong += distance > 0
         return {
             "phoneme_error_percent": 100 * errors / phonemes,
-            "word_error_percent": 100 * wrong / len(self.held_out),
-            "nats_per_word": nats / len(self.held_out),
+            "word_error_percent": 100 * wrong / len(held_out),
+            "nats_per_word": nats / len(held_out),
         }
 
 
@@ -220,6 +224,6 @@ def _steps_needed(variant: Sequence[int]) -> int:
     return len(variant) + sum(a == b for a, b in itertools.pairwise(variant))
 
 
-def _is_held_out(spelling: str) -> bool:
+def _split_of(spelling: str) -> str:
     """Decide by what a word has in common with its plural and its possessive."""
-    return share_of(spelling.replace("'", "").rstrip("es")) < HELD_OUT
+    return split_of(spelling.replace("'", "").rstrip("es"), HELD_OUT, HELD_OUT)

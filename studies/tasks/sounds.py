@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from studies.tasks.task import MakeRNN, Metric, MissingDataError, Task, distilled, numbers_of, share_of
+from studies.tasks.task import HeldOut, MakeRNN, Metric, MissingDataError, Task, numbers_of, split_of
+from studies.tasks.teacher import Teacher
 
 ROOT = Path("/usr/share/asterisk/sounds")
 VOICES = ("en_US_f_Allison", "es_MX_f_Allison", "fr_CA_f_June", "it_IT_m_Carlo", "ru_RU_f_IvrvoiceRU")
 INSTALL = "apt-get install " + " ".join(f"asterisk-core-sounds-{voice[:2]}-wav" for voice in VOICES)
 NOT_SPEECH = re.compile(r"silence/|beep|.*(tone|monkeys)$")
-HELD_OUT = 0.2  # share of the families of prompts
+HELD_OUT = 0.15  # share of the families of prompts for each of validation and test
 
 RATE = 8000  # samples per second
 WINDOW = 4352  # samples that a prediction hears, 0.54 s
@@ -99,10 +100,10 @@ class LanguageModel(nn.Module):
 class Sounds(Task):
     """Attributes beside those of every task.
 
-    train: speech. A prompt is on one side in all languages, with those whose names end in a like word.
-    held_out: batches of examples, always the same.
-    mean, scale: of each feature of the training side, [BANDS].
-    sha256: of all recordings, and of which are held out.
+    train: speech. A prompt is in one split in all languages, with those whose names end in a like word.
+    validation, test: batches of examples, always the same.
+    mean, scale: of each feature of the training split, [BANDS].
+    sha256: of all recordings, and of the split of each.
     peak_rate: between 4e-3, at which a net pruned to 90 % learns worse, and 1e-2, at which a dense one does.
     """
 
@@ -113,7 +114,8 @@ class Sounds(Task):
     )
 
     train: Speech
-    held_out: list[Examples]
+    validation: list[Examples]
+    test: list[Examples]
     mean: Tensor
     scale: Tensor
     sha256: str
@@ -130,17 +132,19 @@ class Sounds(Task):
     @classmethod
     def of(cls, recordings: Iterable[Recording], *, held_out_batches: int = 8, **settings: Any) -> Sounds:
         """Split recordings, and fix what is heard of those held out: batches of HEARD_AT_ONCE windows."""
-        sides: tuple[list[Recording], list[Recording]] = [], []
+        splits: dict[str, list[Recording]] = {"train": [], "validation": [], "test": []}
         digest = hashlib.sha256()
         for recording in recordings:
-            side = is_held_out(recording.name)
-            digest.update(f"{side} {recording.voice} {recording.name} ".encode() + recording.samples.numpy().tobytes())
-            sides[side].append(recording)
-        train, held_out = map(join, sides)
+            split = split_of_prompt(recording.name)
+            digest.update(f"{split} {recording.voice} {recording.name} ".encode() + recording.samples.numpy().tobytes())
+            splits[split].append(recording)
+        train, *held_out = map(join, splits.values())
         generator = torch.Generator().manual_seed(0)
-        batches = [examples(held_out, HEARD_AT_ONCE, generator) for _ in range(held_out_batches)]
+        validation, test = (
+            [examples(speech, HEARD_AT_ONCE, generator) for _ in range(held_out_batches)] for speech in held_out
+        )
         heard = examples(train, HEARD_AT_ONCE, torch.Generator().manual_seed(0)).features.flatten(0, 1)
-        return cls(train, batches, heard.mean(0), heard.std(0), digest.hexdigest(), **settings)
+        return cls(train, validation, test, heard.mean(0), heard.std(0), digest.hexdigest(), **settings)
 
     def settings(self) -> dict[str, Any]:
         return numbers_of(self) | {
@@ -151,14 +155,14 @@ class Sounds(Task):
             "bands": BANDS,
             "babble": BABBLE,
             "signal_to_noise": list(SIGNAL_TO_NOISE),
-            "held_out_windows": len(self.held_out) * HEARD_AT_ONCE,
+            "windows_held_out": len(self.test) * HEARD_AT_ONCE,
         }
 
     def build_model(self, make_rnn: MakeRNN, seed: int) -> LanguageModel:
         torch.manual_seed(seed)
         return LanguageModel(self.mean, self.scale, make_rnn(BANDS, self.hidden_size))
 
-    def losses(self, model: nn.Module, seed: int, teacher: nn.Module | None = None) -> Iterator[Tensor]:
+    def losses(self, model: nn.Module, seed: int, teacher: Teacher | None = None) -> Iterator[Tensor]:
         """Hear windows drawn anew each time; a teacher hears the same."""
         generator = torch.Generator().manual_seed(seed)
         while True:
@@ -166,15 +170,14 @@ class Sounds(Task):
             scores = model(features)
             loss = F.cross_entropy(scores, voices)
             if teacher is not None:
-                with torch.no_grad():
-                    taught = teacher(features)
-                loss = distilled(loss, scores.log_softmax(1), taught.log_softmax(1))
+                loss = loss + teacher.loss(scores, teacher(features))
             yield loss
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        scores = torch.cat([model(features) for features, _ in self.held_out])
-        voices = torch.cat([voices for _, voices in self.held_out])
+    def evaluate(self, model: nn.Module, split: HeldOut) -> dict[str, float]:
+        held_out = self.test if split == "test" else self.validation
+        scores = torch.cat([model(features) for features, _ in held_out])
+        voices = torch.cat([voices for _, voices in held_out])
         return {
             "error_percent": 100 * (scores.argmax(1) != voices).double().mean().item(),
             "nats": F.cross_entropy(scores, voices).item(),
@@ -196,14 +199,14 @@ def read(root: Path) -> list[Recording]:
     return recordings
 
 
-def is_held_out(name: str) -> bool:
+def split_of_prompt(name: str) -> str:
     """Decide by how the last longer word of a prompt's name begins, "mes" in vm-message and vm-messagex1.
 
     Numbers and letters, many of which sound alike, have no such word and are one family.
     """
     words = re.findall("[a-z]{3,}", name.rpartition("/")[2].lower())
     family = words[-1][:3] if words else ""
-    return share_of(family) < HELD_OUT
+    return split_of(family, HELD_OUT, HELD_OUT)
 
 
 def join(recordings: Iterable[Recording]) -> Speech:

@@ -1,4 +1,4 @@
-"""The sources of Python's standard library, text that every Python has, as symbols in two parts.
+"""The sources of Python's standard library, text that every Python has, as symbols in three parts.
 
 A symbol is a byte. Bytes that the training text hardly uses share the last symbol; each of them then costs
 log2(how many they are) bits on top, so that bits per character remain the length of a code from which the text could be
@@ -14,16 +14,24 @@ import random
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from studies.tasks.task import MissingDataError
 
-HELD_OUT = 0.05  # share of the text, at its end
+HELD_OUT = 0.05  # share of the text for each of validation, at its end, and test, before it
 RARE = 1e-5  # share of the training text below which a byte has no symbol of its own
 LEAST_BYTES = 1_000_000
 LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+
+
+class Part(NamedTuple):
+    """A part of a text that is held out: int64 symbols [N]."""
+
+    symbols: Tensor
+    bytes_per_character: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +42,7 @@ class SourceText:
         source, sha256: what was read.
         symbols: how many there are; the last one is that of rare bytes.
         rare_bits: that say which byte the last symbol was.
-        train, held_out: [N], int64 symbols.
-        bytes_per_character: of the held-out part.
+        train: [N], int64 symbols.
     """
 
     source: str
@@ -43,27 +50,32 @@ class SourceText:
     symbols: int
     rare_bits: float
     train: Tensor
-    held_out: Tensor
-    bytes_per_character: float
+    validation: Part
+    test: Part
 
     @classmethod
     def of(cls, name: str, documents: Sequence[str]) -> SourceText:
         """Join documents, and hold the end out."""
         data = "\n".join(documents).encode()
-        border = len(data) - int(HELD_OUT * len(data))
+        size = int(HELD_OUT * len(data))
+        border = len(data) - 2 * size
         codes = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
         known = (codes[:border].bincount(minlength=256) > RARE * border).nonzero().flatten()
         table = torch.full((256,), len(known))
         table[known] = torch.arange(len(known))
-        held_out = data[border:].decode(errors="ignore")
+
+        def part(begin: int, end: int) -> Part:
+            characters = data[begin:end].decode(errors="ignore")
+            return Part(table[codes[begin:end]], len(characters.encode()) / len(characters))
+
         return cls(
             source=f"{name} ({len(data) / 1000:,.0f} kB, {len(documents):,} files)",
             sha256=hashlib.sha256(data).hexdigest(),
             symbols=len(known) + 1,
             rare_bits=math.log2(max(1, 256 - len(known))),
             train=table[codes[:border]],
-            held_out=table[codes[border:]],
-            bytes_per_character=len(held_out.encode()) / len(held_out),
+            validation=part(border + size, len(data)),
+            test=part(border, border + size),
         )
 
     @classmethod

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import RNNBase
-from torch.nn import functional as F
+
+from studies.tasks.teacher import Teacher
 
 MakeRNN = Callable[..., RNNBase]  # nn.LSTM, SparseGRU, ...: called with sizes and options as these are
+HeldOut = Literal["validation", "test"]  # what choices are made on, and what none of them has seen
 
 
 class MissingDataError(RuntimeError):
@@ -29,28 +31,33 @@ class Metric(NamedTuple):
         return f"{self.heading} {quality[self.key]:.{self.digits}f}"
 
 
-def distilled(loss: Tensor, predictions: Tensor, taught: Tensor) -> Tensor:
-    """Return the mean of a task's own loss and of the divergence from a teacher's predictions.
-
-    Args:
-        loss: a scalar, a mean over what `predictions` has rows of.
-        predictions, taught: [N, classes], logarithms of the model's and the teacher's probabilities.
-    """
-    return (loss + F.kl_div(predictions, taught, reduction="batchmean", log_target=True)) / 2
-
-
-def straight_rate(step: int, steps: int, warmup: float) -> float:
+def straight_rate(step: int, steps: int, warmup: float, held: float = 0.0) -> float:
     """By which a peak rate is multiplied at a step from 0 to steps - 1: a straight warm-up, then straight down to 0.
 
     Args:
         warmup: share of the steps.
+        held: share of the steps before which the rate does not fall; 1: it never does.
     """
-    return min((step + 1) / (warmup * steps + 1), (steps - step) / (steps - warmup * steps))
+    begin = max(warmup, held)
+    falling = 1.0 if begin == 1 else (steps - step) / (steps - begin * steps)
+    return min(1.0, (step + 1) / (warmup * steps + 1), falling)
 
 
 def share_of(name: str) -> float:
     """Return a number in [0, 1) that only the name decides."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
+
+
+def split_of(family: str, validation: float, test: float) -> Literal["train", "validation", "test"]:
+    """Return the split of everything in a family, which its name alone decides.
+
+    Args:
+        validation, test: shares of the families.
+    """
+    share = share_of(family)
+    if share < validation:
+        return "validation"
+    return "test" if share < validation + test else "train"
 
 
 def numbers_of(task: Any) -> dict[str, int | float]:
@@ -59,7 +66,7 @@ def numbers_of(task: Any) -> dict[str, int | float]:
 
 
 class Task:
-    """Data, a model for it, and how well the model does on what was held out. A task is a frozen dataclass.
+    """Data in three splits, a model for it, and how well the model does. A task is a frozen dataclass.
 
     Attributes:
         name: of the task on a command line.
@@ -88,18 +95,23 @@ class Task:
         """
         raise NotImplementedError
 
-    def resized(self, hidden_size: int) -> Task:
-        """Return the task with a recurrent layer of that width."""
-        return dataclasses.replace(self, hidden_size=hidden_size)  # type: ignore[type-var]
+    def resized(self, hidden_size: int, inputs: float = 1.0) -> Task:
+        """Return the task with a recurrent layer of that width.
+
+        Args:
+            inputs: of the layer, as a share of what they are; less than 1 only where they are an embedding.
+        """
+        embedding = {} if inputs == 1 else {"embedding_size": round(inputs * vars(self)["embedding_size"])}
+        return dataclasses.replace(self, hidden_size=hidden_size, **embedding)  # type: ignore[type-var]
 
     @property
     def loss_scale(self) -> float:
         """By which the sum of the losses of all predictions is multiplied to give the loss of a step."""
         return 1 / self.batch_size
 
-    def learning_rate(self, step: int, steps: int) -> float:
-        """Adam's rate at a step from 0 to steps - 1."""
-        return self.peak_rate * straight_rate(step, steps, self.warmup)
+    def learning_rate(self, step: int, steps: int, held: float = 0.0) -> float:
+        """Adam's rate at a step from 0 to steps - 1; see `straight_rate`."""
+        return self.peak_rate * straight_rate(step, steps, self.warmup, held)
 
     def settings(self) -> dict[str, Any]:
         """What decides the outcome of a run, for JSON."""
@@ -109,18 +121,16 @@ class Task:
         """Return a model whose only recurrent layer is its attribute `rnn`, with initial weights drawn from `seed`."""
         raise NotImplementedError
 
-    def losses(self, model: nn.Module, seed: int, teacher: nn.Module | None = None) -> Iterator[Tensor]:
+    def losses(self, model: nn.Module, seed: int, teacher: Teacher | None = None) -> Iterator[Tensor]:
         """Yield the loss of one batch after another, without end, in an order drawn from `seed`.
 
         The weights may change between one and the next.
 
         Args:
-            teacher: a trained model in eval mode. With it the loss is that of a distillation (Hinton, Vinyals & Dean
-                2015): the mean of the task's own and of the Kullback-Leibler divergence from the teacher's
-                predictions to the model's, over the same predictions.
+            teacher: is asked the same, and adds to the loss.
         """
         raise NotImplementedError
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Return every metric on held-out data, of a model in eval mode."""
+    def evaluate(self, model: nn.Module, split: HeldOut) -> dict[str, float]:
+        """Return every metric on a split that the model was not trained on, of a model in eval mode."""
         raise NotImplementedError

@@ -5,18 +5,22 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from studies.accuracy import timing
+from studies.accuracy import timing, training
 from studies.accuracy.rows import (
+    CLAIM_ROWS,
+    CLAIMS,
     DENSE,
-    GRADUAL,
-    HEADLINE,
-    ONE_SHOT,
-    PATTERN_ROWS,
-    PATTERNS,
+    IN_BLOCKS,
+    LONG,
+    LONG_ROWS,
+    PRUNED,
+    RAMP,
     ROWS,
     SEEDS,
+    SELF_TAUGHT,
     SENSITIVITY,
     SMALL,
     WIDE,
@@ -24,7 +28,7 @@ from studies.accuracy.rows import (
 from studies.accuracy.sizes import Size, parameters, recurrent_weights, size_of
 from studies.accuracy.study import ACCURACY
 from studies.accuracy.timing import time_runs
-from studies.accuracy.training import make_pruner
+from studies.accuracy.training import make_diagonal, make_pruner
 from studies.runs.records import Key, Lines, key_of
 from studies.runs.study import Place, weights_path
 from studies.tasks import TASKS
@@ -38,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def task(text):
-    return Characters(text, embedding_size=40, hidden_size=33, batch_size=3, window=6, held_out=100)
+    return Characters(text, embedding_size=40, hidden_size=33, batch_size=3, window=6, scored=100)
 
 
 @pytest.fixture
@@ -56,25 +60,32 @@ def run(task, row, steps, folder):
 
 def test_parameters_are_those_of_the_model(task):
     model = task.build_model(SparseGRU, 0)
-    assert sum(parameters(task, 33)) == sum(parameter.numel() for parameter in model.parameters())
-    assert parameters(task, 33).prunable == 3 * 33 * (40 + 33)
-    assert parameters(task, 33).left_at(0.75) == parameters(task, 33).others + 0.25 * parameters(task, 33).prunable
+    found = parameters(task)
+    assert sum(found) == sum(parameter.numel() for parameter in model.parameters())
+    assert found.prunable == 3 * 33 * (40 + 33)
+    assert found.left_at(0.75) == found.others + 0.25 * found.prunable
 
 
 def test_a_small_model_has_as_many_parameters_as_the_pruned_one(task):
-    wanted = parameters(task, 33).left_at(0.9)
+    wanted = parameters(task).left_at(0.9)
     H = size_of(task, SMALL).hidden_size
-    distances = [abs(parameters(task, width).left_at(0) - wanted) for width in (H - 1, H, H + 1)]
+    distances = [abs(parameters(task.resized(width)).left_at(0) - wanted) for width in (H - 1, H, H + 1)]
     assert min(distances) == distances[1]
     assert size_of(task, SMALL).sparsity is None
 
 
-def test_a_wide_model_has_as_many_recurrent_weights_as_the_pruned_one(task):
-    H, sparsity = size_of(task, WIDE)
-    assert H == 50
-    assert sparsity is not None
-    assert (1 - sparsity) * parameters(task, 50).prunable == pytest.approx(0.1 * parameters(task, 33).prunable)
-    assert size_of(task, GRADUAL) == Size(33, 0.9)
+def test_models_of_another_shape_have_as_many_recurrent_weights_as_the_pruned_one(task):
+    for name, H, inputs in (
+        ("1.5 times as wide, as many weights in picks", 50, 1.0),
+        ("picks, half as many inputs, as many weights", 33, 0.5),
+    ):
+        size = size_of(task, NAMES[name])
+        assert size.hidden_size == H
+        assert size.sparsity is not None
+        kept = (1 - size.sparsity) * parameters(task.resized(H, inputs)).prunable
+        assert kept == pytest.approx(0.1 * parameters(task).prunable)
+    assert size_of(task, WIDE) == Size(50, 0.9)
+    assert size_of(task, PRUNED) == Size(33, 0.9)
     assert size_of(task, DENSE) == Size(33, None)
 
 
@@ -82,13 +93,24 @@ def test_a_wide_model_has_as_many_recurrent_weights_as_the_pruned_one(task):
 
 
 def test_selections():
-    assert ACCURACY.rows("headline") == [DENSE, SMALL, GRADUAL, WIDE, ONE_SHOT]
-    varied = ACCURACY.rows("sensitivity")[1:]
+    assert ACCURACY.rows("claims") == [*CLAIM_ROWS]
+    assert ACCURACY.rows(ACCURACY.usual) == [*LONG_ROWS]
+    varied = [row for row in ACCURACY.rows("sensitivity") if row not in (DENSE, IN_BLOCKS, RAMP)]
     assert varied == [row for row in ROWS if row.family.startswith(SENSITIVITY)]
-    assert ACCURACY.rows("patterns") == [DENSE, SMALL, GRADUAL, *PATTERN_ROWS]
-    parts = ("headline", "patterns", "others", "sensitivity")
+    parts = ("long", "short", "sensitivity")
     assert {row.name for row in ROWS} == {row.name for part in parts for row in ACCURACY.rows(part)}
-    assert all(row.seeds == (SEEDS if row.family in (HEADLINE, PATTERNS) else (0,)) for row in ROWS)
+    assert len(NAMES) == len(ROWS)
+    assert all(row.seeds == (SEEDS if row.family == CLAIMS else (0,)) for row in ROWS)
+    assert not any(row.is_tested for row in ROWS if row not in LONG_ROWS)
+
+
+def test_rows_that_suit_a_task(task, tmp_path, quiet, monkeypatch):
+    ran = []
+    monkeypatch.setattr(type(ACCURACY), "run", lambda *arguments: ran.append(arguments[2].row) or {"seconds": 0})
+    monkeypatch.setattr(type(ACCURACY.records), "append", lambda *arguments: None)
+    study = dataclasses.replace(ACCURACY, outcome=lambda *arguments: "", suits=lambda task, row: row is not WIDE)
+    study.run_missing(task, [DENSE, WIDE, PRUNED], Place(tmp_path / "a", tmp_path), seeds=[0], console=quiet)
+    assert ran == [DENSE.name, PRUNED.name]
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.is_dense], ids=lambda row: row.name)
@@ -96,12 +118,15 @@ def test_every_row_is_pruned_as_it_says(task, row, tmp_path):
     steps = 400
     model, size = task.build_model(SparseGRU, 0), size_of(task, row)
     save_file(model.state_dict(), tmp_path / "dense")
-    if row.width != 1:
-        model = dataclasses.replace(task, hidden_size=size.hidden_size).build_model(SparseGRU, 0)
+    if row.width != 1 or row.inputs != 1:
+        model = task.resized(size.hidden_size, row.inputs).build_model(SparseGRU, 0)
     pruner = make_pruner(model, row, size, steps, tmp_path / "dense")
     picks = "picks" in row.pruner
-    assert pruner.pattern == (Picks(*row.pruner["picks"]) if picks else Blocks(*row.pruner.get("block_size", (16, 1))))
+    assert pruner.pattern == (Picks(*row.pruner["picks"]) if picks else Blocks(*row.pruner["block_size"]))
     assert pruner.tie_gates == row.pruner.get("tie_gates", False)
+    assert pruner.split == row.pruner.get("split", "gate")
+    if row.diagonal:
+        return
     assert pruner.balanced == row.pruner.get("balanced", picks)
     for weight in pruner.weights:
         for gate, schedule in zip("rzn", weight.schedules, strict=True):
@@ -120,27 +145,58 @@ def test_every_row_is_pruned_as_it_says(task, row, tmp_path):
 @pytest.mark.slow("studies")
 def test_runs_of_a_task(task, tmp_path):
     """The dense model first, then one of each kind that differs in how it is trained."""
-    names = ["gradual, 90 %", "ThresholdRamp, q at 90 %", "L1, then hard pruning, 1x1", "weight_hh only, 90 %"]
+    names = [PRUNED.name, IN_BLOCKS.name, SELF_TAUGHT.name, LONG.name, "block-diagonal", "picks, rate constant"]
+    names += ["picks, half as many inputs, as many weights", "picks, one budget for the layer"]
+    names += ["ThresholdRamp, q at 90 %", "L1, then hard pruning, 1x1", "weight_hh only, 90 %"]
     names += ["group lasso and gradual", "small dense, taught by the dense model"]
-    runs = {name: run(task, NAMES[name], 12, tmp_path) for name in ["dense", *names]}
-    total = sum(parameters(task, 33))
-    assert runs["dense"]["parameters"] == total
-    assert [model["weight_dtype"] for model in runs["gradual, 90 %"]["models"]] == ["float32", "float16", "int8"]
+    runs = {name: run(task, NAMES[name], 12, tmp_path) for name in [DENSE.name, *names]}
+    total = sum(parameters(task))
+    assert runs[DENSE.name]["parameters"] == total
+    assert [model["weight_dtype"] for model in runs[PRUNED.name]["models"]] == ["float32", "int8"]
+    twice = {name for name, found in runs.items() if found["trained_steps"] == 24}
+    assert twice == {SELF_TAUGHT.name, LONG.name}
     for name, found in runs.items():
-        assert found["models"][0]["quality"]["bits_per_character"] > 0
+        quality = found["models"][0]["quality"]
+        assert [*quality] == (["validation", "test"] if NAMES[name].is_tested else ["validation"])
+        assert all(values["bits_per_character"] > 0 for values in quality.values())
         assert found.keys() >= ACCURACY.records.fields
         weights = load_file(weights_path(tmp_path, key_of(found)))
         kept = sum(int((tensor != 0).sum()) for key, tensor in weights.items() if "weight" in key and "rnn" in key)
         others = sum(tensor.numel() for key, tensor in weights.items() if not ("weight" in key and "rnn" in key))
         assert found["parameters"] == kept + others
-        if found["forecast"] and "Ramp" not in name:
-            assert found["forecast"]["nbytes"] == found["became"]["nbytes"]
+        if found["forecast"] and "Ramp" not in name and not NAMES[name].diagonal:
             assert found["forecast"]["sparsity"] == pytest.approx(found["became"]["sparsity"], abs=0.01)
-    assert runs["gradual, 90 %"]["became"]["sparsity"] == pytest.approx(0.86, abs=0.01)
+    assert runs[IN_BLOCKS.name]["forecast"]["nbytes"] == runs[IN_BLOCKS.name]["became"]["nbytes"]
     assert runs["small dense, taught by the dense model"]["hidden_size"] == size_of(task, SMALL).hidden_size
     hh = load_file(weights_path(tmp_path, Key("characters", "weight_hh only, 90 %", 0, 12)))
     assert hh["rnn.weight_ih_l0"].ne(0).all()
     assert hh["rnn.weight_hh_l0"].eq(0).double().mean() == pytest.approx(0.86, abs=0.02)
+
+
+def test_a_block_diagonal_model_stays_one(task, tmp_path):
+    model = task.build_model(SparseGRU, 0)
+    dense = [weight.detach().clone() for weight in recurrent_weights(model)]
+    make_diagonal(model, 10)
+    for before, weight in zip(dense, recurrent_weights(model), strict=True):
+        kept = weight != 0
+        assert kept.double().mean() == pytest.approx(0.1, abs=0.005)
+        assert torch.equal(weight[kept], before[kept] * 10**0.5)
+        gates = kept.view(3, 33, -1)
+        assert torch.equal(gates[0], gates[2])
+        assert gates[0][:3, :3].all()
+        assert gates[0][-3:, -3:].all()
+    found = run(task, NAMES["block-diagonal"], 3, tmp_path)
+    weights = load_file(weights_path(tmp_path, key_of(found)))
+    assert torch.equal(weights["rnn.weight_hh_l0"] != 0, recurrent_weights(model)[1] != 0)
+
+
+def test_a_training_that_begins_dense_begins_there(task, tmp_path, monkeypatch):
+    dense = run(task, DENSE, 3, tmp_path)
+    seen = []
+    monkeypatch.setattr(training, "_optimize", lambda model, *others: seen.append(copy.deepcopy(model)) or [0.0])
+    run(task, SELF_TAUGHT, 3, tmp_path)
+    weights = load_file(weights_path(tmp_path, key_of(dense)))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in seen[0].state_dict().items())
 
 
 def test_a_penalty_draws_weights_towards_zero_until_pruning_ends(task, tmp_path):
@@ -154,8 +210,8 @@ def test_a_penalty_draws_weights_towards_zero_until_pruning_ends(task, tmp_path)
 
 
 def test_rounded_dense_models_are_not_the_float32_ones(task, tmp_path):
-    models = run(task, DENSE, 3, tmp_path)["models"]
-    exact, rounded = (model["quality"]["bits_per_character"] for model in models)
+    models = run(task, dataclasses.replace(DENSE, weight_dtypes=(torch.float32, torch.float16)), 3, tmp_path)["models"]
+    exact, rounded = (model["quality"]["test"]["bits_per_character"] for model in models)
     assert exact != rounded
     assert exact == pytest.approx(rounded, rel=1e-2)
     assert models[1]["bytes"] < 0.6 * models[0]["bytes"]
@@ -174,19 +230,19 @@ def test_a_taught_model_does_not_change_its_teacher(task, tmp_path):
 
 
 def test_layers_are_timed(tiny, task, tmp_path, quiet):
-    runs = {key_of(found): found for row in (DENSE, GRADUAL) for found in [run(task, row, 3, tmp_path)]}
+    runs = {key_of(found): found for row in (DENSE, PRUNED) for found in [run(task, row, 3, tmp_path)]}
     varied = next(row for row in ROWS if row.family.startswith(SENSITIVITY))
     lines = Lines(runs | {Key("characters", varied.name, 0, 3): {}}, {})
     timed = [*time_runs(lines, tmp_path, rounds=2, console=quiet)]
-    assert [key_of(line)[1] for line in timed] == ["dense", "gradual, 90 %"]
-    assert [time["weight_dtype"] for time in timed[1]["times"]] == ["float32", "float16", "int8"]
+    assert [key_of(line)[1] for line in timed] == ["dense", PRUNED.name]
+    assert [time["weight_dtype"] for time in timed[1]["times"]] == ["float32", "int8"]
     assert all(time["us_per_step"] > 0 < time["torch_us_per_step"] for line in timed for time in line["times"])
     with pytest.raises(FileNotFoundError):
         next(time_runs(lines, tmp_path / "nowhere", rounds=1, console=quiet))
 
 
 def test_no_time_of_a_wrong_layer(tiny, task, tmp_path, quiet, monkeypatch):
-    found = run(task, GRADUAL, 3, tmp_path)
+    found = run(task, IN_BLOCKS, 3, tmp_path)
     convert = timing.convert
 
     def wrong(model, **options):

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def task(text):
-    return Characters(text, embedding_size=5, hidden_size=17, batch_size=3, window=6, held_out=100)
+    return Characters(text, embedding_size=5, hidden_size=17, batch_size=3, window=6, scored=100)
 
 
 def run(task, row, seed, steps, path=Path(), on_step=lambda loss: None):
@@ -129,7 +129,7 @@ def test_a_dense_run_is_that_of_torch(task):
         optimizer.step()
         losses.append(loss.item())
     assert found["training_loss"] == losses
-    assert found["quality"] == task.evaluate(model.eval())
+    assert found["quality"] == task.evaluate(model.eval(), "validation")
     assert found["zeros"] == {}
     assert found["redundant_macs"] == {"rnn": 0, "model": 0}
     assert set(found["distribution"]) == {"early", "late"}

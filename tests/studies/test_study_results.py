@@ -18,7 +18,8 @@ from studies.runs.records import Key, Lines
 
 RESULTS = Path(__file__).resolve().parents[2] / "studies" / "results"
 COMMITTED = {
-    "accuracy": (ACCURACY, ["accuracy.jsonl", "accuracy-times.jsonl"], "accuracy.md"),
+    "accuracy": (ACCURACY, ["accuracy.jsonl"], "accuracy.md"),
+    "accuracy-short": (ACCURACY, ["accuracy-short.jsonl", "accuracy-short-times.jsonl"], "accuracy-short.md"),
     "denoising": (DENOISING, ["denoising.jsonl"], "denoising.md"),
     "gate_gradients": (GATE_GRADIENTS, ["gate-gradients.jsonl"], "lstm-training.md"),
 }
@@ -47,14 +48,17 @@ def test_what_is_committed_gives_the_page_that_is_committed(name):
 
 def test_models_in_their_order_and_without_a_difference_where_the_dense_run_is_missing():
     chosen = {("characters", 800)}
-    lines = part("accuracy", lambda key: (key.task, key.steps) in chosen and not (key.row == "dense" and key.seed == 0))
+    lines = part(
+        "accuracy-short", lambda key: (key.task, key.steps) in chosen and not (key.row == "dense" and key.seed == 0)
+    )
     (section,) = models_of(lines)
     models = {model.name: model for model in section.models}
-    assert [*models][:4] == ["dense", "dense, float16", "small dense, as many parameters", "gradual, 90 %"]
-    assert [*models][-1] == "score max" or models["score max"].row.family == "masks"
-    gradual, alone = models["gradual, 90 %"].loss_percent, models["tie_gates"].loss_percent
-    assert gradual is not None
-    assert (gradual.seeds, alone) == (2, None)  # of seeds 1 and 2; of seed 0
+    assert [*models][:4] == ["dense", "dense, float16", "small dense", "90 % in 16x1 blocks"]
+    assert models["score max"].row.family == "masks"
+    assert {model.split for model in section.models} == {"validation"}
+    pruned, alone = models["90 % in 16x1 blocks"].worse, models["tie_gates"].worse
+    assert pruned is not None
+    assert (pruned.seeds, alone) == (2, None)  # of seeds 1 and 2; of seed 0
 
 
 def test_rows_in_their_order_and_without_a_difference_where_the_dense_run_is_missing():
@@ -76,10 +80,11 @@ def are_pictures(paths):
 
 
 def test_pictures_of_accuracy(tmp_path):
-    names = ["accuracy-parameters.png", "accuracy-time.png", "accuracy-schedule-characters.png"]
-    paths = plot_accuracy(part("accuracy", lambda key: key.task == "characters"), tmp_path)
-    assert paths == [tmp_path / name for name in names]
-    assert are_pictures(paths)
+    lines = part("accuracy", lambda key: key.task == "characters")
+    assert plot_accuracy(lines, tmp_path) == [tmp_path / f"accuracy-{name}.png" for name in ("time", "width")]
+    lines = part("accuracy-short", lambda key: key.task == "characters")
+    assert plot_accuracy(lines, tmp_path) == [tmp_path / "accuracy-schedule-characters.png"]
+    assert are_pictures(tmp_path.iterdir())
 
 
 def test_pictures_of_gate_gradients(tmp_path, monkeypatch):

@@ -14,11 +14,13 @@ from torch.nn import functional as F
 from studies.tasks import sounds
 from studies.tasks.sounds import VOICES, Recording, Sounds
 from studies.tasks.task import MissingDataError
+from studies.tasks.teacher import Teacher
 from triton_sparse_rnn import SparseGRU, SparseLSTM, to_sparse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SECONDS = 0.8
+SPLITS = ("train", "validation", "test")
 
 
 def tone(hertz, seconds=SECONDS, amplitude=10_000):
@@ -42,34 +44,36 @@ def write(path, samples, *, channels=1, rate=sounds.RATE):
 
 
 @pytest.fixture
-def held_out(monkeypatch):
-    """Decide what is held out by name; a few windows at once are enough."""
-    monkeypatch.setattr(sounds, "is_held_out", lambda name: name == "bye")
+def splits(monkeypatch):
+    """Decide by name what is not for training; a few windows at once are enough."""
+    names = {"bye": "validation", "ciao": "test"}
+    monkeypatch.setattr(sounds, "split_of_prompt", lambda name: names.get(name, "train"))
     monkeypatch.setattr(sounds, "HEARD_AT_ONCE", 40)
 
 
 @pytest.fixture
-def task(held_out):
-    return Sounds.of(tones("hello", "bye"), held_out_batches=2, hidden_size=16, batch_size=10)
+def task(splits):
+    return Sounds.of(tones("hello", "bye", "ciao"), held_out_batches=2, hidden_size=16, batch_size=10)
 
 
 # What is read, and how it is split
 
 
-def test_speech_is_read_and_the_rest_is_not(tmp_path, held_out):
+def test_speech_is_read_and_the_rest_is_not(tmp_path, splits):
     for voice in VOICES:
-        for name in ("bye", "hello", "letters/a", "at-tone-time-exactly", "tt-monkeysintro"):
+        for name in ("bye", "ciao", "hello", "letters/a", "at-tone-time-exactly", "tt-monkeysintro"):
             write(tmp_path / voice / f"{name}.wav", tone(1000, amplitude=len(name)))
         for name in ("silence/1", "beep", "beeperr", "descending-2tone", "tt-monkeys"):
             write(tmp_path / voice / f"{name}.wav", tone(1000))
         (tmp_path / voice / "hello.g722").write_bytes(b"\0")
     recordings = sounds.read(tmp_path)
-    names = ["at-tone-time-exactly", "bye", "hello", "letters/a", "tt-monkeysintro"]
+    names = ["at-tone-time-exactly", "bye", "ciao", "hello", "letters/a", "tt-monkeysintro"]
     assert [(one.voice, one.name) for one in recordings] == list(itertools.product(range(5), names))
-    assert torch.equal(recordings[2].samples, tone(1000, amplitude=5))
+    assert torch.equal(recordings[3].samples, tone(1000, amplitude=5))
 
     task = Sounds.load(tmp_path)
-    assert torch.equal(task.train.samples, torch.cat([one.samples for one in recordings if one.name != "bye"]))
+    learned = [one.samples for one in recordings if one.name not in ("bye", "ciao")]
+    assert torch.equal(task.train.samples, torch.cat(learned))
     before = task.sha256
     assert Sounds.load(tmp_path).sha256 == before
     write(tmp_path / VOICES[4] / "hello.wav", tone(1000, amplitude=6))
@@ -100,9 +104,9 @@ def test_families_are_not_divided():
         ["digits/1", "digits/1M", "digits/21", "digits/h-20", "letters/a", "letters/aa"],
         ["minutes", "queue-minute", "vm-minutes", "digits/minutes"],
     ]
-    assert all(len({sounds.is_held_out(name) for name in family}) == 1 for family in families)
-    many = [sounds.is_held_out(f"vm-{a}{b}{c}") for a, b, c in itertools.product("abcdefghijkl", repeat=3)]
-    assert 0.17 < sum(many) / len(many) < 0.23
+    assert all(len({sounds.split_of_prompt(name) for name in family}) == 1 for family in families)
+    many = [sounds.split_of_prompt(f"vm-{a}{b}{c}") for a, b, c in itertools.product("abcdefghijkl", repeat=3)]
+    assert all(0.13 < many.count(split) / len(many) < 0.17 for split in ("validation", "test"))
 
 
 def test_windows_lie_within_recordings_and_where_there_is_sound():
@@ -203,32 +207,35 @@ def test_examples_are_mixed_with_voices_and_noise(monkeypatch):
 @pytest.mark.parametrize("make_rnn", [nn.LSTM, SparseGRU])
 def test_tones_are_learned(task, learn, make_rnn):
     model = task.build_model(make_rnn, 0)
-    before = task.evaluate(model.eval())
+    before = task.evaluate(model.eval(), "test")
     learn(task, model.train(), 25, 0.02)
-    after = task.evaluate(model.eval())
+    after = task.evaluate(model.eval(), "test")
     assert list(after) == [metric.key for metric in task.metrics]
     assert after["nats"] < 0.5 * before["nats"]
     assert after["error_percent"] < 20
 
 
-def test_errors_are_counted(task):
-    voices = torch.cat([voices for _, voices in task.held_out])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_errors_are_counted(task, split):
+    voices = torch.cat([voices for _, voices in getattr(task, split)])
     settings = task.settings()
-    assert len(voices) == settings["held_out_windows"] == 80
+    assert len(voices) == settings["windows_held_out"] == 80
     assert json.loads(json.dumps(settings)) == settings
     answers = iter(F.one_hot(voices * (voices != 3), 5).float().split(40))
     model = nn.Module()
     model.forward = lambda features: next(answers)
     wrong = (voices == 3).sum().item()
-    found = task.evaluate(model)
+    found = task.evaluate(model, split)
     assert found["error_percent"] == pytest.approx(100 * wrong / 80)
     assert found["nats"] == pytest.approx(math.log(math.e + 4) - 1 + wrong / 80, rel=1e-5)
 
 
 def test_held_out_examples_are_the_same_and_seeds_differ(task):
-    again = Sounds.of(tones("hello", "bye"), held_out_batches=2)
-    assert all(torch.equal(a, b) for a, b in zip(task.held_out[1], again.held_out[1], strict=True))
-    assert not torch.equal(task.held_out[0].features, task.held_out[1].features)
+    again = Sounds.of(tones("hello", "bye", "ciao"), held_out_batches=2)
+    for held_out, same in ((task.validation, again.validation), (task.test, again.test)):
+        assert all(torch.equal(a, b) for a, b in zip(held_out[1], same[1], strict=True))
+        assert not torch.equal(held_out[0].features, held_out[1].features)
+    assert not torch.equal(task.validation[0].features, task.test[0].features)
     model = task.build_model(nn.GRU, 0)
 
     def losses(seed):
@@ -248,17 +255,17 @@ def test_features_are_normalised(task):
     assert heard[0].std((0, 1)).log().abs().max() < 0.5
 
 
-def test_a_teacher_counts_half(task):
-    model, teacher = (dataclasses.replace(task, hidden_size=size).build_model(nn.GRU, size) for size in (4, 8))
+def test_a_teacher_adds_to_the_loss(task):
+    model, trained = (dataclasses.replace(task, hidden_size=size).build_model(nn.GRU, size) for size in (4, 8))
     own = next(task.losses(model, 5))
-    both = next(task.losses(model, 5, teacher))
+    both = next(task.losses(model, 5, Teacher(model, trained.eval(), outputs=0.5)))
     features, _ = sounds.examples(task.train, task.batch_size, torch.Generator().manual_seed(5))
-    wanted, scores = teacher(features).softmax(1), model(features).log_softmax(1)
-    divergence = (wanted * (wanted.log() - scores)).sum() * task.loss_scale
-    assert both.item() == pytest.approx(((own + divergence) / 2).item(), rel=1e-5)
-    assert divergence > 0
+    wanted, scores = trained(features).softmax(1), model(features).log_softmax(1)
+    distance = (wanted * (wanted.log() - scores)).sum() * task.loss_scale
+    assert both.item() == pytest.approx((own + 0.5 * distance).item(), rel=1e-5)
+    assert distance > 0
     both.backward()
-    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(parameter.grad is None for parameter in trained.parameters())
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -266,9 +273,8 @@ def test_converted_models_are_evaluated(task):
     model = task.build_model(SparseLSTM, 0).eval()
     for weight in (model.rnn.weight_ih_l0, model.rnn.weight_hh_l0):
         weight.data[:, 3:] = 0
-    assert task.evaluate(to_sparse(model, backend="reference"))["nats"] == pytest.approx(
-        task.evaluate(model)["nats"], rel=1e-5
-    )
+    converted = task.evaluate(to_sparse(model, backend="reference"), "test")
+    assert converted["nats"] == pytest.approx(task.evaluate(model, "test")["nats"], rel=1e-5)
 
 
 @pytest.mark.slow("studies")
@@ -276,9 +282,11 @@ def test_the_recordings():
     if not sounds.ROOT.exists():
         pytest.skip(sounds.INSTALL)
     recordings = sounds.read(sounds.ROOT)
-    sides = {side: [one for one in recordings if sounds.is_held_out(one.name) == side] for side in (False, True)}
-    assert 0.1 < len(sides[True]) / len(recordings) < 0.2
+    splits = {split: [one for one in recordings if sounds.split_of_prompt(one.name) == split] for split in SPLITS}
+    for split in ("validation", "test"):
+        assert 0.08 < len(splits[split]) / len(recordings) < 0.2
+        assert sounds.join(splits[split]).windows.min() > 8_000
     for get in (lambda one: one.name, lambda one: one.samples.numpy().tobytes()):
-        assert not {get(one) for one in sides[True]} & {get(one) for one in sides[False]}
-    assert sounds.join(sides[True]).windows.min() > 10_000
-    assert len(Sounds.load().held_out) == 8
+        parts = [{get(one) for one in part} for part in splits.values()]
+        assert len(set.union(*parts)) == sum(map(len, parts))
+    assert len(Sounds.load().test) == 8

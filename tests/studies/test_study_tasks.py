@@ -13,7 +13,7 @@ from studies.tasks import pronunciation, source_text
 from studies.tasks.characters import Characters
 from studies.tasks.pronunciation import Pronunciation, Word
 from studies.tasks.source_text import SourceText
-from studies.tasks.task import MissingDataError, straight_rate
+from studies.tasks.task import MissingDataError, split_of, straight_rate
 from triton_sparse_rnn import SparseGRU
 
 DICTIONARY = {
@@ -36,10 +36,10 @@ def text():
 
 
 @pytest.fixture
-def held_out(monkeypatch):
-    """Decide what is held out by name."""
-    words = set()
-    monkeypatch.setattr(pronunciation, "_is_held_out", words.__contains__)
+def splits(monkeypatch):
+    """Decide by name what is not for training."""
+    words = {}
+    monkeypatch.setattr(pronunciation, "_split_of", lambda spelling: words.get(spelling, "train"))
     return words
 
 
@@ -48,6 +48,22 @@ def test_a_rate_rises_and_falls():
     assert rates[0] == pytest.approx(1 / 11)
     assert max(rates) == rates[10] == 1.0
     assert rates[99] == pytest.approx(1 / 90)
+
+
+def test_a_rate_is_held():
+    rates = [straight_rate(step, 100, 0.1, held=0.6) for step in range(100)]
+    assert rates[:10] == [straight_rate(step, 100, 0.1) for step in range(10)]
+    assert rates[10:61] == [1.0] * 51
+    assert rates[80] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(1 / 40)
+    assert {straight_rate(step, 100, 0.1, held=1.0) for step in range(10, 100)} == {1.0}
+
+
+def test_splits_by_family():
+    found = [split_of(str(k), 0.1, 0.2) for k in range(4000)]
+    assert 0.08 < found.count("validation") / 4000 < 0.12
+    assert 0.18 < found.count("test") / 4000 < 0.22
+    assert found.count("train") + found.count("validation") + found.count("test") == 4000
 
 
 # Characters
@@ -94,10 +110,10 @@ def test_seeds_begin_elsewhere_and_repeat(text):
 def test_characters_are_learned(text, learn, make_rnn):
     task = Characters(text, embedding_size=8, hidden_size=16, batch_size=4, window=9)
     model = task.build_model(make_rnn, 0)
-    before = task.evaluate(model.eval())
+    before = task.evaluate(model.eval(), "test")
     learn(task, model.train(), 40, 0.03)
     assert set(before) == {metric.key for metric in task.metrics}
-    assert task.evaluate(model.eval())["bits_per_character"] < 0.7 * before["bits_per_character"]
+    assert task.evaluate(model.eval(), "test")["bits_per_character"] < 0.7 * before["bits_per_character"]
 
 
 def test_bits_are_those_of_a_code_from_which_the_text_could_be_restored():
@@ -105,16 +121,22 @@ def test_bits_are_those_of_a_code_from_which_the_text_could_be_restored():
     assert text.symbols == 3  # a, b and what is rare
     assert text.rare_bits == math.log2(254)
     data = ("ab" * 190_000 + "c" + "ab" * 9000 + "\n" + "äb" * 2000).encode()
-    held_out = data[len(text.train) :]
-    assert len(held_out) == len(text.held_out) == len(data) // 20
-    assert text.bytes_per_character == len(held_out) / len(held_out.decode())
-    task = Characters(text, held_out=10**6)
+    size = len(data) // 20
+    parts = {"test": data[-2 * size : -size], "validation": data[-size:]}
+    assert len(text.train) == len(data) - 2 * size
+    task = Characters(text, scored=10**6)
     model = nn.Module()
     model.forward = lambda ids, state: (torch.zeros(*ids.shape, 3), None)
-    rare = (text.held_out == 2).double().mean().item()
-    per_byte = math.log2(3) + rare * math.log2(254)
-    expected = pytest.approx(per_byte * text.bytes_per_character, rel=1e-3)
-    assert task.evaluate(model)["bits_per_character"] == expected
+    for split, part in parts.items():
+        held_out = getattr(text, split)
+        assert len(held_out.symbols) == size
+        assert held_out.bytes_per_character == len(part) / len(part.decode())
+        rare = (held_out.symbols == 2).double().mean().item()
+        per_byte = math.log2(3) + rare * math.log2(254)
+        expected = pytest.approx(per_byte * held_out.bytes_per_character, rel=1e-3)
+        assert task.evaluate(model, split)["bits_per_character"] == expected
+    assert (text.validation.symbols == 2).any()
+    assert not (text.test.symbols == 2).any()
 
 
 def test_the_sources_of_python_are_always_read_alike(tmp_path, monkeypatch):
@@ -134,26 +156,27 @@ def test_the_sources_of_python_are_always_read_alike(tmp_path, monkeypatch):
 # Pronunciation
 
 
-def test_a_dictionary_is_split_and_cleaned(held_out):
-    held_out |= {"cat"}
+def test_a_dictionary_is_split_and_cleaned(splits):
+    splits |= {"cat": "validation", "bats": "test"}
     task = Pronunciation.of(DICTIONARY)
     assert task.phonemes == ("AA", "AE", "B", "K", "S", "T")
-    assert [word.spelling for word in task.train] == ["aaa", "bat", "bats", "tact"]
-    assert task.held_out == [Word("cat", ((4, 2, 6), (4, 1, 6)))]
+    assert [word.spelling for word in task.train] == ["aaa", "bat", "tact"]
+    assert [word.spelling for word in task.test] == ["bats"]
+    assert task.validation == [Word("cat", ((4, 2, 6), (4, 1, 6)))]
 
 
 def test_families_are_not_divided():
     words = ["smith", "smiths", "smith's", "smiths'", "boss", "bosses", "boss's", "bake", "bakes", "box", "boxes"]
-    sides = {word: pronunciation._is_held_out(word) for word in words}
+    sides = {word: pronunciation._split_of(word) for word in words}
     assert len({sides[word] for word in words[:4]}) == 1
     assert len({sides[word] for word in words[4:7]}) == 1
     assert sides["bake"] == sides["bakes"]
     assert sides["box"] == sides["boxes"]
-    many = [pronunciation._is_held_out(f"word{k}") for k in range(4000)]
-    assert 0.03 < sum(many) / len(many) < 0.07
+    many = [pronunciation._split_of(f"word{k}") for k in range(4000)]
+    assert all(0.03 < many.count(split) / len(many) < 0.07 for split in ("validation", "test"))
 
 
-def test_batches_hold_words_of_one_length(held_out):
+def test_batches_hold_words_of_one_length(splits):
     task = Pronunciation.of(DICTIONARY, batch_size=2)
     chance = random.Random(0)
     batches = [batch for _ in range(20) for batch in task._epoch(chance)]
@@ -163,14 +186,14 @@ def test_batches_hold_words_of_one_length(held_out):
         next(Pronunciation.of(DICTIONARY, batch_size=4).losses(nn.Identity(), 0))
 
 
-def test_words_are_learned_and_scored_by_their_nearest_variant(held_out, learn):
-    held_out |= {"cat"}
+def test_words_are_learned_and_scored_by_their_nearest_variant(splits, learn):
+    splits["cat"] = "test"
     task = Pronunciation.of(DICTIONARY, batch_size=2, embedding_size=8, hidden_size=16)
     model = task.build_model(nn.LSTM, 0)
     assert model(pronunciation.spell(task.train[:2])).shape == (6, 2, 7)
     learn(task, model, 60, 0.03)
-    task = Pronunciation(task.held_out, task.train, task.phonemes)
-    learned = task.evaluate(model.eval())
+    task = Pronunciation([], task.train, task.test, task.phonemes)
+    learned = task.evaluate(model.eval(), "validation")
     assert set(learned) == {metric.key for metric in task.metrics}
     assert learned["phoneme_error_percent"] == learned["word_error_percent"] == 0
     assert learned["nats_per_word"] < 0.5
@@ -181,15 +204,16 @@ def test_words_are_learned_and_scored_by_their_nearest_variant(held_out, learn):
         scores[2 * k : 2 * k + 2, 0, symbol] = 0
     model = nn.Module()
     model.forward = lambda letters: scores
-    task = Pronunciation([], [Word("cat", ((4, 2, 6), (4, 1, 6)))], task.phonemes)
-    assert task.evaluate(model)["phoneme_error_percent"] == 0
-    task = Pronunciation([], [Word("cat", ((4, 2, 6, 6),)), Word("cat", ((4, 1, 6),))], task.phonemes)
+    one = [Word("cat", ((4, 2, 6), (4, 1, 6)))]
+    two = [Word("cat", ((4, 2, 6, 6),)), Word("cat", ((4, 1, 6),))]
+    task = Pronunciation([], one, two, task.phonemes)
+    assert task.evaluate(model, "validation")["phoneme_error_percent"] == 0
     scores = scores.repeat(1, 2, 1)
-    assert task.evaluate(model)["phoneme_error_percent"] == pytest.approx(100 * 2 / 7)
-    assert task.evaluate(model)["word_error_percent"] == 50
+    assert task.evaluate(model, "test")["phoneme_error_percent"] == pytest.approx(100 * 2 / 7)
+    assert task.evaluate(model, "test")["word_error_percent"] == 50
 
 
-def test_the_loss_is_that_of_all_words_over_their_number(held_out):
+def test_the_loss_is_that_of_all_words_over_their_number(splits):
     task = Pronunciation.of(DICTIONARY, batch_size=2)
     T, words = 4, [Word("ab", ((1,),)), Word("ba", ((2, 3),))]
     uniform = torch.full((T, 2, 4), 1 / 4).log()
@@ -226,5 +250,6 @@ def test_the_dictionary():
     task = Pronunciation.load()
     assert len(task.phonemes) == 39
     assert len(task.train) > 100_000
-    assert 0.04 < len(task.held_out) / (len(task.train) + len(task.held_out)) < 0.06
-    assert not {word.spelling for word in task.train} & {word.spelling for word in task.held_out}
+    splits = [{word.spelling for word in split} for split in (task.train, task.validation, task.test)]
+    assert all(0.04 < len(split) / sum(map(len, splits)) < 0.06 for split in splits[1:])
+    assert len(set.union(*splits)) == sum(map(len, splits))
