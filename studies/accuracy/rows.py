@@ -69,7 +69,7 @@ class Row:
     inputs: float = 1.0
     length: int = 1
     begins_dense: bool = False
-    rate: Rate = "falling"
+    rate: Rate = "held"
     rate_factor: float = 1.0
     teaching: Teaching | None = None
     diagonal: bool = False
@@ -170,12 +170,21 @@ OTHER_ROWS: tuple[Row, ...] = (
 RECIPE_ROWS: tuple[Row, ...] = tuple(
     dataclasses.replace(PRUNED, name=name, family=RECIPE, weight_dtypes=(torch.float32,), **changes)
     for name, changes in {
-        "picks, rate held until the mask is final": {"rate": "held"},
+        "picks, rate falling from the start": {"rate": "falling"},
         "picks, rate constant": {"rate": "constant"},
         "picks, one budget for the layer": {"pruner": PICKS | {"split": "layer"}},
         "picks, r and z 95 %, n 80 %": {"gates": {"r": 0.95, "z": 0.95, "n": 0.8}},
         "picks, half as many inputs, as many weights": {"inputs": 0.5, "as_many_weights": True},
         "picks, not balanced": {"pruner": PICKS | {"balanced": False}},
+    }.items()
+) + tuple(
+    dataclasses.replace(
+        SELF_TAUGHT, name=f"taught by itself, {name}", family=RECIPE, teaching=teaching, weight_dtypes=(torch.float32,)
+    )
+    for name, teaching in {
+        "outputs only": Teaching(outputs=1.0),
+        "layers only": Teaching(layers=1.0),
+        "temperature 2": Teaching(outputs=1.0, temperature=2.0, layers=1.0),
     }.items()
 )
 

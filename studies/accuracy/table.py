@@ -14,6 +14,7 @@ from studies.accuracy.rows import (
     PRUNED,
     RAMP,
     RECIPE,
+    SELF_TAUGHT,
     SENSITIVITY,
     SMALL,
     WIDE,
@@ -119,8 +120,9 @@ def _recipe(section: AccuracySection) -> list[str]:
         return []
     return [
         f"## What the recipe was chosen from, {section.title}",
-        f"On validation. {PRUNED.name}: {_on_validation(section, default)}.",
-        _differences(section, [model for model in tried if model.row.family == RECIPE], PRUNED),
+        f"On validation. {PRUNED.name}: {_on_validation(section, default)}. What is taught is compared with "
+        f"{SELF_TAUGHT.name}.",
+        _differences(section, [model for model in tried if model.row.family == RECIPE]),
     ]
 
 
@@ -134,7 +136,7 @@ def _sensitivity(section: AccuracySection) -> list[str]:
         f"## Sensitivity to the schedule, {section.title}",
         f"On validation. `PolynomialDecay.for_training` ({IN_BLOCKS.name}): {_on_validation(section, default)}. "
         f"The default of ramp_step is {RAMP.name}.",
-        _differences(section, varied, IN_BLOCKS),
+        _differences(section, varied),
     ]
 
 
@@ -143,7 +145,14 @@ def _on_validation(section: AccuracySection, model: ModelSummary) -> str:
     return f"{spread.text(section.metrics[0].digits)}, {spread.seeds} seed{'s' * (spread.seeds > 1)}"
 
 
-def _differences(section: AccuracySection, models: Sequence[ModelSummary], default: Row) -> str:
+def _default_of(row: Row) -> Row:
+    """Return the row that one in which something is varied differs from."""
+    if row.family == RECIPE:
+        return PRUNED if row.teaching is None else SELF_TAUGHT
+    return RAMP if row.schedule == RAMP.schedule else IN_BLOCKS
+
+
+def _differences(section: AccuracySection, models: Sequence[ModelSummary]) -> str:
     first = section.metrics[0]
     cells = [
         [
@@ -151,9 +160,7 @@ def _differences(section: AccuracySection, models: Sequence[ModelSummary], defau
             model.name,
             f"{100 * model.sparsity:.1f}",
             model.quality["validation"][first.key].text(first.digits),
-            _percent(
-                _worse(section, model.row, RAMP if model.row.schedule == RAMP.schedule else default, "validation")
-            ),
+            _percent(_worse(section, model.row, _default_of(model.row), "validation")),
         ]
         for model in models
     ]

@@ -14,7 +14,7 @@ class Teacher:
 
     Args:
         model: that is taught.
-        trained: in eval mode; where `layers` is not 0, with recurrent layers as wide as the model's.
+        trained: where `layers` is not 0, with recurrent layers as wide as the model's.
         outputs: weight of the divergence of predictions; see `divergence`.
         temperature: of that divergence.
         layers: weight of the distance of the recurrent layers' outputs; see `Distillation`.
@@ -29,14 +29,14 @@ class Teacher:
         temperature: float = 1.0,
         layers: float = 0.0,
     ) -> None:
-        self._trained = trained.requires_grad_(False)
         self._outputs = outputs
         self._temperature = temperature
-        self._distillation = Distillation(model, trained, weight=layers) if layers else None
+        self._compares_layers = layers > 0
+        self._distillation = Distillation(model, trained, layers=None if layers else (), weight=layers)
 
     def __call__(self, *arguments: Any) -> Any:
-        """Return what the trained model says; called once for each call of the model."""
-        return self._trained(*arguments)
+        """Return what the trained model says; called after each call of the model."""
+        return self._distillation.teacher(*arguments)
 
     def loss(self, scores: Tensor, taught: Tensor, steps: int = 1) -> Tensor:
         """Return what is added to the loss of a batch.
@@ -46,4 +46,4 @@ class Teacher:
             steps: how many predictions the loss of one example is a sum of.
         """
         total = self._outputs * steps * divergence(scores, taught, self._temperature)
-        return total if self._distillation is None else total + self._distillation.loss()
+        return total + self._distillation.loss() if self._compares_layers else total

@@ -106,7 +106,7 @@ def test_selections():
 
 def test_rows_that_suit_a_task(task, tmp_path, quiet, monkeypatch):
     ran = []
-    monkeypatch.setattr(type(ACCURACY), "run", lambda *arguments: ran.append(arguments[2].row) or {"seconds": 0})
+    monkeypatch.setattr(type(ACCURACY), "run", lambda *arguments: ran.append(arguments[3].row) or {"seconds": 0})
     monkeypatch.setattr(type(ACCURACY.records), "append", lambda *arguments: None)
     study = dataclasses.replace(ACCURACY, outcome=lambda *arguments: "", suits=lambda task, row: row is not WIDE)
     study.run_missing(task, [DENSE, WIDE, PRUNED], Place(tmp_path / "a", tmp_path), seeds=[0], console=quiet)
