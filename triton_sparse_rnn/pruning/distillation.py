@@ -22,9 +22,9 @@ class Distillation:
     call `loss()` once after each. A model may be called through wrappers (torch.compile, DistributedDataParallel,
     accelerate, Lightning), and be pruned or not.
 
-    The teacher is no part of the model: neither its parameters nor its state_dict nor its checkpoints have it. Without
-    a loss to compute, in eval mode or without gradients, nothing is recorded. A copy of the model is free of this; a
-    copy of this, or one that was pickled, is as after `remove()`.
+    The teacher is no part of the model: neither its parameters nor its state_dict nor its checkpoints have it. In eval
+    mode or without gradients nothing is recorded. A copy of the model is free of this; a copy of this, or one that was
+    pickled, is as after `remove()`, for it belongs to no model.
 
     >>> model = nn.GRU(8, 32)  # and trained
     >>> with Distillation(model) as distillation:
