@@ -253,6 +253,16 @@ def test_a_layer_that_is_called_several_times_counts_as_one_sequence():
         distillation.loss()
 
 
+def test_a_teacher_called_in_inference_mode():
+    model = Net()
+    distillation = Distillation(model, changed(model))
+    model(X)
+    with torch.inference_mode():
+        distillation.teacher(X)
+    distillation.loss().backward()
+    assert model.inner.weight_hh_l0.grad is not None
+
+
 def test_of_several_calls_the_last_counts():
     model = Speller()
     distillation = Distillation(model, changed(model))
@@ -463,9 +473,12 @@ def test_the_weight_may_change():
     assert losses == pytest.approx([0, losses[1], 2.5 * losses[1]])
 
 
-@pytest.mark.parametrize("weight", [-1, math.nan, math.inf, True, "1", None])
-def test_a_wrong_weight(weight):
-    with pytest.raises(ValueError, match=r"weight must be a number of 0 or more, got"):
+@pytest.mark.parametrize(
+    ("weight", "error"),
+    [*((one, ValueError) for one in (-1, math.nan, math.inf)), *((one, TypeError) for one in (True, "1", None))],
+)
+def test_a_wrong_weight(weight, error):
+    with pytest.raises(error, match=r"weight must be a number of 0 or more, got"):
         Distillation(Net(), weight=weight)
 
 
@@ -522,6 +535,7 @@ def test_divergence_in_half_precision_and_with_classes_ruled_out():
     [
         (([1.0], torch.ones(1)), "scores must be a tensor, got list"),
         ((torch.ones(1), {"logits": 1}), "taught must be a tensor, got dict"),
+        ((torch.ones(2), torch.ones(2), "2"), "temperature must be a number above 0, got '2'"),
         ((torch.ones(2), torch.ones(2, dtype=torch.long)), "taught must be floating-point scores .* got torch.int64"),
     ],
 )
@@ -537,7 +551,7 @@ def test_wrong_types_of_scores(arguments, message):
         ((torch.tensor(1.0), torch.tensor(1.0)), "one shape"),
         *(
             ((torch.ones(2), torch.ones(2), T), "temperature must be a number above 0")
-            for T in (0, -1.0, math.inf, "2")
+            for T in (0, -1.0, math.inf, math.nan)
         ),
     ],
 )

@@ -80,6 +80,21 @@ def test_data_parallel_processes(made, group):
     check_teaching(model, wrapped, distillation or Distillation(wrapped))
 
 
+def test_a_sharded_model_needs_a_teacher_that_was_made_before(group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = Net()
+    teacher = copy.deepcopy(model)
+    sharded = distribute_tensor(model.head.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+    model.head.weight = nn.Parameter(sharded)
+    with pytest.raises(
+        TypeError, match=r"head\.weight is sharded, a DTensor, and model cannot be copied: make the teach"
+    ):
+        Distillation(model)
+    assert Distillation(model, teacher).layers == ("rnn",)
+
+
 @pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor that is not a leaf")  # while torch.compile looks
 @pytest.mark.parametrize("made", ["before", "after", "when it has run", "of a compiled teacher"])
 @pytest.mark.parametrize("in_place", [False, True])
