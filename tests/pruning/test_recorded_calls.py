@@ -115,6 +115,28 @@ def test_a_compiled_model(made, in_place):
     check_teaching(model, compiled, distillation or Distillation(compiled))
 
 
+def test_a_wrapped_model_may_be_called_without_the_wrapper():
+    model = Net()
+    compiled: Any = torch.compile(model, backend="eager")
+    check_teaching(model, model, Distillation(compiled))
+
+
+@pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor that is not a leaf")  # while torch.compile looks
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_compiled_model_is_not_compiled_at_every_call(outer):
+    torch.compiler.reset()
+    model = Net()
+    distillation = Distillation(model)
+    compiled: Any = torch.compile(nn.Sequential(nn.Linear(5, 5), model) if outer else model, backend="eager")
+    for _ in range(2):
+        compiled(X)
+        distillation.loss().backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(3):
+            compiled(X)
+            assert distillation.loss().item() == TINY
+
+
 def test_an_average_as_a_teacher():
     model = Net()
     check_teaching(model, model, Distillation(model, torch.optim.swa_utils.AveragedModel(model)))
