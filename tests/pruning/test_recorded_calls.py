@@ -80,6 +80,21 @@ def test_data_parallel_processes(made, group):
     check_teaching(model, wrapped, distillation or Distillation(wrapped))
 
 
+def test_a_sharded_model_needs_a_teacher_that_was_made_before(group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = Net()
+    teacher = copy.deepcopy(model)
+    sharded = distribute_tensor(model.head.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+    model.head.weight = nn.Parameter(sharded)
+    with pytest.raises(
+        TypeError, match=r"head\.weight is sharded, a DTensor, and model cannot be copied: make the teach"
+    ):
+        Distillation(model)
+    assert Distillation(model, teacher).layers == ("rnn",)
+
+
 @pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor that is not a leaf")  # while torch.compile looks
 @pytest.mark.parametrize("made", ["before", "after", "when it has run", "of a compiled teacher"])
 @pytest.mark.parametrize("in_place", [False, True])
@@ -98,6 +113,28 @@ def test_a_compiled_model(made, in_place):
         teacher: Any = torch.compile(copy.deepcopy(model), backend="eager")
         distillation = Distillation(model, teacher)
     check_teaching(model, compiled, distillation or Distillation(compiled))
+
+
+def test_a_wrapped_model_may_be_called_without_the_wrapper():
+    model = Net()
+    compiled: Any = torch.compile(model, backend="eager")
+    check_teaching(model, model, Distillation(compiled))
+
+
+@pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor that is not a leaf")  # while torch.compile looks
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_compiled_model_is_not_compiled_at_every_call(outer):
+    torch.compiler.reset()
+    model = Net()
+    distillation = Distillation(model)
+    compiled: Any = torch.compile(nn.Sequential(nn.Linear(5, 5), model) if outer else model, backend="eager")
+    for _ in range(2):
+        compiled(X)
+        distillation.loss().backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(3):
+            compiled(X)
+            assert distillation.loss().item() == TINY
 
 
 def test_an_average_as_a_teacher():

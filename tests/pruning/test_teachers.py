@@ -142,3 +142,10 @@ def test_a_model_that_a_copy_would_go_on_running_is_refused():
     distillation = Distillation(layer, teacher)
     layer(X)
     assert distillation.loss().item() > 0
+
+
+def test_a_model_without_values_is_copied():
+    layer = gru(5, 7, device="meta")
+    distillation = Distillation(layer)
+    layer(X.to("meta"))
+    assert distillation.loss().is_meta

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,9 +23,9 @@ class Distillation:
     call `loss()` once after each. A model may be called through wrappers (torch.compile, DistributedDataParallel,
     accelerate, Lightning), and be pruned or not.
 
-    The teacher is no part of the model: neither its parameters nor its state_dict nor its checkpoints have it. Without
-    a loss to compute, in eval mode or without gradients, nothing is recorded. A copy of the model is free of this; a
-    copy of this, or one that was pickled, is as after `remove()`.
+    The teacher is no part of the model: neither its parameters nor its state_dict nor its checkpoints have it. In eval
+    mode or without gradients nothing is recorded. A copy of the model is free of this; a copy of this, or one that was
+    pickled, is as after `remove()`, for it belongs to no model.
 
     >>> model = nn.GRU(8, 32)  # and trained
     >>> with Distillation(model) as distillation:
@@ -72,7 +73,7 @@ class Distillation:
         Warns:
             UserWarning: a copy that is made for a teacher has many zeros: it was pruned already.
         """
-        self.weight = _checked_weight(weight)
+        self.weight = _checked("weight", weight, "a number of 0 or more", zero=True)
         for name, value in {"model": model, "teacher": model if teacher is None else teacher}.items():
             if not isinstance(value, nn.Module):
                 raise TypeError(f"{name} must be an nn.Module, got {type(value).__name__}")
@@ -255,8 +256,7 @@ def divergence(scores: Tensor, taught: Tensor, temperature: float = 2.0) -> Tens
     if scores.shape != taught.shape or scores.dim() == 0:
         shapes = f"{tuple(scores.shape)} and {tuple(taught.shape)}"
         raise ValueError(f"scores and taught must be of one shape [..., classes], got {shapes}")
-    if not _is_number(temperature) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a number above 0, got {temperature!r}")
+    temperature = _checked("temperature", temperature, "a number above 0", zero=False)
     dtype = _wide(scores, taught)
     ours, theirs = ((one.to(dtype) / temperature).log_softmax(-1) for one in (scores, taught.detach()))
     terms = theirs.exp() * (theirs - ours)
@@ -293,11 +293,11 @@ def _wide(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _checked_weight(weight: float) -> float:
-    if not _is_number(weight) or not 0 <= weight < math.inf:
-        raise ValueError(f"weight must be a number of 0 or more, got {weight!r}")
-    return weight
+def _checked(name: str, value: object, wanted: str, *, zero: bool) -> float:
+    """Return a finite number of 0 or more; without `zero`, above 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+    number = float(value)
+    if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return number

@@ -15,6 +15,7 @@ from triton_sparse_rnn.pruning.weights import name_matches, recurrent_weights
 from triton_sparse_rnn.sparse.layer_config import LayerConfig
 
 _FEW_ZEROS = 0.1  # of the weights of a model that is still dense; trained ones are hardly ever exactly 0
+_SHARDED = ("DTensor", "FlatParameter")
 
 
 def choose_layers(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.RNNBase]:
@@ -63,8 +64,14 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     """Return a deep copy in eval mode, without gradients; warn if it has many zeros, as after pruning.
 
     Raises:
-        TypeError: the model cannot be copied, or the copy would go on running a part of the original.
+        TypeError: the model cannot be copied, is sharded, or the copy would go on running a part of the original.
     """
+    for path, parameter in model.named_parameters():
+        if type(parameter).__name__ in _SHARDED:
+            raise TypeError(
+                f"{path} is sharded, a {type(parameter).__name__}, and model cannot be copied: make the teacher before "
+                "it is, and give it: Distillation(model, teacher)"
+            )
     try:
         copied = copy_with_replacements(model, {}, changed=model.modules())
     except Exception as error:
@@ -72,6 +79,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         raise TypeError(f"{reason}; make the teacher yourself, and give it: Distillation(model, teacher)") from error
     drop_hooks(copied)
     weights = [getattr(module, name).detach() for _, module, name in recurrent_weights(copied)]
+    weights = [weight for weight in weights if not weight.is_meta]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / max(1, sum(weight.numel() for weight in weights))
     if zeros > _FEW_ZEROS:
         warn(
