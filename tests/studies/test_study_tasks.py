@@ -13,7 +13,7 @@ from studies.tasks import pronunciation, source_text
 from studies.tasks.characters import Characters
 from studies.tasks.pronunciation import Pronunciation, Word
 from studies.tasks.source_text import SourceText
-from studies.tasks.task import MissingDataError, split_of, straight_rate
+from studies.tasks.task import HeldOut, MissingDataError, split_of, straight_rate
 from triton_sparse_rnn import SparseGRU
 
 DICTIONARY = {
@@ -122,7 +122,7 @@ def test_bits_are_those_of_a_code_from_which_the_text_could_be_restored():
     assert text.rare_bits == math.log2(254)
     data = ("ab" * 190_000 + "c" + "ab" * 9000 + "\n" + "äb" * 2000).encode()
     size = len(data) // 20
-    parts = {"test": data[-2 * size : -size], "validation": data[-size:]}
+    parts: dict[HeldOut, bytes] = {"test": data[-2 * size : -size], "validation": data[-size:]}
     assert len(text.train) == len(data) - 2 * size
     task = Characters(text, scored=10**6)
     model = nn.Module()
