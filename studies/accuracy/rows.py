@@ -164,6 +164,7 @@ OTHER_ROWS: tuple[Row, ...] = (
     _other(SMALL, "small dense, taught by the dense model", teaching=Teaching(outputs=1.0)),
     _other(PRUNED, "90 % in picks, taught by the dense model", teaching=TEACHING),
     _other(PRUNED, "trained, then 90 % in picks", begins_dense=True),
+    _other(PRUNED, "90 % in picks, twice the steps", length=2),
     _other(SELF_TAUGHT, "trained, then 90 % in 16x1 blocks, taught by itself", pruner=BLOCK),
     ONE_SHOT,
     _other(PRUNED, "block-diagonal", diagonal=True, pruner=SINGLE, weight_dtypes=(torch.float32,)),

@@ -50,7 +50,7 @@ class Characters(Task):
     hidden_size: int = 256
     batch_size: int = 32
     window: int = 64
-    peak_rate: float = 2e-3
+    peak_rate: float = 4e-3
     warmup: float = 0.05
     steps: int = 500
     scored: int = 200_000
