@@ -21,6 +21,7 @@ from studies.accuracy.rows import (
     WIDTHS,
     Row,
 )
+from studies.accuracy.rule import rule_of
 from studies.accuracy.summary import FLOAT32, AccuracySection, ModelSummary, model_of, models_of, worse
 from studies.runs.records import Key, Lines
 from studies.runs.sections import origin
@@ -43,6 +44,8 @@ def tables(lines: Lines) -> str:
     parts = ["## Worse than dense, %", _overview(found)]
     parts += [part for section in found for part in _section(section)]
     parts += ["## The papers' claims", _claims(found)]
+    if rule := rule_of(found):
+        parts += ["## A rule for what pruning costs", rule]
     parts += [part for section in found for part in (*_recipe(section), *_sensitivity(section))]
     return "\n\n".join([*parts, "## Forecast and outcome", _forecasts(lines.runs)])
 
