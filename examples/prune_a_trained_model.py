@@ -4,7 +4,8 @@ The model predicts the next byte of the sources of Python's standard library. Fi
 nn.GRU, and saved; that file stands for the checkpoint you have. Then
 
 1. the checkpoint is loaded into an nn.GRU as before, and `sparsify` makes that a SparseGRU in place;
-2. training goes on while a pruner removes 90 % of the weights; the result is a plain state_dict again, for any nn.GRU;
+2. training goes on while a pruner removes 90 % of the weights and the model's former self teaches it; the result is a
+   plain state_dict again, for any nn.GRU;
 3. a fresh model loads that file, and is fine-tuned at a lower rate with `ConstantMask`, which keeps the zeros it finds;
 4. the model is converted, and saved in one file without the zeros.
 
@@ -20,9 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
 from triton_sparse_rnn import (
     ConstantMask,
+    Distillation,
     Picks,
     PolynomialDecay,
     Pruner,
@@ -58,15 +61,28 @@ def bits_per_byte(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(model(ids[:-1]).flatten(0, 1), ids[1:].flatten()) / torch.log(torch.tensor(2.0))
 
 
-def train(model: nn.Module, text: Text, steps: int, rate: float, schedule: Schedule | None = None) -> None:
+def train(
+    model: nn.Module,
+    text: Text,
+    steps: int,
+    rate: float,
+    schedule: Schedule | None = None,
+    distillation: Distillation | None = None,
+) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    final = 0 if schedule is None else schedule.last_step
     if schedule is not None:
         Pruner(model, schedule, pattern=Picks()).attach(optimizer)
+    rates = LambdaLR(optimizer, lambda step: min(1.0, (steps - step) / (steps - final)) if final else 1.0)
     for step in range(steps):
         start = step * 64 % (len(text[0]) - 65)
         optimizer.zero_grad()
-        bits_per_byte(model, text[0][start : start + 65]).backward()
+        loss = bits_per_byte(model, text[0][start : start + 65])
+        if distillation is not None:
+            loss = loss + distillation.loss()
+        loss.backward()
         optimizer.step()
+        rates.step()  # falls to 0 once the mask is final
 
 
 @torch.inference_mode()
@@ -93,7 +109,8 @@ def main() -> None:
 
     model = ByteModel(hidden_size)
     model.load_state_dict(torch.load(dense))
-    train(sparsify(model), text, steps, 2e-3, PolynomialDecay.for_training(steps, final_sparsity=0.9))
+    with Distillation(sparsify(model)) as distillation:
+        train(model, text, steps, 3e-3, PolynomialDecay.for_training(steps, final_sparsity=0.9), distillation)
     torch.save(model.state_dict(), pruned)
     show("pruned to 90 %", model, text, pruned)
 

@@ -1,8 +1,8 @@
 """A rule that says before pruning what it will cost, from one cheap run: that of a small dense model.
 
-The error of dense models falls as a power of their parameters, n^-b, and two runs tell b: the dense model with N, and one
-so small that it has no more than pruning will leave. A parameter that pruning leaves is worth several of a dense model,
-and how many, `worth`, is taken to depend on the pattern alone:
+The error of dense models falls as a power of their parameters, n^-b, and two runs tell b: the dense model with N, and
+one so small that it has no more than pruning will leave. A parameter that pruning leaves is worth several of a dense
+model, and how many, `worth`, is taken to depend on the pattern alone:
 
     error of the pruned model = error of the dense model * (N / (worth n))^b, and no less than that of the dense model
 
