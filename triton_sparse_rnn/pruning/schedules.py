@@ -97,6 +97,9 @@ class PolynomialDecay(Schedule):
         Pruning begins after 5 % of the steps (the paper: at the second epoch) and ends after half of them, so that as
         many are left to recover; updates come every 100 steps, or more often, so that there are at least about 20.
 
+        What goes with it, by docs/results.md: Adam at twice the peak rate of the dense model, held up to end_step, and
+        falling to zero from there on, as by `torch.optim.lr_scheduler.LambdaLR(optimizer, rate)`.
+
         Args:
             total_steps: optimizer steps of the whole training, at least 2.
             final_sparsity: fraction of units in [0, 1).
@@ -105,6 +108,9 @@ class PolynomialDecay(Schedule):
         >>> schedule = PolynomialDecay.for_training(20_000)
         >>> schedule.begin_step, schedule.end_step, schedule.frequency
         (1000, 10000, 100)
+        >>> rate = lambda step: min(1.0, (20_000 - step) / (20_000 - schedule.end_step))
+        >>> rate(10_000), rate(15_000)
+        (1.0, 0.5)
         >>> PolynomialDecay.for_training(600, 0.8, end_step=400).frequency
         18
         """
