@@ -111,7 +111,6 @@ BLOCK = {"block_size": [16, 1]}
 SINGLE = {"block_size": [1, 1]}
 TEACHING = Teaching(outputs=1.0, layers=1.0)
 WITH_INT8 = (torch.float32, torch.int8)
-FASTER = 2.0  # what is pruned learns more slowly: its peak rate beside that of a dense model
 
 
 def _blocks(block_rows: int, block_columns: int) -> Row:
@@ -139,12 +138,12 @@ def _ramp(quantile: float) -> Row:
     return Row(f"ThresholdRamp, {percent}", SCHEDULES, schedule="ThresholdRamp", arguments=arguments, pruner=BLOCK)
 
 
-DENSE = Row("dense", CLAIMS, None)
-LONG = Row("dense, twice the steps", CLAIMS, None, length=2)
-SMALL = Row("small dense", CLAIMS, None, None)
-IN_BLOCKS = Row("90 % in 16x1 blocks", CLAIMS, pruner=BLOCK, rate_factor=FASTER)
-PRUNED = Row("90 % in picks", CLAIMS, pruner=PICKS, rate_factor=FASTER, weight_dtypes=WITH_INT8)
-IN_SINGLE = Row("90 % in single weights", CLAIMS, pruner=SINGLE, rate_factor=FASTER)
+DENSE = Row("dense", CLAIMS, None, rate="falling")
+LONG = Row("dense, twice the steps", CLAIMS, None, length=2, rate="falling")
+SMALL = Row("small dense", CLAIMS, None, None, rate="falling")
+IN_BLOCKS = Row("90 % in 16x1 blocks", CLAIMS, pruner=BLOCK)
+PRUNED = Row("90 % in picks", CLAIMS, pruner=PICKS, weight_dtypes=WITH_INT8)
+IN_SINGLE = Row("90 % in single weights", CLAIMS, pruner=SINGLE)
 SELF_TAUGHT = dataclasses.replace(
     PRUNED, name="trained, then 90 % in picks, taught by itself", begins_dense=True, teaching=TEACHING
 )
@@ -152,7 +151,7 @@ WIDE = dataclasses.replace(_wide(1.5, as_many_weights=False), family=CLAIMS)
 ONE_SHOT = _other(PRUNED, "90 % in picks at once", schedule="OneShot", fractions={"step": 0.275})
 CLAIM_ROWS: tuple[Row, ...] = (DENSE, LONG, SMALL, IN_BLOCKS, PRUNED, IN_SINGLE, SELF_TAUGHT, WIDE)
 WIDTH_ROWS: tuple[Row, ...] = (
-    Row("dense, 2 times as wide", WIDTHS, None, 2.0),
+    Row("dense, 2 times as wide", WIDTHS, None, 2.0, rate="falling"),
     _wide(1.5, as_many_weights=True),
     _wide(2.0, as_many_weights=True),
     _wide(2.0, as_many_weights=False),
@@ -174,7 +173,7 @@ RECIPE_ROWS: tuple[Row, ...] = tuple(
     for name, changes in {
         "picks, rate falling from the start": {"rate": "falling"},
         "picks, rate constant": {"rate": "constant"},
-        "picks, peak rate of the dense model": {"rate_factor": 1.0},
+        "picks, twice the peak rate": {"rate_factor": 2.0},
         "picks, one budget for the layer": {"pruner": PICKS | {"split": "layer"}},
         "picks, r and z 95 %, n 80 %": {"gates": {"r": 0.95, "z": 0.95, "n": 0.8}},
         "picks, half as many inputs, as many weights": {"inputs": 0.5, "as_many_weights": True},

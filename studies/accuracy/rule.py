@@ -105,7 +105,7 @@ def _kind(model: ModelSummary) -> str:
     for kind, fitted in FITTED.items():
         if row is fitted:
             return kind
-    plain = Row(row.name, OTHERS, row.sparsity, pruner=PICKS, rate_factor=PRUNED.rate_factor)
+    plain = Row(row.name, OTHERS, row.sparsity, pruner=PICKS)
     return "picks" if row.settings() == plain.settings() else ""
 
 

@@ -9,14 +9,16 @@ from studies.accuracy.rows import CLAIMS, DENSE, OTHERS, SELECTIONS, Row
 from studies.accuracy.sizes import size_of
 from studies.accuracy.table import tables
 from studies.accuracy.timing import time_runs
-from studies.accuracy.training import train
+from studies.accuracy.training import LARGEST_GRADIENT, train
 from studies.runs.records import Records
 from studies.runs.study import Study
 from studies.tasks import Task
 
 
 def settings(task: Task, row: Row, steps: int) -> dict[str, Any]:
-    return {"task": task.settings() | {"hidden_size": size_of(task, row).hidden_size}, "row": row.settings()}
+    """Return what decides the outcome of a run, for JSON."""
+    own = task.settings() | {"hidden_size": size_of(task, row).hidden_size}
+    return {"task": own, "row": row.settings(), "largest_gradient": LARGEST_GRADIENT}
 
 
 def outcome(task: Task, run: dict[str, Any]) -> str:

@@ -44,6 +44,7 @@ from triton_sparse_rnn.sparse.picks import Picks
 
 PENALTIES = {"l1": lambda model, pattern: l1(model), "group_lasso": group_lasso}
 HELD: dict[Rate, float] = {"falling": 0.0, "held": 0.5, "constant": 1.0}  # share of the steps before the rate falls
+LARGEST_GRADIENT = 1.0  # to which the norm of all gradients is cut: a held rate makes some trainings blow up without
 LOSSES = 20  # means of the training loss that are kept
 
 
@@ -163,6 +164,7 @@ def _optimize(
             loss = next(batches)
             optimizer.zero_grad()
             (loss + _penalty(model, row, pruner)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
             optimizer.step()
             losses.append(loss.item())
             on_step(losses[-1])

@@ -97,8 +97,8 @@ class PolynomialDecay(Schedule):
         Pruning begins after 5 % of the steps (the paper: at the second epoch) and ends after half of them, so that as
         many are left to recover; updates come every 100 steps, or more often, so that there are at least about 20.
 
-        What goes with it, by docs/results.md: Adam at twice the peak rate of the dense model, held up to end_step, and
-        falling to zero from there on, as by `torch.optim.lr_scheduler.LambdaLR(optimizer, rate)`.
+        What goes with it, by docs/results.md: a learning rate that is held up to end_step, and falls to zero from there
+        on, as by `torch.optim.lr_scheduler.LambdaLR(optimizer, rate)`.
 
         Args:
             total_steps: optimizer steps of the whole training, at least 2.
