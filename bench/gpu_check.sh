@@ -71,6 +71,7 @@ part() {
         *) failed=yes && say "$name: FAILED with status $status $took" ;;
     esac
     say "    $(tail -n 1 "$log")"
+    case $status in 0 | 75 | 124 | 137) ;; *) tail -n 20 "$log" ;; esac
 }
 
 # once NAME SECONDS COMMAND...: a part that is not run again when it has ended, whichever way.
@@ -84,12 +85,13 @@ once() {
 
 # suite NAME SECONDS FILE: the rows of a suite that are left; those behind one that crashes, in a new process.
 suite() {
-    local end=$((SECONDS + $2))
+    local end=$((SECONDS + $2)) before
     while
+        before=$(wc -c "$rows" 2>&1)
         part "$1" $((end - SECONDS)) "${pytest[@]}" -rs -m gpu "$3" --record="$rows" \
-            --stop-after=$((end - SECONDS - 10)) --benchmark-max-time=0.1 --benchmark-min-rounds=5 \
+            --stop-after=$((end - SECONDS - 15)) --benchmark-max-time=0.1 --benchmark-min-rounds=5 \
             --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
-        [ $status = 76 ] || { [ $status -gt 128 ] && [ $status != 137 ]; }
+        [ "$(wc -c "$rows" 2>&1)" != "$before" ] && { [ $status = 76 ] || [ $status -gt 137 ] || [ $status = 134 ]; }
     do :; done
 }
 
@@ -127,7 +129,6 @@ case $check in
         ;;
 esac
 
-if [ $failed = yes ]; then tail -n 30 "$log"; fi
 if [ -s "$rows" ]; then
     say "$("$python" -m bench.gpu.headlines "$rows" --table "$dir/table.md" 2>&1)"
 fi

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -160,6 +161,16 @@ def test_a_suite_goes_on_in_a_new_process_after_a_crash(check, result):
 
 
 @needs_bash
+def test_a_suite_that_crashes_before_its_first_row_is_not_begun_again(check, tmp_path):
+    python = (tmp_path / "python").read_text().replace("--record=*)", "--no-record=*)")
+    (tmp_path / "python").write_text(python)
+    status, summary, calls, _ = check("--core", FAIL="*bench_core.py*", STATUS="139")
+    assert status == 1
+    assert calls.count("bench_core.py") == 1
+    assert "LSTM training: passed after" in summary
+
+
+@needs_bash
 def test_a_check_ends_in_time(check):
     status, summary, calls, _ = check("--core", GPU_CHECK_SECONDS="80")
     assert status == 3
@@ -227,10 +238,15 @@ def test_a_summary_that_cannot_be_written_is_printed_all_the_same(check, tmp_pat
 
 
 def test_every_kernel_has_a_test_in_the_first_look():
-    tests = (PROJECT / "bench" / "gpu" / "smoke_tests.txt").read_text().splitlines()
-    for test in (line for line in tests if not line.startswith("#")):
+    text = (PROJECT / "bench" / "gpu" / "smoke_tests.txt").read_text()
+    for test in (line for line in text.splitlines() if not line.startswith("#")):
         path, _, name = test.partition("::")
         assert f"def {name.partition('[')[0]}(" in (PROJECT / path).read_text(), test
+    sources = "".join(path.read_text() for path in (PROJECT / "kernels" / "triton").rglob("*.py"))
+    functions = set(re.findall(r"^@triton\.jit\b.*\ndef (\w+)", sources, flags=re.MULTILINE))
+    kernels = functions & set(re.findall(r"\b(\w+)(?:\.run\(|\[.*\]\()", sources))
+    assert {"resident_steps", "fill_exchange", "input_gradient"} <= kernels
+    assert kernels <= set(re.findall(r"\w+", text))
 
 
 @needs_bash

@@ -53,7 +53,7 @@ def test_it(benchmark, work, contender):
 
 @pytest.fixture
 def suite(pytester, monkeypatch):
-    """Runs the suite, apart if it may end the process; returns its exit status, what was measured, and its last line."""
+    """Runs the suite, apart if it may end its process; returns its exit status, what was measured, its last line."""
     monkeypatch.setenv("PYTHONPATH", str(Path(bench.__file__).parents[1]))
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(test_suite=SUITE)
