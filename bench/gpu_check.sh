@@ -1,109 +1,139 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: are the kernels right, and how fast are they? One call, under 9 minutes.
+# On a machine with an NVIDIA GPU: are the kernels right, and how fast are they? Three checks, the most wanted first.
 #
-#   bash bench/gpu_check.sh DIR           tests, core speed suite, LSTM training, soak, tuning sweep
-#   bash bench/gpu_check.sh --full DIR    the whole grid, as many parts as fit; call it again for those DIR does not hold
+#   bash bench/gpu_check.sh --smoke DIR   in 150 s: a test of each kernel, three GRU layers beside cuDNN
+#   bash bench/gpu_check.sh DIR           in 5 minutes (or --core): layers with goals and others, LSTM training
+#   bash bench/gpu_check.sh --full DIR    all tests, a soak test, other tiles, the grid: what fits into 9 minutes a call
 #
-# DIR gets 8 files at most; summary.txt is the one to read first. A part that fails does not keep the others from
-# running; the exit status is 0 if all passed, 1 if one failed, 2 if nothing could run, 3 if parts of the grid are left.
-# PYTHON names the interpreter (python3), GPU_CHECK_SECONDS the time for all (530).
+# DIR may be the same for all. What is measured is there at once, in 6 files at most, so a check that is cut leaves it,
+# and the same call goes on: what DIR holds is not done again. After a change take another DIR. summary.txt is the file
+# to read first; the lines that matter are the last that are printed, too.
+#
+# Exit status: 0 if all passed, 1 if something failed, 2 if nothing could run, 3 if time ran out: call it again.
+# PYTHON names the interpreter (python3), GPU_CHECK_SECONDS the time of a call.
 set -u
 
-usage="usage: bash bench/gpu_check.sh [--full] DIR"
+usage="usage: bash bench/gpu_check.sh [--smoke | --core | --full] DIR"
 if [ "${1-}" = --help ]; then
     echo "$usage"
     exit 0
 fi
-full=no
-if [ "${1-}" = --full ]; then
-    full=yes
-    shift
-fi
-if [ $# -ne 1 ] || [ -z "$1" ] || [ "${1#-}" != "$1" ]; then
+check=core limit=300
+case ${1-} in
+    --smoke) check=smoke limit=150 && shift ;;
+    --core) shift ;;
+    --full) check=full limit=530 && shift ;;
+esac
+limit=${GPU_CHECK_SECONDS:-$limit}
+if [ $# -ne 1 ] || [ -z "$1" ] || [ "${1#-}" != "$1" ] || [[ ! $limit =~ ^[0-9]+$ ]]; then
     echo "$usage" >&2
     exit 2
 fi
 python=${PYTHON:-python3}
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "gpu_check.sh: $python has no torch that finds an NVIDIA GPU, so there is nothing to check here" >&2
+project=$(cd "$(dirname "$0")/.." && pwd) || exit 2
+export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET
+if ! machine=$("$python" -m bench.gpu.machine 2>&1); then
+    echo "$machine" >&2
+    echo "gpu_check.sh: $python cannot check a GPU here, as said above" >&2
     exit 2
 fi
-mkdir -p "$1" || exit 2
-dir=$(cd "$1" && pwd)
-cd "$(dirname "$0")/.." || exit 2
-limit=${GPU_CHECK_SECONDS:-530}
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-unset TRITON_INTERPRET
+mkdir -p "$1" && dir=$(cd "$1" && pwd) && cd "$project" || exit 2
+rows=$dir/rows.jsonl log=$dir/log.txt summary=$dir/summary.txt
+if ! { echo "$machine" && (nvidia-smi 2>&1 || true); } >>"$log"; then
+    echo "gpu_check.sh: cannot write to $log" >&2
+    exit 2
+fi
 
-failed=0
-say() { echo "$*" | tee -a "$dir/summary.txt"; }
-left() { echo $((limit - SECONDS)); }
+failed=no left=no
+say() { echo "$*" | tee -a "$summary"; }
+seconds_left() { echo $((limit - SECONDS)); }
 
-# part NAME SECONDS LOG COMMAND...: run it for that long at most. An interrupt lets pytest write what it has.
+# part NAME SECONDS COMMAND...: run it, for that long at most, and leave its exit status in `status`. An interrupt lets
+# pytest end in order. 75 and 76 are those of bench/record.py.
 part() {
-    local name=$1 seconds=$2 log=$3 begin=$SECONDS status=0
-    shift 3
+    local name=$1 seconds=$2 begin=$SECONDS rest=$(($(seconds_left) - 10)) took
+    shift 2
+    if [ "$seconds" -gt "$rest" ]; then seconds=$rest; fi
+    status=0
     if [ "$seconds" -lt 15 ]; then
-        say "$name: FAILED, no time left for it"
-        failed=1
+        say "$name: left for another call, there is no time"
+        left=yes
         return
     fi
-    timeout --signal=INT --kill-after=10 "$seconds" "$@" </dev/null >>"$dir/$log" 2>&1 || status=$?
+    timeout --signal=INT --kill-after=10 "$seconds" "$@" </dev/null >>"$log" 2>&1 || status=$?
+    took="after $((SECONDS - begin)) s"
     case $status in
-        0) say "$name: passed in $((SECONDS - begin)) s" ;;
-        124 | 137) say "$name: FAILED, stopped after $((SECONDS - begin)) s; see $log" ;;
-        *) say "$name: FAILED with status $status after $((SECONDS - begin)) s; see $log" ;;
+        0) say "$name: passed $took" ;;
+        75) left=yes && say "$name: some is left for another call, $took" ;;
+        76) failed=yes && say "$name: the GPU has faulted $took" ;;
+        124 | 137) left=yes && say "$name: STOPPED $took" ;;
+        *) failed=yes && say "$name: FAILED with status $status $took" ;;
     esac
-    say "    $(tail -n 1 "$dir/$log")"
-    if [ $status -ne 0 ]; then failed=1; fi
+    say "    $(tail -n 1 "$log")"
+    case $status in 0 | 75 | 124 | 137) ;; *) tail -n 20 "$log" ;; esac
+}
+
+# once NAME SECONDS COMMAND...: a part that is not run again when it has ended, whichever way.
+once() {
+    case $(grep -E "^$1: (passed|FAILED)" "$summary") in
+        *FAILED*) failed=yes && say "$1 has FAILED in an earlier call" ;;
+        *passed*) say "$1 has passed in an earlier call" ;;
+        *) part "$@" ;;
+    esac
+}
+
+# suite NAME SECONDS FILE: the rows of a suite that are left; those behind one that crashes, in a new process.
+suite() {
+    local end=$((SECONDS + $2)) before
+    while
+        before=$(wc -c "$rows" 2>&1)
+        part "$1" $((end - SECONDS)) "${pytest[@]}" -rs -m gpu "$3" --record="$rows" \
+            --stop-after=$((end - SECONDS - 15)) --benchmark-max-time=0.1 --benchmark-min-rounds=5 \
+            --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
+        [ "$(wc -c "$rows" 2>&1)" != "$before" ] && { [ $status = 76 ] || [ $status -gt 137 ] || [ $status = 134 ]; }
+    do :; done
 }
 
 # A warning of another torch or Triton than the project's own is shown, and fails nothing.
 pytest=("$python" -m pytest -q -W default -p no:cacheprovider --continue-on-collection-errors)
-
-if [ $full = yes ]; then
-    rm -f "$dir/summary.txt" "$dir/grid.log"
-    "$python" -m bench.gpu.grid "$dir" --seconds $((limit - 20)) </dev/null >"$dir/grid.log" 2>&1
-    status=$?
-    grep -E '^(H[0-9]+_|bench\.gpu\.grid)' "$dir/grid.log" | while read -r line; do say "$line"; done
-    if [ -e "$dir/grid.json" ]; then
-        "$python" -m bench.report "$dir/grid.json" --gpu >"$dir/grid.md" 2>>"$dir/grid.log" || status=1
-        say "$("$python" -m bench.report "$dir/grid.json" --gpu-goals 2>&1)"
-    fi
-    if [ $status -eq 3 ]; then say "some parts are left: call it again"; fi
-    exit $status
-fi
-
-rm -f "$dir"/{summary.txt,tests.log,core.json,core.md,training.json,sweep.jsonl,soak.jsonl,other.log}
-(nvidia-smi && "$python" -c 'from triton_sparse_rnn.doctor import diagnosis; print(diagnosis())') >>"$dir/other.log" 2>&1
-
 several=()
-if "$python" -c 'import xdist' 2>/dev/null; then several=(-n 8); fi
-# Tests of kernels run natively here, all but those that show in processes of the CPU how programs work side by side.
-# Others are chosen by their marker, and only their files are collected: the rest may import what is not here.
-part "tests of kernels" 150 tests.log "${pytest[@]}" "${several[@]}" -m 'gpu or not slow' \
-    --ignore-glob='*_processes.py' tests/kernels/triton
-mapfile -t others < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | grep -v '^tests/kernels/triton/')
-if [ ${#others[@]} -gt 0 ]; then
-    part "other tests on a GPU" 60 tests.log "${pytest[@]}" "${several[@]}" -m gpu "${others[@]}"
-fi
+if "$python" -c 'import xdist' >/dev/null 2>&1; then several=(-n 8); fi
 
-part "compilation" 75 other.log "$python" -m bench.gpu.warm
-benchmark=(--benchmark-max-time=0.1 --benchmark-min-rounds=5 --benchmark-disable-gc --benchmark-columns=median,iqr,rounds)
-time_for_core=$(($(left) - 205)) # training, soak and sweep have the rest
-part "core suite" "$time_for_core" other.log "${pytest[@]}" -rs -m gpu bench/gpu/bench_core.py \
-    --stop-after=$((time_for_core - 15)) "${benchmark[@]}" --benchmark-json="$dir/core.json"
-part "LSTM training" 70 other.log "${pytest[@]}" -rs -m gpu bench/gpu/bench_lstm_training.py --stop-after=55 \
-    "${benchmark[@]}" --benchmark-json="$dir/training.json"
-part "soak" 60 other.log "$python" -m bench.gpu.soak --out "$dir/soak.jsonl"
-part "sweep" $(($(left) - 15)) other.log "$python" -m bench.gpu.sweep --out "$dir/sweep.jsonl" --seconds $(($(left) - 30))
+say "== $check, $(date -u '+%F %T') UTC: $(tail -n 1 <<<"$machine")"
+case $check in
+    smoke)
+        mapfile -t tests < <(grep -v '^#' bench/gpu/smoke_tests.txt)
+        once "a test of each kernel" 60 "${pytest[@]}" "${several[@]}" -m 'gpu or not slow' "${tests[@]}"
+        part "compilation" 35 "$python" -m bench.gpu.warm smoke --record "$rows"
+        suite "layers" $(($(seconds_left) - 10)) bench/gpu/bench_smoke.py
+        ;;
+    core)
+        part "compilation" 70 "$python" -m bench.gpu.warm core --record "$rows"
+        suite "core suite" $(($(seconds_left) - 75)) bench/gpu/bench_core.py # LSTM training has the rest
+        suite "LSTM training" $(($(seconds_left) - 10)) bench/gpu/bench_lstm_training.py
+        ;;
+    full)
+        # Tests of kernels run natively here, all but those that show in processes of the CPU how programs work side by
+        # side. Others are chosen by their marker, and only their files are collected: the rest may import what is not
+        # here.
+        once "tests of kernels" 200 "${pytest[@]}" "${several[@]}" -m 'gpu or not slow' \
+            --ignore-glob='*_processes.py' tests/kernels/triton
+        mapfile -t others < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | grep -v '^tests/kernels/triton/')
+        once "other tests on a GPU" 60 "${pytest[@]}" "${several[@]}" -m gpu "${others[@]}"
+        once "soak" 60 "$python" -m bench.gpu.soak --out "$dir/soak.jsonl"
+        seconds=$(seconds_left)
+        seconds=$((seconds < 130 ? seconds - 10 : 120))
+        part "other tiles" "$seconds" "$python" -m bench.gpu.sweep --out "$dir/sweep.jsonl" --seconds $((seconds - 20))
+        suite "grid" $(($(seconds_left) - 10)) bench/gpu/bench_grid.py
+        ;;
+esac
 
-if [ -s "$dir/core.json" ]; then
-    "$python" -m bench.report "$dir/core.json" --gpu >"$dir/core.md" 2>>"$dir/other.log" || failed=1
-    say "$("$python" -m bench.report "$dir/core.json" --gpu-goals 2>&1)"
+if [ -s "$rows" ]; then
+    say "$("$python" -m bench.gpu.headlines "$rows" --table "$dir/table.md" 2>&1)"
 fi
-if [ -s "$dir/training.json" ]; then
-    say "$("$python" -m bench.gpu.bench_lstm_training "$dir/training.json" 2>&1)"
+if [ $failed = yes ]; then exit 1; fi
+if [ $left = yes ]; then
+    say "something is left: call it again"
+    exit 3
 fi
-tail -n 40 "$dir/other.log"
-exit $failed

@@ -3,7 +3,7 @@
     pytest bench --benchmark-json=run-1.json          (several processes: run-2.json, ...)
     python -m bench.report run-*.json
     python -m bench.report run-*.json --break-even --plot ratios.png --plot-peers peers.png
-    python -m bench.report core.json --gpu            (or --gpu-goals; files of bench/gpu_check.sh)
+    python -m bench.report rows.jsonl --gpu           (or --gpu-goals; files of bench/gpu_check.sh)
 
 A ratio is the median time of the baseline, the layer of torch.nn, over that of a contender, in one process; with
 several files it is the median of these ratios, and the smallest and largest are shown beside it. The largest error is
@@ -52,7 +52,7 @@ def _cells(row: Row) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables; write the plots if asked for."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON of pytest --benchmark-json")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of pytest --benchmark-json or --record")
     others = parser.add_mutually_exclusive_group()
     others.add_argument("--break-even", action="store_true", help="instead print from which sparsity on ours is faster")
     others.add_argument("--gpu", action="store_true", help="instead print a line for each layer of the GPU suites")

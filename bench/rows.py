@@ -1,4 +1,4 @@
-"""Rows of what pytest-benchmark wrote, one file for each process that was run, and tables of such."""
+"""Rows of what pytest-benchmark or record.py wrote, one file for each process that was run, and tables of such."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from bench.record import ended_rows
 
 BASELINES = ("nn.GRU", "nn.LSTM", "nn.RNN", "without pruner", "reading")
 
@@ -26,7 +28,7 @@ def read_rows(paths: Sequence[Path]) -> list[Row]:
     """Return a row for each contender of each group, in the order of the first file.
 
     Raises:
-        ValueError: a file is not pytest-benchmark's JSON.
+        ValueError: a file is not pytest-benchmark's JSON, or if its name ends in .jsonl, not of record.py.
     """
     times: dict[tuple[str, str, str], list[float]] = {}
     ratios: dict[tuple[str, str, str], list[float]] = {}
@@ -51,10 +53,14 @@ def markdown(headings: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
 
 def _entries(path: Path) -> Iterator[tuple[tuple[str, str, str], float, dict[str, Any]]]:
     try:
-        for entry in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]:
+        for entry in _passed_rows(path) if path.suffix == ".jsonl" else json.loads(path.read_bytes())["benchmarks"]:
             suite = Path(entry["fullname"].partition("::")[0]).stem
             contender = entry["extra_info"].get("contender", entry["name"])
             statistic = entry["extra_info"].get("statistic", "median")
             yield (suite, entry["group"], contender), entry["stats"][statistic] * 1e6, entry["extra_info"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not JSON that pytest --benchmark-json wrote ({error!r})") from error
+        raise ValueError(f"{path} is not JSON that pytest --benchmark-json wrote, nor --record ({error!r})") from error
+
+
+def _passed_rows(path: Path) -> list[dict[str, Any]]:
+    return [row for row in ended_rows(path) if row["outcome"] == "passed"]

@@ -9,6 +9,7 @@ import torch
 from bench.gpu.contenders import GpuContender, contenders_of, measure
 from bench.workloads import Workload
 from triton_sparse_rnn.sparse.patterns import Blocks
+from triton_sparse_rnn.sparse.picks import Picks
 
 pytestmark = pytest.mark.gpu
 
@@ -22,10 +23,14 @@ def gpu_workload(H: int, sparsity: float = 0.9, **options) -> Workload:
 # The most wanted first: what begins too late is left out.
 CORE = [
     *(gpu_workload(H, dtype=dtype) for H in (1024, 2560) for dtype in (F32, BF16)),
+    *(gpu_workload(H, dtype=dtype).pruned_in(Picks()) for H in (1024, 2560) for dtype in (F32, BF16)),
     *(gpu_workload(2560, 0.95, dtype=dtype) for dtype in (F32, BF16)),
     *(gpu_workload(H, dtype=dtype) for H in (256, 512) for dtype in (F32, BF16)),
     *(gpu_workload(1024, B=16, dtype=dtype) for dtype in (F32, BF16)),
     gpu_workload(2560, B=16, dtype=BF16),
+    gpu_workload(512, dtype=F32).pruned_in(Picks()),
+    gpu_workload(1024, B=16, dtype=BF16).pruned_in(Picks()),
+    gpu_workload(1024, cell="LSTM", dtype=F32).pruned_in(Picks()),
     gpu_workload(1024, cell="LSTM", dtype=F32),
     gpu_workload(1024, cell="LSTM", dtype=BF16),
     gpu_workload(1024, cell="RNN_TANH", dtype=F32),

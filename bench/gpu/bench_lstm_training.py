@@ -1,16 +1,13 @@
 """A training pass of an LSTM on a GPU: cuDNN's, and ours with a share of its gate gradients made zero.
 
 Forward is cuDNN's either way. Each layer has settled before it is timed, and its gradients are held against the
-reference's. `bash bench/gpu_check.sh DIR` runs it; `python -m bench.gpu.bench_lstm_training FILE` shows what a file of
-pytest-benchmark holds of it.
+reference's. `bash bench/gpu_check.sh DIR` runs it.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-import json
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.gate_gradient_check import assert_right, measured_zeros, settle
+from bench.gpu.compiling import compile_seconds
 from bench.gpu.timing import median_device_us, synchronized
 from triton_sparse_rnn import GateGradientSparsity, SparseLSTM
 from triton_sparse_rnn.gate_gradients.backends import triton
@@ -60,30 +58,34 @@ WORKS += [Work(H, 16, 256, dtype) for H in (1024, 2048, 512, 256) for dtype in (
 @pytest.mark.parametrize("contender", OURS)
 @pytest.mark.parametrize("work", WORKS, ids=str)
 def bench_forward_and_backward(benchmark, work: Work, contender: str):
-    layer, x, grad_y = prepare(work, contender)
+    with compile_seconds() as compiled:
+        layer, x, grad_y = prepare(work, contender)
 
     def run() -> None:
         layer(x)[0].backward(grad_y)
 
-    time_on_gpu(benchmark, work, contender, "forward and backward", run)
+    time_on_gpu(benchmark, work, contender, "forward and backward", run, sum(compiled))
     benchmark.extra_info["zeros"] = measured_zeros(layer)
 
 
 @pytest.mark.parametrize("contender", OURS)
 @pytest.mark.parametrize("work", WORKS, ids=str)
 def bench_backward(benchmark, work: Work, contender: str):
-    layer, x, grad_y = prepare(work, contender)
+    with compile_seconds() as compiled:
+        layer, x, grad_y = prepare(work, contender)
     y = layer(x)[0]
-    time_on_gpu(benchmark, work, contender, "backward", lambda: y.backward(grad_y, retain_graph=True))
+    run = functools.partial(y.backward, grad_y, retain_graph=True)
+    time_on_gpu(benchmark, work, contender, "backward", run, sum(compiled))
     benchmark.extra_info["zeros"] = measured_zeros(layer)
 
 
-def time_on_gpu(benchmark, work: Work, contender: str, what: str, run) -> None:
+def time_on_gpu(benchmark, work: Work, contender: str, what: str, run, compile_s: float) -> None:
     """Time by the device's clock, which gives the fact `device_us`, and by the host's."""
     benchmark.group = f"{what}, {work}"
     facts = {"H": work.H, "I": work.H, "B": work.B, "T": work.T, "dtype": str(work.dtype), "contender": contender}
     facts |= {"device": torch.cuda.get_device_name(), "tf32": torch.backends.cudnn.allow_tf32}
     benchmark.extra_info.update(facts | {"device_us": median_device_us(run, EVENT_SECONDS)})
+    benchmark.extra_info["compile_s"] = compile_s
     benchmark(synchronized(run))
 
 
@@ -113,22 +115,3 @@ def check(layer: nn.LSTM, x: Tensor, grad_y: Tensor, rounding: float) -> None:
 
     with mock.patch.object(triton, "direction_gradients", checked):
         layer(x)[0].backward(grad_y)
-
-
-def summary(benchmarks: list[dict[str, Any]]) -> list[str]:
-    """Describe each result by the device's time, and by that of nn.LSTM in the same group."""
-    lines = []
-    for group, results in itertools.groupby(benchmarks, key=lambda result: result["group"]):
-        facts = [result["extra_info"] for result in results]
-        dense_us = next((fact["device_us"] for fact in facts if fact["contender"] == "nn.LSTM"), float("nan"))
-        lines.append(group)
-        for fact in facts:
-            share, us = f"{fact['zeros']:.0%} zeros", fact["device_us"]
-            lines.append(
-                f"    {fact['contender']:20} {share:>10} {us:>12,.0f} us, {dense_us / us:.2f}x nn.LSTM's speed"
-            )
-    return lines
-
-
-if __name__ == "__main__":
-    print("\n".join(summary(json.loads(Path(sys.argv[1]).read_text()).get("benchmarks", []))))

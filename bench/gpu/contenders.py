@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -20,12 +21,15 @@ from torch.nn import functional as F
 from bench.budgets import assert_within_budget
 from bench.contenders import call_of, persistent_layer
 from bench.gpu import floor
+from bench.gpu.compiling import compile_seconds
 from bench.gpu.machine import copy_bandwidth
 from bench.gpu.timing import median_device_us, replayed, synchronized
 from bench.time_loop import run_time_loop
 from bench.workloads import Workload
+from triton_sparse_rnn import BackendUnavailableError
 from triton_sparse_rnn.doctor import usable_cores
 from triton_sparse_rnn.ops.backends.triton import PreparedLayer
+from triton_sparse_rnn.sparse.patterns import Blocks
 
 Result = TypeVar("Result")
 EVENT_SECONDS = 0.1  # of timing by events, besides what pytest-benchmark does
@@ -33,8 +37,14 @@ BUDGET_STEPS, BUDGET_ROWS = 32, 4  # that show how large errors get; the CPU wou
 
 
 def measure(benchmark, work: Workload, contender: GpuContender) -> None:
-    """Check the result, then time it: medians of the device's clock go into the fact `device_us`."""
-    expected, run, facts = contender.prepare(work)
+    """Check the result, then time it: medians of the device's clock go into the fact `device_us`.
+
+    What compiling took before that goes into `compile_s`, 0 where kernels came out of a cache.
+    """
+    if (reason := refusal(work)) is not None:
+        pytest.skip(f"not run: {reason}")
+    with compile_seconds() as compiled:
+        expected, run, facts = contender.prepare(work)
     with torch.inference_mode():
         if contender.graph:
             run = contender.captured(run)
@@ -42,7 +52,7 @@ def measure(benchmark, work: Workload, contender: GpuContender) -> None:
         with all_cores():
             error = contender.error(run(), expected)
         names = {"contender": contender.name(work), "precision": contender.precision(work)}
-        times = {"max_error": error, "device_us": median_device_us(run, EVENT_SECONDS)}
+        times = {"max_error": error, "device_us": median_device_us(run, EVENT_SECONDS), "compile_s": sum(compiled)}
         benchmark.group = str(work)
         benchmark.extra_info.update(work.facts() | names | facts | times)
         benchmark(synchronized(run))
@@ -146,6 +156,22 @@ class Ours(GpuContender):
         return converted, call_of(fast, work), facts
 
 
+@functools.lru_cache
+def refusal(work: Workload) -> str | None:
+    """Why our kernels do not take layers of a pattern like this one, in their own words; None if they do.
+
+    None for blocks too: if those are refused, that is a failure.
+    """
+    if isinstance(work.pattern, Blocks):
+        return None
+    small = dataclasses.replace(work, H=64, T=1, B=1)
+    try:
+        persistent_layer(copy.deepcopy(small.layer).to(small.device), small, backend="triton")
+    except BackendUnavailableError as error:
+        return str(error)
+    return None
+
+
 def convert(work: Workload) -> tuple[Any, dict[str, Any]]:
     """Return the persistent layer of a workload, warmed up, and what its kernels report of themselves."""
     fast = persistent_layer(copy.deepcopy(work.layer).to(work.device), work, backend="triton")
@@ -240,7 +266,7 @@ def contenders_of(work: Workload) -> list[GpuContender]:
     """All that run a workload, the baseline first."""
     others: list[GpuContender] = [CuDNN(graph=True, dtype=torch.float16)] if work.dtype == torch.bfloat16 else []
     rows, columns = work.pattern.block_size
-    if rows == columns:
+    if rows == columns and isinstance(work.pattern, Blocks):
         others += [TorchBSR(), TorchBSR(graph=True)]
     ours = [Ours(), Ours(graph=True), Ours(graph=True, zeros=False)]
     return [CuDNN(), CuDNN(graph=True), *others, *ours, Floor()]

@@ -1,4 +1,4 @@
-"""What bench_core.py and bench_grid.py measured: a table with a line for each layer, and the goals.
+"""What the suites of layers measured on a GPU: a table with a line for each layer, and the goals.
 
 Times are medians of the device's clock. Ratios in the table compare like with like, both eager or both replayed from a
 CUDA graph. The goals take the fastest way of each side, whichever that is.
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from bench.rows import Row, markdown
 
-SUITES = ("bench_core", "bench_grid")
+SUITES = ("bench_smoke", "bench_core", "bench_grid")
 GRAPH = ", CUDA graph"
 HEADINGS = (
     "layer", "ours", "ours, graph", "0 % zeros, graph", "nn", "nn, graph", "nn in float16, graph", "torch BSR",
@@ -28,6 +28,10 @@ class Layer(NamedTuple):
     def us_per_step(self, wanted: Callable[[str], bool]) -> float | None:
         """The time of the fastest contender of a wanted name; None if there is none."""
         return min((_device_us(row) / row.facts["T"] for row in self.rows if wanted(row.contender)), default=None)
+
+    def time(self, *names: str) -> float | None:
+        """Of the fastest of some contenders, microseconds a step; None if none was measured."""
+        return self.us_per_step(lambda contender: contender in names)
 
     @property
     def ours(self) -> float | None:
@@ -65,13 +69,22 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([lines, "", "Microseconds a step, medians of the device's clock.", *machines])
 
 
+def comparison(layer: Layer) -> str:
+    """Return a layer in one line: ours beside torch.nn, both eager and both replayed from a CUDA graph."""
+    name = layer.rows[0].facts["cell"].partition("_")[0]
+    parts = []
+    for how, suffix in (("eager", ""), ("CUDA graph", GRAPH)):
+        ours, nn = layer.time(f"Persistent{name}{suffix}"), layer.time(f"nn.{name}{suffix}")
+        times = " against ".join("not measured" if us is None else f"{us:.2f}" for us in (ours, nn))
+        parts.append(f"{how} {times}" + (f" ({nn / ours:.2f}x)" if ours and nn else ""))
+    return f"{layer.group}: {', '.join(parts)} µs a step, ours against torch.nn"
+
+
 def _cells(layer: Layer) -> list[str]:
     name = layer.rows[0].facts["cell"].partition("_")[0]
     ours, nn, bsr = f"Persistent{name}", f"nn.{name}", "torch BSR per step"
 
-    def time(*names: str) -> float | None:
-        return layer.us_per_step(lambda contender: contender in names)
-
+    time = layer.time
     eager, replayed = (time(nn), time(ours)), (time(nn + GRAPH), time(ours + GRAPH))
     times = [eager[1], replayed[1], time(f"{ours}{GRAPH}, 0 % zeros"), eager[0], replayed[0]]
     times += [time(f"{nn}, float16{GRAPH}"), time(bsr, bsr + GRAPH), time("floor: exchange")]

@@ -23,6 +23,7 @@ from torch import Tensor
 from bench.gpu import floor
 from bench.gpu.contenders import convert, floor_programs
 from bench.gpu.machine import gpu_facts
+from bench.record import append_line
 from bench.workloads import Workload
 
 CHUNK = 10_000  # steps of a call
@@ -129,8 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = {"passed": False, "error": repr(error)}
         line = {"soak": name, "steps": options.steps, "seconds": time.monotonic() - begin, **result}
         print(json.dumps(line))
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | gpu_facts()) + "\n")
+        append_line(options.out, line | gpu_facts())
         failed |= not result["passed"]
     return int(failed)
 

@@ -1,8 +1,8 @@
 """Try other tiles than the one that a layer gets: `python -m bench.gpu.sweep --out FILE [--seconds S]`.
 
 Each line of JSON is one tile for one layer: its fields, the error of its result, and the median time of a call, by
-events, replayed from a CUDA graph. A tile whose result is wrong is not timed; one that does not fit is left out. Read
-it before changing TABLE in kernels/triton/tiles.py.
+events, replayed from a CUDA graph. A tile whose result is wrong is not timed; one that does not fit is left out, as is
+one whose line FILE holds. Read it before changing TABLE in kernels/triton/tiles.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import random
 import sys
 import time
@@ -21,8 +20,10 @@ from typing import Any
 import torch
 
 from bench.gpu.contenders import EVENT_SECONDS, Ours, all_cores
+from bench.gpu.machine import has_faulted
 from bench.gpu.timing import median_device_us, replayed
 from bench.gpu.warm import WORKERS, Job, only, warm, workers
+from bench.record import LEFT, append_line, lines_to_append_to
 from bench.workloads import Workload
 from triton_sparse_rnn.kernels.triton import tiles
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
@@ -74,24 +75,35 @@ def try_tile(job: Job) -> dict[str, Any]:
             return {**facts, "max_error": error, "device_us": median_device_us(run, EVENT_SECONDS)}
 
 
-def sweep(layers: Sequence[Workload], out: Path, seconds: float) -> list[dict[str, Any]]:
-    """Try the tile that each layer gets, then others, until time is up; returns the lines that `out` got.
+def sweep(layers: Sequence[Workload], out: Path, seconds: float) -> tuple[list[dict[str, Any]], int]:
+    """Try the tile that each layer gets, then others, until time is up.
 
     A batch of tiles is compiled at once; nothing else runs while they are timed.
+
+    Returns:
+        The lines of `out`, those of earlier runs too, and how many tiles are left.
+    Raises:
+        OSError: `out` cannot be read or written.
+        ValueError: it is not of this program.
     """
     end = time.monotonic() + seconds
-    jobs, lines = _jobs(layers), []
+    lines = lines_to_append_to(out, frozenset({"layer", "chosen", "streamed"}))
+    jobs = [job for job in _jobs(layers) if not any(line.items() >= _named(job).items() for line in lines)]
+    tried = 0
     with workers(len(jobs)) as pool:
         for first in range(0, len(jobs), AT_ONCE):
+            if time.monotonic() > end:
+                break
             batch = jobs[first : first + AT_ONCE]
             for job, error in zip(batch, warm(batch, pool), strict=True):
                 if time.monotonic() > end:
-                    print(f"no time left: {len(jobs) - len(lines)} of {len(jobs)} tiles were not tried")
-                    return lines
+                    break
                 lines.append(_line(job, error))
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(lines[-1] | job.work.facts()) + "\n")
-    return lines
+                tried += 1
+                append_line(out, lines[-1] | job.work.facts())
+                if "error" in lines[-1] and has_faulted():
+                    return lines, len(jobs) - tried
+    return lines, len(jobs) - tried
 
 
 def _jobs(layers: Sequence[Workload]) -> list[Job]:
@@ -101,9 +113,15 @@ def _jobs(layers: Sequence[Workload]) -> list[Job]:
     return [*(Job(work) for work in layers), *(Job(work, ()) for work in layers), *others]
 
 
+def _named(job: Job) -> dict[str, Any]:
+    """What tells a job from others, as its line has it."""
+    fields = dataclasses.asdict(job.table[0]) if job.table else {}
+    chosen, streamed = job.table is None, job.table == ()
+    return {"layer": str(job.work), "T": job.work.T, "chosen": chosen, "streamed": streamed, **fields}
+
+
 def _line(job: Job, warm_error: str | None) -> dict[str, Any]:
-    line: dict[str, Any] = {"layer": str(job.work), "T": job.work.T, "chosen": job.table is None}
-    line |= dataclasses.asdict(job.table[0]) if job.table else {}
+    line = _named(job)
     try:
         return line | ({"error": warm_error} if warm_error else try_tile(job))
     except Exception as error:  # of any kind: the others are still to be tried
@@ -133,10 +151,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench.gpu.sweep: there is no CUDA device that torch can use", file=sys.stderr)
         return 2
-    lines = sweep(LAYERS, options.out, options.seconds)
+    try:
+        lines, left = sweep(LAYERS, options.out, options.seconds)
+    except (OSError, ValueError) as error:
+        print(f"bench.gpu.sweep: {error}", file=sys.stderr)
+        return 2
     print(summary(lines))
     chosen = [line for line in lines if line["chosen"]]
-    return int(not chosen or any("error" in line for line in chosen))
+    if not chosen or any("error" in line for line in chosen):
+        return 1
+    if left:
+        print(f"{left} tiles were left for want of time")
+    return LEFT if left else 0
 
 
 if __name__ == "__main__":

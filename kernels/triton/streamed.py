@@ -235,6 +235,8 @@ def streamed_steps(
 
     tl.store(h_n_ptr + state, h, mask=mask)
     if CELL == LSTM:
+        # Threads may hold the same cell: each has loaded it, one stores it. A slice without a step in this launch has
+        # no barrier in between, and needs none: what is stored is what is there.
         tl.store(c_ptr + state, c, mask=mask)
 
 

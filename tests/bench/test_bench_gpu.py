@@ -11,20 +11,19 @@ import pytest
 import torch
 
 from bench.budgets import assert_within_budget, budget
-from bench.gpu import bench_core, bench_grid
+from bench.gpu import bench_core, bench_grid, bench_smoke
 from bench.gpu import contenders as gpu_contenders
 from bench.gpu import floor as gpu_floor
-from bench.gpu import grid as gpu_grid
-from bench.gpu import soak as gpu_soak
-from bench.gpu import sweep as gpu_sweep
-from bench.gpu import warm as gpu_warm
-from bench.gpu.contenders import CuDNN, Floor, Ours, TorchBSR, bytes_moved, contenders_of, convert, floor_programs
+from bench.gpu import machine as gpu_machine
+from bench.gpu.compiling import compile_seconds
+from bench.gpu.contenders import CuDNN, Floor, Ours, TorchBSR, bytes_moved, contenders_of, floor_programs
+from bench.record import LEFT
 from bench.workloads import MASKS, Workload
-from triton_sparse_rnn.kernels.triton import tiles
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 from triton_sparse_rnn.sparse.patterns import Blocks
+from triton_sparse_rnn.sparse.picks import Picks
 
-PROJECT = Path(gpu_grid.__file__).parents[2]
+PROJECT = Path(gpu_machine.__file__).parents[2]
 TINY = Workload(H=40, sparsity=0.5, T=3, B=2, pattern=Blocks(8, 1), device="cpu")
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1, which needs a CPU")
@@ -81,18 +80,28 @@ def test_core_suite_has_the_goals_and_at_most_forty_layers():
     assert wanted <= {(work.H, work.sparsity, work.dtype_name) for work in works[:6] if work.B == 1}
     assert {"GRU", "LSTM", "RNN"} == {work.layer_name for work in works}
     assert {work.masks for work in works} == set(MASKS)
+    picked = [work for work in works if work.pattern == Picks()]
+    assert {(work.H, work.dtype_name) for work in picked[:4]} == {
+        (H, dtype) for H, sparsity, dtype in wanted if sparsity == 0.9
+    }
+
+
+def test_first_look_has_blocks_and_picks():
+    works = bench_smoke.SMOKE
+    assert [(work.H, work.pattern) for work in works] == [
+        (H, pattern) for pattern in (Blocks(16, 1), Picks()) for H in (1024, 512, 2560)
+    ]
+    assert {(work.cell, work.dtype_name, work.B, work.sparsity) for work in works} == {("GRU", "float32", 1, 0.9)}
+    assert list(map(str, bench_smoke.CONTENDERS)) == ["nn", "nn, CUDA graph", "ours", "ours, CUDA graph"]
 
 
 def test_grid_is_whole():
-    works = [work for part in bench_grid.PARTS.values() for work in part]
+    works = bench_grid.GRID
     assert len(works) == len(set(map(str, works))) == 7 * 4 * 3 * 2
     assert {work.H for work in works} == {128, 256, 512, 1024, 2048, 2560, 4096}
     assert {work.B for work in works} == {1, 4, 16, 64}
     assert {work.sparsity for work in works} == {0.8, 0.9, 0.95}
     assert {work.dtype_name for work in works} == {"float32", "bfloat16"}
-    for part, rows in bench_grid.PARTS.items():
-        assert [name for name in bench_grid.PARTS if f"{part}-" in f"{name}-"] == [part]
-        assert {f"H{work.H}_{work.dtype_name}" for work in rows} == {part}
 
 
 def test_every_row_holds_all_contenders():
@@ -102,6 +111,7 @@ def test_every_row_holds_all_contenders():
     assert [name for name in narrow if name not in plain] == ["nn, float16, CUDA graph"]
     square = list(map(str, contenders_of(dataclasses.replace(TINY, pattern=Blocks(16, 16)))))
     assert [name for name in square if name not in plain] == ["torch BSR per step", "torch BSR per step, CUDA graph"]
+    assert list(map(str, contenders_of(TINY.pruned_in(Picks(1, 32))))) == plain
 
 
 def test_names_and_precisions():
@@ -114,18 +124,24 @@ def test_names_and_precisions():
 
 @no_gpu
 @pytest.mark.slow("programs")
-def test_gpu_suites_are_skipped_without_one():
+def test_gpu_suites_are_skipped_without_one_and_can_be_recorded(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", "bench/gpu/bench_core.py"]
-    command += ["-m", "gpu", "-k", "floor"]
+    command += ["-m", "gpu", "-k", "floor", f"--record={tmp_path / 'rows.jsonl'}"]
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=own)
-    assert result.returncode == 0, result.stdout
+    assert result.returncode == LEFT, result.stdout
     assert "needs an NVIDIA GPU" in result.stdout
     assert " passed" not in result.stdout
+    rows = len(bench_core.CORE)
+    assert result.stdout.endswith(f"rows.jsonl, {rows} rows: {rows} left\n")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=own)
+    assert (result.returncode, result.stdout) == (4, "")
+    assert "ERROR: --record: " in result.stderr
 
 
 def test_gpu_suites_have_their_marker():
-    assert all(suite.pytestmark.name == "gpu" for suite in (bench_core, bench_grid))
+    assert all(suite.pytestmark.name == "gpu" for suite in (bench_smoke, bench_core, bench_grid))
 
 
 # Contenders, as far as a CPU takes them
@@ -215,9 +231,41 @@ def test_a_row_holds_its_facts(contender, monkeypatch):
     assert (benchmark.calls, benchmark.group) == (1, str(work))
     assert (info["contender"], info["precision"]) == (contender.name(work), contender.precision(work))
     assert (info["H"], info["dtype"], info["device"], info["device_us"]) == (48, "float32", "cpu", 500)
+    assert info["compile_s"] == 0  # nothing is where Triton interprets
     assert 0 < info["max_error"] < 1e-3
     assert ("tile" in info) == isinstance(contender, Ours)
     assert torch.get_num_threads() == threads
+
+
+@interpreted
+def test_picks_are_not_run_as_long_as_our_kernels_refuse_them(monkeypatch):
+    work = TINY.pruned_in(Picks())
+    reason = gpu_contenders.refusal(work)
+    assert reason is not None
+    assert "weight_ih is stored in Picks(rows=16, bank=32, columns=1), and only blocks run here" in reason
+    for contender in (CuDNN(), Ours()):
+        with pytest.raises(pytest.skip.Exception, match=r"not run: backend 'triton' cannot run this layer: "):
+            gpu_contenders.measure(Benchmark(), work, contender)
+    assert gpu_contenders.refusal(TINY) is None
+    gpu_contenders.refusal.cache_clear()
+    monkeypatch.setattr(gpu_contenders, "persistent_layer", lambda *arguments, **options: None)  # once they take them
+    assert gpu_contenders.refusal(work) is None
+    gpu_contenders.refusal.cache_clear()
+
+
+def test_compiling_is_timed_apart(monkeypatch):
+    import triton
+
+    def compile_it(us: int, *, cache_hit: bool) -> None:
+        times = dataclasses.make_dataclass("Times", ["total"])(us)
+        triton.knobs.compilation.listener(src=None, metadata={}, metadata_group={}, times=times, cache_hit=cache_hit)
+
+    before = triton.knobs.compilation.listener
+    with compile_seconds() as seconds:
+        for us, cache_hit in ((2_500_000, False), (9, True), (500_000, False)):
+            compile_it(us, cache_hit=cache_hit)
+    assert seconds == [2.5, 0.5]
+    assert triton.knobs.compilation.listener is before
 
 
 @interpreted
@@ -257,108 +305,3 @@ def test_a_floor_with_a_lost_word_is_not_timed():
     assert Floor().error(right, work) == 0
     with pytest.raises(AssertionError, match="words were lost"):
         Floor().error(right + torch.eye(1, work.H)[0], work)
-
-
-# Soak
-
-
-@interpreted
-def test_soak_of_the_exchange():
-    result = gpu_soak.soak_exchange(20, 5, "cpu", 1, longest_delay_ns=100)
-    assert result == {"H": 20, "programs": 1, "identical": True, "right": True, "passed": True}
-
-
-@interpreted
-def test_a_soak_sees_one_wrong_bit(monkeypatch):
-    loads = []
-    assert gpu_soak.soak_layer(dataclasses.replace(TINY, B=1), 7, loads.append)["passed"]
-    assert len(loads) == 2 * 3
-    assert len(set(loads)) == 6
-
-    class Wrong:
-        calls = 0
-
-        def __call__(self, x, state):
-            self.calls += 1
-            y, state = fast(x, state)
-            if self.calls == 5:
-                y.view(-1)[7] = y.view(-1)[7].nextafter(torch.tensor(1.0))
-            return y, state
-
-    fast, facts = convert(dataclasses.replace(TINY, B=1))
-    monkeypatch.setattr(gpu_soak, "convert", lambda work: (Wrong(), facts))
-    assert not gpu_soak.soak_layer(dataclasses.replace(TINY, B=1), 7, loads.append)["passed"]
-
-
-# Sweep and warm-up
-
-
-def test_candidates_hold_the_layer():
-    work = Workload(H=256, sparsity=0.9, B=2, masks="tied")
-    found = list(gpu_sweep.candidates(work))
-    assert len(found) == len(set(found)) > 5
-    assert {tile.rows for tile in found} == {1, 2}
-    assert {tile.tied for tile in found} == {True, False}
-    kept = work.layer.get_parameter("weight_hh_l0").view(3, 16, 16, 256).ne(0).all(2).sum(2)
-    assert min(tile.columns for tile in found) >= int(kept.max())
-
-
-def test_only_is_undone_after_an_error():
-    before = tiles.TABLE
-    with gpu_warm.only(()):
-        assert tiles.TABLE == ()
-    with pytest.raises(KeyError), gpu_warm.only(()):
-        raise KeyError
-    assert tiles.TABLE is before
-
-
-@interpreted
-def test_a_sweep_goes_on_after_errors_and_stops_in_time(tmp_path, monkeypatch, capsys):
-    class Here:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            return None
-
-    def try_tile(job):
-        if job.table == ():
-            raise RuntimeError("out of registers")
-        return {"tile": "a tile", "device_us": 2000.0 if job.table is None else 1000.0}
-
-    monkeypatch.setattr(gpu_sweep, "workers", lambda jobs: Here())
-    monkeypatch.setattr(gpu_sweep, "warm", lambda jobs, pool: [None] * len(jobs))
-    monkeypatch.setattr(gpu_sweep, "try_tile", try_tile)
-    work = Workload(H=256, sparsity=0.9, T=10)
-    lines = gpu_sweep.sweep([work], tmp_path / "sweep.jsonl", 100)
-    written = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
-    assert [line.get("error") for line in lines[:3]] == [None, "RuntimeError('out of registers')", None]
-    assert [line["chosen"] for line in written] == [True] + [False] * (len(lines) - 1)
-    assert written[2]["num_warps"] > 0
-    summary = gpu_sweep.summary(lines).splitlines()
-    assert summary[0].endswith(f"{len(lines) - 1} tiles timed, 1 failed")
-    assert [line.split()[0] for line in summary[1:]] == ["chosen", "100.000", "100.000", "100.000"]
-    assert gpu_sweep.sweep([work], tmp_path / "none.jsonl", -1) == []
-    assert "no time left" in capsys.readouterr().out
-
-
-@interpreted
-def test_a_layer_that_does_not_compile_is_reported():
-    assert gpu_warm.run_once(gpu_warm.Job(TINY)) is None
-    assert gpu_warm.run_once(gpu_warm.Job(dataclasses.replace(TINY, masks="none"))) == "KeyError('none')"
-
-
-@pytest.mark.parametrize("program", [gpu_grid, gpu_soak, gpu_sweep, gpu_warm])
-def test_programs_say_that_there_is_no_gpu(program, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    arguments = {gpu_grid: [[str(tmp_path)]], gpu_warm: []}.get(program, [["--out", str(tmp_path / "out")]])
-    assert program.main(*arguments) == 2
-    assert f"{program.__name__}: there is no CUDA device that torch can use" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("steps", ["0", "-1", "x"])
-def test_soak_refuses_a_wrong_number_of_steps(steps, capsys):
-    with pytest.raises(SystemExit):
-        gpu_soak.main(["--out", "out", "--steps", steps])
-    assert "--steps" in capsys.readouterr().err

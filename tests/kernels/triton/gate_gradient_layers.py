@@ -19,6 +19,8 @@ from triton_sparse_rnn.gate_gradients.contract import (
     Rule,
     Steps,
 )
+from triton_sparse_rnn.gate_gradients.states import lstm_gates, rows_before
+from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 
 ALL = Needed(x=True, weight_ih=True, weight_hh=True, bias=True, weight_hr=False)
 SEED = 12345
@@ -65,12 +67,27 @@ class Layer:
         wide = (_to(torch.float64, self.direction), _to(torch.float64, self.arriving))
         return self._by(reference.direction_gradients, *wide, rule, thresholds, {})
 
+    def saturated(self) -> Tensor:
+        """How many gradients of each gate [4] are 0 since the gate itself, in the layer's dtype, is 0, 1 or -1."""
+        wide, dtype = _to(torch.float64, self.direction), self.direction.x.dtype
+        gates = lstm_gates(wide, rows_before(wide.y, wide.h0, wide.steps))
+        i, f, g, o = as_stored(gates, dtype).double().unbind(1)
+        slopes = torch.stack([i * (1 - i), f * (1 - f), 1 - g * g, o * (1 - o)], dim=1)
+        return (slopes == 0).sum((0, 2))
+
     def _by(self, backward: Any, direction: Any, arriving: Any, rule: Rule, thresholds: Any, options: Any) -> Gradients:
         theta = None if thresholds is None else torch.tensor(thresholds, device=DEVICE)
         seed = torch.tensor([SEED], device=DEVICE)
         settings = {"keep_gates": True, **options}
         needed = settings.pop("needed", ALL)
         return backward(direction, arriving, needed, Decision(rule, theta, seed, **settings))
+
+
+def as_stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round as a kernel does that stores float32: to the nearest, but Triton's interpreter truncates to bfloat16."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        values = (values.float().view(torch.int32) & -(1 << 16)).view(torch.float32)
+    return values.to(dtype)
 
 
 def _to(dtype: torch.dtype, tensors: Any) -> Any:

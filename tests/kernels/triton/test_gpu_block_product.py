@@ -57,7 +57,9 @@ def test_products(
     out = torch.full((N, gates * H + 2), torch.nan, device=DEVICE)
     y = block_product(x, weight, bias, out[:, 1:-1])
     assert y.data_ptr() == out[:, 1:-1].data_ptr()
-    assert_close([y, block_product(x, weight)], [exact + bias, exact])
+    # Tensor cores cut off where a sum in float32 is rounded.
+    tolerance = 1e-5 if x_dtype == weight_dtype != FLOAT32 else 3e-6
+    assert_close([y, block_product(x, weight)], [exact + bias, exact], tolerance)
     assert out[:, [0, -1]].isnan().all(), "written beside"
 
 

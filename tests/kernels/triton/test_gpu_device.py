@@ -257,7 +257,7 @@ def test_streams_from_one_thread_overlap_without_harm():
 
 
 @needs_gpu
-@pytest.mark.parametrize("H", [SMALL, EXCHANGED])
+@pytest.mark.parametrize("H", [SMALL, EXCHANGED], ids=["small", "exchanged"])
 @pytest.mark.parametrize("mode", ["GRU", "LSTM", "RNN_TANH"])
 def test_graph_capture_and_replay(mode, H):
     dense = make_dense(mode, H, num_layers=2)
