@@ -6,22 +6,22 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import triton
+from triton import knobs
 
 
 @contextlib.contextmanager
 def compile_seconds() -> Iterator[list[float]]:
     """Give a list that gets the seconds of each kernel that is compiled meanwhile, and not found in the cache."""
     seconds: list[float] = []
-    knobs = triton.knobs.compilation
-    before = knobs.listener
+    compilation: Any = knobs.compilation
+    before = compilation.listener
 
     def listen(*, times: Any, cache_hit: bool, **_: Any) -> None:
         if not cache_hit:
             seconds.append(times.total / 1e6)
 
-    knobs.listener = listen
+    compilation.listener = listen
     try:
         yield seconds
     finally:
-        knobs.listener = before
+        compilation.listener = before
