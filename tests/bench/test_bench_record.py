@@ -1,6 +1,7 @@
 """Rows of a suite that is cut, whatever cuts it, and goes on. The suite here measures nothing."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def test_it(benchmark, work, contender):
 def suite(pytester, monkeypatch):
     """Runs the suite, apart if it may end its process; returns its exit status, what was measured, its last line."""
     monkeypatch.setenv("PYTHONPATH", str(Path(bench.__file__).parents[1]))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # or pytest-benchmark would not measure
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(test_suite=SUITE)
     quick = ["--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "-p", "no:cacheprovider", "-q"]
@@ -98,7 +100,7 @@ def test_a_killed_group_is_measured_again_and_a_row_that_kills_twice_is_left_out
     status, measured, _ = suite(apart=True)
     assert (status, measured) == (9, ["b-nn", "b-ours"])  # together, as they are compared
     status, measured, last = suite()
-    assert (status, measured) == (1, ["b-nn", "late-nn", "late-ours"])
+    assert (status, measured) == (1, ["late-nn", "late-ours"])
     assert last == "rows.jsonl, 6 rows: 5 passed, 1 failed"
     assert ended_rows(Path("rows.jsonl"))[-4]["reason"] == "the process ended in it, 2 times"
     assert suite()[:2] == (1, [])
@@ -128,7 +130,8 @@ def test_nothing_is_measured_on_a_device_that_has_faulted(suite):
 def test_an_interrupt_leaves_what_was_measured(suite):
     Path("b-nn").write_text("raise KeyboardInterrupt")
     status, _, last = suite(apart=True)
-    assert (status, last) == (pytest.ExitCode.INTERRUPTED, "rows.jsonl, 6 rows: 2 passed, 4 left")
+    assert status in (pytest.ExitCode.INTERRUPTED, -signal.SIGINT)  # as its version of pytest has it
+    assert last == "rows.jsonl, 6 rows: 2 passed, 4 left"
     Path("b-nn").unlink()
     assert suite()[1] == ["b-nn", "b-ours"]
 

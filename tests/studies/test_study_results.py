@@ -81,8 +81,9 @@ def are_pictures(paths):
 
 
 def test_pictures_of_accuracy(tmp_path):
-    lines = part("accuracy", lambda key: key.task == "characters")
-    assert plot_accuracy(lines, tmp_path) == [tmp_path / f"accuracy-{name}.png" for name in ("time", "width")]
+    assert plot_accuracy(committed("accuracy"), tmp_path) == [
+        tmp_path / f"accuracy-{name}.png" for name in ("time", "width")
+    ]
     lines = part("accuracy-short", lambda key: key.task == "characters")
     assert plot_accuracy(lines, tmp_path) == [tmp_path / "accuracy-schedule-characters.png"]
     assert are_pictures(tmp_path.iterdir())
