@@ -1,7 +1,6 @@
 """Rows of a suite that is cut, whatever cuts it, and goes on. The suite here measures nothing."""
 
 import json
-import signal
 import sys
 from pathlib import Path
 
