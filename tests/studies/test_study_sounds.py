@@ -284,7 +284,7 @@ def test_the_recordings():
     recordings = sounds.read(sounds.ROOT)
     splits = {split: [one for one in recordings if sounds.split_of_prompt(one.name) == split] for split in SPLITS}
     for split in ("validation", "test"):
-        assert 0.08 < len(splits[split]) / len(recordings) < 0.2
+        assert 0.05 < len(splits[split]) / len(recordings) < 0.2  # numbers and letters are all in one
         assert sounds.join(splits[split]).windows.min() > 8_000
     for get in (lambda one: one.name, lambda one: one.samples.numpy().tobytes()):
         parts = [{get(one) for one in part} for part in splits.values()]
