@@ -7,12 +7,14 @@ import importlib
 import os
 import runpy
 import sys
+import types
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
 SMALL = {512: 24, 1024: 40, 2560: 56}  # by H
+PROPERTIES = types.SimpleNamespace(name="a pretended GPU", major=9, minor=0, multi_processor_count=132)
 
 
 class Event:
@@ -33,6 +35,8 @@ class Event:
 
 def pretend() -> None:
     torch.cuda.is_available = lambda: True
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.get_device_properties = lambda *_: PROPERTIES
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.Event = Event  # type: ignore[misc, assignment]
     from bench.gpu import machine
@@ -48,6 +52,8 @@ def pretend() -> None:
         make(self, **{**fields, "H": SMALL.get(fields["H"], fields["H"]), "T": 2, "device": "cpu"})  # type: ignore[arg-type, call-overload]
 
     workloads.Workload.__init__ = make_small  # type: ignore[method-assign]
+    own = workloads.Workload.facts
+    workloads.Workload.facts = lambda self: own(self) | facts  # type: ignore[method-assign]
     from bench.gpu import contenders
 
     contenders.replayed = lambda run: run
