@@ -7,6 +7,7 @@ from gpu_layers import assert_close, in_columns_of_16, random_matrix
 from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton.block_product import TILES, block_product, choose_product_tile, project_inputs
+from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.row_blocks import row_blocks, stack_directions
 
@@ -58,7 +59,7 @@ def test_products(
     y = block_product(x, weight, bias, out[:, 1:-1])
     assert y.data_ptr() == out[:, 1:-1].data_ptr()
     # Tensor cores cut off where a sum in float32 is rounded.
-    tolerance = 1e-5 if x_dtype == weight_dtype != FLOAT32 else 3e-6
+    tolerance = 1e-5 if x_dtype == weight_dtype != FLOAT32 and not INTERPRETED else 3e-6
     assert_close([y, block_product(x, weight)], [exact + bias, exact], tolerance)
     assert out[:, [0, -1]].isnan().all(), "written beside"
 

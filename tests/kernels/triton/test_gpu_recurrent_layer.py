@@ -167,7 +167,7 @@ def test_a_dense_input_weight_makes_sums_in_float32(dtype: torch.dtype):
         results = RecurrentLayer("RNN_RELU", [direction], device=DEVICE)(x, states, None)
     exact = expected("RNN_RELU", [direction], x, states, sizes)
     # Terms of 120,000 cancel, beside which a sum in float32, or of a tensor core, has units of 2^-7.
-    assert_close(results, [right.to(dtype).double() for right in exact], 0.05)
+    assert_close(results, [right.to(dtype).double() for right in exact], 0.02 if INTERPRETED else 0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
