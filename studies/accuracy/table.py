@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from studies.accuracy.rows import (
-    CLAIMS,
     DENSE,
     IN_BLOCKS,
     ONE_SHOT,
-    OTHERS,
     PRUNED,
     RAMP,
     RECIPE,
@@ -18,7 +16,6 @@ from studies.accuracy.rows import (
     SENSITIVITY,
     SMALL,
     WIDE,
-    WIDTHS,
     Row,
 )
 from studies.accuracy.rule import rule_of
@@ -118,14 +115,15 @@ def _worse(section: AccuracySection, row: Row, other: Row, split: str) -> Spread
 
 def _recipe(section: AccuracySection) -> list[str]:
     """Return a table of what the recipe was chosen from: by how much each differs from the row without it."""
-    tried = [model for model in section.models if model.row.family in (CLAIMS, WIDTHS, OTHERS, RECIPE)]
-    if not any(model.row.family == RECIPE for model in tried) or (default := model_of(section, PRUNED)) is None:
+    tried = [model for model in section.models if model.row.family == RECIPE]
+    default = model_of(section, PRUNED)
+    if not tried or default is None:
         return []
     return [
         f"## What the recipe was chosen from, {section.title}",
         f"On validation. {PRUNED.name}: {_on_validation(section, default)}. What is taught is compared with "
         f"{SELF_TAUGHT.name}.",
-        _differences(section, [model for model in tried if model.row.family == RECIPE]),
+        _differences(section, tried),
     ]
 
 
