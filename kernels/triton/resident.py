@@ -55,7 +55,17 @@ from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton.cells import CELLS, GRU, LSTM
 from triton_sparse_rnn.kernels.triton.exchange import BETWEEN, INTERPRETED, NONE, WITHIN, look, publish, wait
-from triton_sparse_rnn.kernels.triton.steps import UNITS, advance, side_by_side, start_of
+from triton_sparse_rnn.kernels.triton.steps import (
+    UNITS,
+    advance,
+    is_active,
+    load_state,
+    side_by_side,
+    start_of,
+    steps_of_slice,
+    store_state,
+    time_of,
+)
 from triton_sparse_rnn.kernels.triton.tiles import Residency
 
 
@@ -127,20 +137,8 @@ def resident_steps(
     rows = first_row + tl.arange(0, ROWS)[None, :]  # [1, ROWS]
     mask = (units < H) & (rows < B)
     state = (d * B + rows).to(tl.int64) * H + units  # in h_in, c and h_n
-    h = tl.load(h_in_ptr + state, mask=mask, other=0.0)
-    c = h
-    if CELL == LSTM:
-        c = tl.load(c_ptr + state, mask=mask, other=0.0)
-
-    begin = 0
-    end = S
-    if RAGGED:
-        lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
-        longest = tl.load(lengths_ptr + first_row)  # of this slice: it has nothing to do while its rows are not active
-        if not backwards:
-            end = tl.minimum(S, tl.maximum(longest - first, 0))
-        else:
-            begin = tl.minimum(S, tl.maximum(T - longest - first, 0))
+    h, c = load_state(h_in_ptr, c_ptr, state, mask, CELL)
+    begin, end, lengths = steps_of_slice(lengths_ptr, first_row, rows, first, S, T, B, backwards, RAGGED)
 
     slot_words = (H + 1).to(tl.int64) * B
     place = units * B + rows  # in a slot
@@ -148,27 +146,16 @@ def resident_steps(
         exchange_ptr += (place_in_exchange.to(tl.int64) * (S + 1) + begin) * slot_words
         publish(exchange_ptr + place, h, mask)
 
-    t = first + begin
-    t_step = 1
-    if backwards:
-        t = T - 1 - t
-        t_step = -1
+    t, t_step = time_of(first + begin, T, backwards)
     N_row = start_of(t, T, starts_ptr, B, RAGGED) + rows  # [1, ROWS]
-    slots = tl.arange(0, SLOTS)[None, None, :]
-    sums_ptr += units[:, :, None] * SLOTS + slots  # [U, 1, SLOTS]
-    wanted = mask & (begin < end)
-    if RAGGED:
-        wanted = wanted & (t < lengths)
+    sums_ptr += units[:, :, None] * SLOTS + tl.arange(0, SLOTS)[None, None, :]  # [U, 1, SLOTS]
+    wanted = is_active(mask & (begin < end), t, lengths, RAGGED)
     now = tl.load(sums_ptr + N_row[:, :, None] * sums_row, mask=wanted[:, :, None], other=0.0)
     for s in range(begin, end):
-        active = mask
-        if RAGGED:
-            active = mask & (t < lengths)
+        active = is_active(mask, t, lengths, RAGGED)
         # The next step's sums are asked for before this step waits for h.
         next_row = start_of(t + t_step, T, starts_ptr, B, RAGGED) + rows
-        wanted = mask & (s + 1 < end)
-        if RAGGED:
-            wanted = wanted & (t + t_step < lengths)
+        wanted = is_active(mask & (s + 1 < end), t + t_step, lengths, RAGGED)
         later = tl.load(sums_ptr + next_row[:, :, None] * sums_row, mask=wanted[:, :, None], other=0.0)
         if EXCHANGE == WITHIN:
             tl.debug_barrier()  # what the other threads have published is there behind it
@@ -198,11 +185,7 @@ def resident_steps(
         N_row = next_row
         t += t_step
 
-    tl.store(h_n_ptr + state, h, mask=mask)
-    if CELL == LSTM:
-        # Threads may hold the same cell: each has loaded it, one stores it. A slice without a step in this launch has
-        # no barrier in between, and needs none: what is stored is what is there.
-        tl.store(c_ptr + state, c, mask=mask)
+    store_state(h_n_ptr, c_ptr, state, h, c, mask, CELL)
 
 
 @triton.jit

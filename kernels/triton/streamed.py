@@ -55,7 +55,16 @@ from triton_sparse_rnn.kernels.triton.block_product import (
 )
 from triton_sparse_rnn.kernels.triton.cells import CELLS, GRU, LSTM
 from triton_sparse_rnn.kernels.triton.exchange import BETWEEN, INTERPRETED, NONE, look, publish, wait
-from triton_sparse_rnn.kernels.triton.steps import UNITS, advance, start_of
+from triton_sparse_rnn.kernels.triton.steps import (
+    UNITS,
+    advance,
+    is_active,
+    load_state,
+    start_of,
+    steps_of_slice,
+    store_state,
+    time_of,
+)
 from triton_sparse_rnn.sparse.row_blocks import RowBlocks
 
 # For EXCHANGE BETWEEN, where all programs must be resident at once: by rows. Not yet measured on a GPU.
@@ -157,20 +166,8 @@ def streamed_steps(
     rows = first_row + tl.arange(0, ROWS)[None, :]  # [1, ROWS]
     mask = (units < H) & (rows < B)
     state = (d * B + rows).to(tl.int64) * H + units  # in h_in, c and h_n
-    h = tl.load(h_in_ptr + state, mask=mask, other=0.0)
-    c = h
-    if CELL == LSTM:
-        c = tl.load(c_ptr + state, mask=mask, other=0.0)
-
-    begin = 0
-    end = S
-    if RAGGED:
-        lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
-        longest = tl.load(lengths_ptr + first_row)  # of this slice: it has nothing to do while its rows are not active
-        if d == 0:
-            end = tl.minimum(S, tl.maximum(longest - first, 0))
-        else:
-            begin = tl.minimum(S, tl.maximum(T - longest - first, 0))
+    h, c = load_state(h_in_ptr, c_ptr, state, mask, CELL)
+    begin, end, lengths = steps_of_slice(lengths_ptr, first_row, rows, first, S, T, B, d == 1, RAGGED)
 
     slot_words = (H + 1) * B
     place = units * B + rows  # in a slot
@@ -180,11 +177,7 @@ def streamed_steps(
         exchange_ptr += (d * (S + 1) + begin).to(tl.int64) * slot_words
         publish(exchange_ptr + place, h, mask)
 
-    t = first + begin
-    t_step = 1
-    if d == 1:
-        t = T - 1 - t
-        t_step = -1
+    t, t_step = time_of(first + begin, T, d == 1)
     N_row = start_of(t, T, starts_ptr, B, RAGGED) + rows  # [1, ROWS]
     slots = tl.arange(0, SLOTS)[None, None, :]
     gate_place = (d * H + units[:, :, None]) * SLOTS + slots  # [16, 1, SLOTS]
@@ -196,21 +189,15 @@ def streamed_steps(
         now += tl.load(slot_bias_ptr + gate_place, mask=units[:, :, None] < H, other=0.0)
     else:
         sums_ptr += gate_place
-        wanted = mask & (begin < end)
-        if RAGGED:
-            wanted = wanted & (t < lengths)
+        wanted = is_active(mask & (begin < end), t, lengths, RAGGED)
         now = tl.load(sums_ptr + N_row[:, :, None] * (D * H * SLOTS), mask=wanted[:, :, None], other=0.0)
     for s in range(begin, end):
-        active = mask
-        if RAGGED:
-            active = mask & (t < lengths)
+        active = is_active(mask, t, lengths, RAGGED)
         # The next step's sums are asked for before this step waits for h.
         next_row = start_of(t + t_step, T, starts_ptr, B, RAGGED) + rows
         later = now
         if EXCHANGE == BETWEEN:
-            wanted = mask & (s + 1 < end)
-            if RAGGED:
-                wanted = wanted & (t + t_step < lengths)
+            wanted = is_active(mask & (s + 1 < end), t + t_step, lengths, RAGGED)
             later = tl.load(sums_ptr + next_row[:, :, None] * (D * H * SLOTS), mask=wanted[:, :, None], other=0.0)
             product = products_of_exchange(
                 exchange_ptr, first_row, B, H, hh_values_ptr, hh_columns_ptr, begins, counts, most,
@@ -233,11 +220,7 @@ def streamed_steps(
         N_row = next_row
         t += t_step
 
-    tl.store(h_n_ptr + state, h, mask=mask)
-    if CELL == LSTM:
-        # Threads may hold the same cell: each has loaded it, one stores it. A slice without a step in this launch has
-        # no barrier in between, and needs none: what is stored is what is there.
-        tl.store(c_ptr + state, c, mask=mask)
+    store_state(h_n_ptr, c_ptr, state, h, c, mask, CELL)
 
 
 def launch_streamed(
