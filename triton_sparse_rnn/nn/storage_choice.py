@@ -55,6 +55,9 @@ VECTOR_TIMES: dict[str, dict[torch.dtype | None, _Times]] = {
         torch.int8: _NO_BYTES | {Picks(16, 32): (4.35, 7.3)},
     },
 }
+# On a GPU, by the loads of h or x that a vector takes (python -m tools.estimate), one of blocks and four of picks: an
+# estimate, not measured. All blocks run there as those of 16 x 1.
+GPU_VECTOR_TIMES: _Times = {Blocks(16, 1): (1, 1), Picks(16, 32): (1.5, 4)}
 # Of W_ih x, by torch. On one thread it was 1.45, but torch may have more, and what is not pruned at all is left to it.
 DENSE_VECTOR_TIME = 0.7
 
@@ -67,7 +70,7 @@ def fastest_storage(
     Args:
         weight: [G, H, C].
         of_inputs: whether it is a weight_ih.
-        backend: that is to run it, as for `PersistentGRU.from_dense`. "triton" has no kernel for picks.
+        backend: that is to run it, as for `PersistentGRU.from_dense`.
         activation_dtype: torch.int8 for quantised activations.
         may_stay_dense: whether None is allowed.
     """
@@ -90,8 +93,6 @@ def pattern_to_prune_in(device: torch.device, backend: str | None) -> Pattern:
 
 def _vector_times(device: torch.device, backend: str | None) -> dict[torch.dtype | None, _Times]:
     """What can run there, of the row of this processor or, where its kernels do not run, of the first."""
-    on_cpu = device.type == "cpu" and backend != "triton"
-    times = VECTOR_TIMES.get(support.vectors() if on_cpu else "none", VECTOR_TIMES["AVX-512 with bytes"])
-    if on_cpu:
-        return times
-    return {dtype: {key: time for key, time in row.items() if isinstance(key, Blocks)} for dtype, row in times.items()}
+    if device.type == "cuda" or backend == "triton":
+        return dict.fromkeys((None, torch.int8), GPU_VECTOR_TIMES)
+    return VECTOR_TIMES.get(support.vectors() if device.type == "cpu" else "none", VECTOR_TIMES["AVX-512 with bytes"])
