@@ -74,13 +74,17 @@ def unsupported_reason(layer: StoredLayer) -> str | None:
             return "the layer has proj_size, which would take two exchanges between programs at every step, not one"
         for name in ("weight_ih", "weight_hh"):
             weight = getattr(direction, name)
-            if isinstance(weight, BlockMatrix) and weight.values.dtype not in WEIGHT_DTYPES:
-                runs = ", ".join(map(str, WEIGHT_DTYPES))
-                return f"{name} is stored as {weight.values.dtype}, and only {runs} run here"
-            if isinstance(weight, BlockMatrix) and weight.is_picked and weight.shape[1] > MOST_PICKED_COLUMNS:
-                return (
-                    f"{name} has {weight.shape[1]:,} columns, and picks run here with {MOST_PICKED_COLUMNS:,} at most"
-                )
+            if isinstance(weight, BlockMatrix) and (reason := _unreadable(weight)) is not None:
+                return f"{name} {reason}"
+    return None
+
+
+def _unreadable(weight: BlockMatrix) -> str | None:
+    dtype, columns = weight.values.dtype, weight.shape[1]
+    if dtype not in WEIGHT_DTYPES:
+        return f"is stored as {dtype}, and only {', '.join(map(str, WEIGHT_DTYPES))} run here"
+    if weight.is_picked and dtype != torch.float32 and columns > MOST_PICKED_COLUMNS:
+        return f"has {columns:,} columns, and picks of {dtype} run here with {MOST_PICKED_COLUMNS:,} at most"
     return None
 
 
