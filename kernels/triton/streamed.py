@@ -44,18 +44,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_sparse_rnn.kernels.triton.block_product import (
+from triton_sparse_rnn.kernels.triton.block_product import ProductTile, choose_product_tile, unit_group_products
+from triton_sparse_rnn.kernels.triton.cells import CELLS, GRU, LSTM
+from triton_sparse_rnn.kernels.triton.entries import (
     VECTORS,
-    ProductTile,
-    choose_product_tile,
     load_entries,
     multiply_add,
     stored_lists,
     sum_columns,
-    unit_group_products,
     zero_sums,
 )
-from triton_sparse_rnn.kernels.triton.cells import CELLS, GRU, LSTM
 from triton_sparse_rnn.kernels.triton.exchange import BETWEEN, INTERPRETED, NONE, look, publish, wait
 from triton_sparse_rnn.kernels.triton.steps import (
     UNITS,
