@@ -69,7 +69,7 @@ def test_what_has_no_kernel_is_not_chosen(vectors):
 
 def test_blocks_and_picks_on_a_gpu_by_what_they_read():
     for density, pattern in ((0.02, Picks()), (0.9, Blocks(16, 1))):
-        assert chosen(weight(density=density), "triton", of_inputs=True) == pattern
+        assert chosen(weight(density=density), "triton") == pattern
 
 
 def test_without_numba_there_is_a_choice(monkeypatch):
