@@ -12,6 +12,7 @@ from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.nn.linear_layers import FilterFn, included_layers, is_linear, named_linear_layers, reader_of
 from triton_sparse_rnn.nn.linear_storage import gains
 from triton_sparse_rnn.notices import about_layer
+from triton_sparse_rnn.ops.validation import check_activation_dtype
 from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES
 
 _PRUNED_ABOVE = 0.5  # the fraction of zeros from which a layer that nobody named is taken for a pruned one
@@ -76,8 +77,9 @@ def _is_asked_to_store(layer: Any, options: Mapping[str, Any]) -> bool:
 
 
 def _gains(name: str, layer: nn.Module, options: Mapping[str, Any]) -> bool:
+    activation_dtype = check_activation_dtype(options["activation_dtype"], torch.int8)
     with about_layer(clean_name(name)):
-        return gains(layer, backend=options["backend"], activation_dtype=options["activation_dtype"])
+        return gains(layer, backend=options["backend"], activation_dtype=activation_dtype)
 
 
 def _zeros(layer: Any) -> float:

@@ -58,9 +58,9 @@ def included_layers(model: nn.Module, include: Iterable[str]) -> tuple[set[str],
         if is_linear(module):
             linear[clean_name(f"{path}weight")] = module
         elif isinstance(module, PersistentTools):  # converted already
-            recurrent |= {clean_name(path + name) for name in module.stored_weights()}
+            recurrent |= {clean_name(path + name) for name in module.stored_weights() if "weight" in name}
         elif isinstance(module, nn.RNNBase):
-            recurrent |= {clean_name(path + name) for name in module._flat_weights_names}
+            recurrent |= {clean_name(path + name) for name in module._flat_weights_names if "weight" in name}
         else:
             matrices = (name for name, one in module._parameters.items() if one is not None and one.dim() >= 2)
             others |= {clean_name(path + name): type(module).__name__ for name in matrices}

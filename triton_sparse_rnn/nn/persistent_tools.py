@@ -82,7 +82,7 @@ class PersistentTools(PersistentWeights):
         tracer = tracer_of(args, {})
         if tracer is None:
             return None
-        args = args[:1] if args[1:] == (None,) else args
+        args = args[:1] if len(args) > 1 and args[1] is None else args
         if method == "forward" and not (self._forward_pre_hooks or self._forward_hooks):
             return record_call(tracer, self, args, {})
         return record_method(tracer, self, method, args, {})
