@@ -10,7 +10,8 @@
 # to read first; the lines that matter are the last that are printed, too.
 #
 # Exit status: 0 if all passed, 1 if something failed, 2 if nothing could run, 3 if time ran out: call it again.
-# PYTHON names the interpreter (python3), GPU_CHECK_SECONDS the time of a call.
+# PYTHON names the interpreter (python3), GPU_CHECK_SECONDS the time of a call; a longer one lets its parts
+# be longer.
 set -u
 
 usage="usage: bash bench/gpu_check.sh [--smoke | --core | --full] DIR"
@@ -24,7 +25,7 @@ case ${1-} in
     --core) shift ;;
     --full) check=full limit=530 && shift ;;
 esac
-limit=${GPU_CHECK_SECONDS:-$limit}
+usual=$limit limit=${GPU_CHECK_SECONDS:-$limit}
 if [ $# -ne 1 ] || [ -z "$1" ] || [ "${1#-}" != "$1" ] || [[ ! $limit =~ ^[0-9]+$ ]]; then
     echo "$usage" >&2
     exit 2
@@ -48,6 +49,7 @@ fi
 failed=no left=no
 say() { echo "$*" | tee -a "$summary"; }
 seconds_left() { echo $((limit - SECONDS)); }
+longer() { echo $((limit > usual ? $1 * limit / usual : $1)); }
 
 # part NAME SECONDS COMMAND...: run it, for that long at most, and leave its exit status in `status`. An interrupt lets
 # pytest end in order. 75 and 76 are those of bench/record.py.
@@ -104,26 +106,26 @@ say "== $check, $(date -u '+%F %T') UTC: $(tail -n 1 <<<"$machine")"
 case $check in
     smoke)
         mapfile -t tests < <(grep -v '^#' bench/gpu/smoke_tests.txt)
-        once "a test of each kernel" 60 "${pytest[@]}" "${several[@]}" -m 'gpu or not slow' "${tests[@]}"
-        part "compilation" 35 "$python" -m bench.gpu.warm smoke --record "$rows"
+        once "a test of each kernel" "$(longer 60)" "${pytest[@]}" "${several[@]}" -m 'gpu or not slow' "${tests[@]}"
+        part "compilation" "$(longer 35)" "$python" -m bench.gpu.warm smoke --record "$rows"
         suite "layers" $(($(seconds_left) - 10)) bench/gpu/bench_smoke.py
         ;;
     core)
-        part "compilation" 70 "$python" -m bench.gpu.warm core --record "$rows"
-        suite "core suite" $(($(seconds_left) - 75)) bench/gpu/bench_core.py # LSTM training has the rest
+        part "compilation" "$(longer 70)" "$python" -m bench.gpu.warm core --record "$rows"
+        suite "core suite" $(($(seconds_left) - $(longer 75))) bench/gpu/bench_core.py # LSTM training has the rest
         suite "LSTM training" $(($(seconds_left) - 10)) bench/gpu/bench_lstm_training.py
         ;;
     full)
         # Tests of kernels run natively here, all but those that show in processes of the CPU how programs work side by
         # side. Others are chosen by their marker, and only their files are collected: the rest may import what is not
         # here.
-        once "tests of kernels" 200 "${pytest[@]}" "${several[@]}" -m 'gpu or not slow' \
+        once "tests of kernels" "$(longer 200)" "${pytest[@]}" "${several[@]}" -m 'gpu or not slow' \
             --ignore-glob='*_processes.py' tests/kernels/triton
         mapfile -t others < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | grep -v '^tests/kernels/triton/')
-        once "other tests on a GPU" 60 "${pytest[@]}" "${several[@]}" -m gpu "${others[@]}"
-        once "soak" 60 "$python" -m bench.gpu.soak --out "$dir/soak.jsonl"
+        once "other tests on a GPU" "$(longer 60)" "${pytest[@]}" "${several[@]}" -m gpu "${others[@]}"
+        once "soak" "$(longer 60)" "$python" -m bench.gpu.soak --out "$dir/soak.jsonl"
         seconds=$(seconds_left)
-        seconds=$((seconds < 130 ? seconds - 10 : 120))
+        seconds=$((seconds - 10 < $(longer 120) ? seconds - 10 : $(longer 120)))
         part "other tiles" "$seconds" "$python" -m bench.gpu.sweep --out "$dir/sweep.jsonl" --seconds $((seconds - 20))
         suite "grid" $(($(seconds_left) - 10)) bench/gpu/bench_grid.py
         ;;

@@ -23,6 +23,7 @@ FIELDS = frozenset({"fullname", "outcome"})
 BEGUN = "begun"
 MOST_TRIES = 2
 # Exit statuses of pytest, beside its own.
+DISABLED = pytest.ExitCode.USAGE_ERROR
 NOT_WRITTEN = 74
 LEFT = 75  # rows were left for want of time
 FAULTED = 76  # the device no longer works in this process: what is left needs a new one
@@ -163,6 +164,8 @@ class RecordPlugin:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         if report.when == "call":
+            if report.passed and getattr(getattr(item, "funcargs", {}).get("benchmark"), "disabled", False):
+                pytest.exit("--record: pytest-benchmark measures nothing, as it is disabled", returncode=DISABLED)
             self._append(_line_of(item, call, report))
             if report.failed and self._has_faulted():
                 self._faulted = True

@@ -29,6 +29,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 raise pytest.UsageError(f"{item.nodeid}: slow(...) must say one of {', '.join(SLOW_FOR)}")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def programs_are_no_workers():
+    """A program that a test starts is no worker of xdist, though a worker starts it: or its benchmarks are disabled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTEST_XDIST_WORKER", raising=False)
+        yield
+
+
 @pytest.fixture
 def one_thread():
     """Models this small are slower on several threads, and far slower where others use them too."""

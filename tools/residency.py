@@ -110,6 +110,7 @@ def compile_tile(case: TileCase, **constants: bool) -> MachineCode:
     flags = {"RAGGED": False, "WAVEFRONT": False} | constants
     absent = [] if flags["WAVEFRONT"] else ["bias_ptr"]
     absent += [] if flags["RAGGED"] else ["starts_ptr", "lengths_ptr"]
+    absent += ["columns_ptr"] if tile.picked and tile.itemsize < 4 else []
     pointers = {name: kind or f"*{TRITON_DTYPES[case.dtype]}" for name, kind in POINTERS.items() if name not in absent}
     return compile_for(
         resident_steps,
@@ -124,6 +125,8 @@ def compile_tile(case: TileCase, **constants: bool) -> MachineCode:
             "ROWS": tile.rows,
             "EXCHANGE": exchange_of(tile),
             "TIED": tile.tied,
+            "PICKED": tile.picked,
+            "AHEAD": min(tile.most_tiles(case.arch), tile.ahead or tile.tiles),
             "PACK": tile.pack,
             "PORTABLE": False,
         },

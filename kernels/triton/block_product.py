@@ -1,4 +1,4 @@
-"""Kernel: y = W x + bias for some rows x, with W in blocks of 16 rows x 1 column (row_blocks.py).
+"""Kernel: y = W x + bias for some rows x, with W in blocks of 16 rows x 1 column, or in picks (row_blocks.py).
 
     y[n, d, u, s] = bias[d, u, s] + sum of values[block, u] x[n, column] over the blocks of gate g(s) of u's unit group
 
@@ -8,8 +8,8 @@ the slot EMPTY, which has no gate and gets its bias alone, and s - 1 behind it.
 | tensor  | shape                | dtype          |                                                            |
 |---------|----------------------|----------------|------------------------------------------------------------|
 | x       | [N, C]               | f32, f16, bf16 | read; any strides                                          |
-| values  | [NB, 16]             | f32, f16, bf16 | read                                                       |
-| columns | [NB]                 | int32          | read                                                       |
+| values  | [NB, 16]             | f32, f16, bf16 | read; PICKED: [NB, 16, 4], with columns [NB, 16, 4, 2]     |
+| columns | [NB]                 | int32          | read; PICKED: [NB, 16, 4], read if values are float32      |
 | starts  | [D * groups * G + 1] | int32          | read                                                       |
 | bias    | [D, H, slots]        | float32        | read if HAS_BIAS; any strides                              |
 | y       | [N, D, H, slots]     | float32        | written; any strides                                       |
@@ -18,7 +18,8 @@ Grid: (unit groups * D * tiles of ROWS rows of x), unit groups first, so that th
 A program takes all gates of a unit group at once, and nothing is synchronised. Sums are float32.
 
 A few rows are multiplied and added one by one: a thread reads a word of x for 4 (or 8) weights. From 16 rows on it is
-tl.dot, on tensor cores where x and W are of one 16-bit dtype, whose products are exact.
+tl.dot, on tensor cores where x and W are of one 16-bit dtype, whose products are exact. Picks have no columns that a
+dot could share: all their rows are multiplied and added, 8 in a program, and a thread reads a word of x for a weight.
 """
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # Device code is Triton's language, which only looks like Python to a type checker.
@@ -34,9 +35,12 @@ from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 from triton_sparse_rnn.kernels.triton.steps import UNITS, side_by_side
+from triton_sparse_rnn.kernels.triton.words import HIGH, columns_in, widen_word
+from triton_sparse_rnn.sparse.row_blocks import VECTORS as _VECTORS
 from triton_sparse_rnn.sparse.row_blocks import RowBlocks
 
 LISTS = tl.constexpr(4)  # of stored blocks, that a program works on side by side
+VECTORS = tl.constexpr(_VECTORS)  # of picks in an entry
 
 
 class ProductTile(NamedTuple):
@@ -62,9 +66,10 @@ TILES = (
 _TRANSPOSED_FROM = 32  # rows in a tile: then a column of it is a whole line of the cache, if they lie side by side
 
 
-def choose_product_tile(rows: int) -> ProductTile:
-    """The smallest tile that holds all rows, or else the largest."""
-    return next((tile for tile in TILES if tile.rows >= rows), TILES[-1])
+def choose_product_tile(rows: int, *, picked: bool = False) -> ProductTile:
+    """The smallest tile that holds all rows, or else the largest; of picks one without a dot."""
+    tiles = [tile for tile in TILES if not (tile.dot and picked)]
+    return next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
 
 
 @triton.jit
@@ -89,17 +94,20 @@ def stored_lists(starts_ptr, group, GATES: tl.constexpr, EMPTY: tl.constexpr):
 
 
 @triton.jit
-def zero_sums(values_ptr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+def zero_sums(values_ptr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PICKED: tl.constexpr):
     """Sums for each of ROWS rows, [KO, 4, KI, BO, VR]: 4 lists, KO * KI = BLOCK_K columns, BO * VR = 16 units.
 
-    A thread holds VR units in 16 bytes of a column, and a warp 16 units x KI columns x 4 lists.
+    A thread holds VR units in 16 bytes of a column, and a warp 16 units x KI columns x 4 lists. PICKED: [KO, 4, 1, 16,
+    4]; a thread holds four weights of a unit, of an entry, and a warp 2 lists.
     """
     VR: tl.constexpr = 128 // values_ptr.dtype.element_ty.primitive_bitwidth
-    BO: tl.constexpr = UNITS // VR
-    KI: tl.constexpr = 32 // (LISTS * BO)
+    KI: tl.constexpr = 32 * VR // (LISTS * UNITS)
     sums = ()
     for _ in tl.static_range(ROWS):
-        sums = sums + (tl.zeros((BLOCK_K // KI, LISTS, KI, BO, VR), tl.float32),)
+        if PICKED:
+            sums = sums + (tl.zeros((BLOCK_K // VECTORS, LISTS, 1, UNITS, VECTORS), tl.float32),)
+        else:
+            sums = sums + (tl.zeros((BLOCK_K // KI, LISTS, KI, UNITS // VR, VR), tl.float32),)
     return sums
 
 
@@ -128,15 +136,56 @@ def load_blocks(values_ptr, columns_ptr, first, count, done, padding, shape: tl.
 
 
 @triton.jit
-def multiply_add(sums, weights, words):
-    """Add to a row's sums the products of weights, of the same shape, with words [KO * 4, KI * BO], one a column."""
-    words = tl.reshape(words, weights.shape[:4])[:, :, :, :, None]
+def load_picks(values_ptr, columns_ptr, first, count, done, padding, shape: tl.constexpr, PORTABLE: tl.constexpr):
+    """As load_blocks, the next entries: weights of that shape, and columns [KO * 4, 64], one for each."""
+    KO: tl.constexpr = shape[0]
+    ENTRY: tl.constexpr = UNITS * VECTORS
+    DTYPE: tl.constexpr = values_ptr.dtype.element_ty
+    first = tl.reshape(tl.broadcast_to(first[None, :], (KO, LISTS)), (KO * LISTS, 1))
+    count = tl.reshape(tl.broadcast_to(count[None, :], (KO, LISTS)), (KO * LISTS, 1))
+    k = done + tl.arange(0, KO * LISTS)[:, None] // LISTS
+    places = (first + k).to(tl.int64) * ENTRY + tl.arange(0, ENTRY)[None, :]
+    if tl.float32 == DTYPE:
+        weights = tl.load(values_ptr + places, mask=k < count, other=0.0)
+        columns = tl.load(columns_ptr + places, mask=k < count, other=padding)
+    else:
+        words = tl.load(values_ptr.to(tl.pointer_type(tl.int32)) + places, mask=k < count, other=padding << 16)
+        weights = widen_word(words, DTYPE, PORTABLE)
+        columns = columns_in(words, HIGH, PORTABLE)
+    return tl.reshape(weights, shape), columns
+
+
+@triton.jit
+def load_entries(
+    values_ptr, columns_ptr, first, count, done, padding, shape: tl.constexpr,
+    PICKED: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """What load_blocks or load_picks returns."""
+    if PICKED:
+        weights, columns = load_picks(values_ptr, columns_ptr, first, count, done, padding, shape, PORTABLE)
+    else:
+        weights, columns = load_blocks(values_ptr, columns_ptr, first, count, done, padding, shape)
+    return weights, columns
+
+
+@triton.jit
+def multiply_add(sums, weights, words, PICKED: tl.constexpr):
+    """Add to a row's sums the products of weights, of the same shape, with words as load_entries returns columns."""
+    if PICKED:
+        words = tl.reshape(words, weights.shape)
+    else:
+        words = tl.reshape(words, weights.shape[:4])[:, :, :, :, None]
     return sums + weights * words
 
 
 @triton.jit
-def sum_columns(sums, GATES: tl.constexpr, ROWS: tl.constexpr):
+def sum_columns(sums, GATES: tl.constexpr, ROWS: tl.constexpr, PICKED: tl.constexpr):
     """Sum over the columns, for all rows at once: [16, ROWS, SLOTS]."""
+    if PICKED:
+        parts = ()
+        for i in tl.static_range(ROWS):
+            parts = parts + (tl.sum(sums[i], axis=4, keep_dims=True),)  # in a thread
+        sums = parts
     if ROWS == 1:
         acc = sums[0]
     elif ROWS == 2:
@@ -160,19 +209,21 @@ def sum_columns(sums, GATES: tl.constexpr, ROWS: tl.constexpr):
 def product_of_rows(
     x_ptr, stride_x_n, stride_x_c, rows, N, C, values_ptr, columns_ptr, starts_ptr, group,
     GATES: tl.constexpr, EMPTY: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    PICKED: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """W x for ROWS rows of x, multiplied and added: [16, ROWS, SLOTS]."""
     first, count = stored_lists(starts_ptr, group, GATES, EMPTY)
-    sums = zero_sums(values_ptr, ROWS, BLOCK_K)
-    for done in range(0, tl.max(count, axis=0), BLOCK_K):
-        weights, columns = load_blocks(values_ptr, columns_ptr, first, count, done, C, sums[0].shape)
+    sums = zero_sums(values_ptr, ROWS, BLOCK_K, PICKED)
+    ENTRIES: tl.constexpr = BLOCK_K // VECTORS if PICKED else BLOCK_K
+    for done in range(0, tl.max(count, axis=0), ENTRIES):
+        weights, columns = load_entries(values_ptr, columns_ptr, first, count, done, C, sums[0].shape, PICKED, PORTABLE)
         new = ()
         for i in tl.static_range(ROWS):
             row = tl.minimum(rows + i, N - 1)
             words = tl.load(x_ptr + row * stride_x_n + columns.to(tl.int64) * stride_x_c, mask=columns < C, other=0.0)
-            new = new + (multiply_add(sums[i], weights, words.to(tl.float32)),)
+            new = new + (multiply_add(sums[i], weights, words.to(tl.float32), PICKED),)
         sums = new
-    return sum_columns(sums, GATES, ROWS)
+    return sum_columns(sums, GATES, ROWS, PICKED)
 
 
 @triton.jit
@@ -223,7 +274,7 @@ def product_by_dot(
 def unit_group_products(
     x_ptr, stride_x_n, stride_x_c, rows, N, C, values_ptr, columns_ptr, starts_ptr, group,
     GATES: tl.constexpr, SLOTS: tl.constexpr, EMPTY: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr, PORTABLE: tl.constexpr,
+    DOT: tl.constexpr, PICKED: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """W x of the gates of a unit group, for the rows of x from `rows` on: [16, ROWS, SLOTS].
 
@@ -237,7 +288,7 @@ def unit_group_products(
     else:
         product = product_of_rows(
             x_ptr, stride_x_n, stride_x_c, rows, N, C, values_ptr, columns_ptr, starts_ptr, group,
-            GATES, EMPTY, ROWS, BLOCK_K,
+            GATES, EMPTY, ROWS, BLOCK_K, PICKED, PORTABLE,
         )  # fmt: skip
     return product
 
@@ -271,6 +322,7 @@ def block_product_kernel(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
+    PICKED: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
     """See the top of the file.
@@ -282,7 +334,7 @@ def block_product_kernel(
     rows = (tl.program_id(0) // groups).to(tl.int64) * ROWS
     product = unit_group_products(
         x_ptr, stride_x_n, stride_x_c, rows, N, C, values_ptr, columns_ptr, starts_ptr, group,
-        GATES, SLOTS, EMPTY, ROWS, BLOCK_K, DOT, PORTABLE,
+        GATES, SLOTS, EMPTY, ROWS, BLOCK_K, DOT, PICKED, PORTABLE,
     )  # fmt: skip
     groups_of_one = (H + UNITS - 1) // UNITS
     d = (group // groups_of_one).to(tl.int64)
@@ -332,7 +384,7 @@ def _launch(x: Tensor, weight: RowBlocks, bias: Tensor | None, y: Tensor, empty:
     N, groups = len(x), weight.groups * weight.directions
     if N == 0:
         return
-    tile = choose_product_tile(N)
+    tile = choose_product_tile(N, picked=weight.is_picked)
     SLOTS = 1 if weight.gates == 1 else 4
     if tile.rows >= _TRANSPOSED_FROM and x.stride(0) != 1:
         x = x.t().contiguous().t()
@@ -359,6 +411,7 @@ def _launch(x: Tensor, weight: RowBlocks, bias: Tensor | None, y: Tensor, empty:
         ROWS=tile.rows,
         BLOCK_K=tile.block_k,
         DOT=tile.dot,
+        PICKED=weight.is_picked,
         PORTABLE=INTERPRETED,
         grid=grid,
         warmup=False,

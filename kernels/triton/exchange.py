@@ -60,6 +60,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_sparse_rnn.kernels.triton.words import HIGH, LOW, WHOLE, columns_in
+
 SENTINEL = tl.constexpr(-1)
 NAN = tl.constexpr(0x7FC00000)
 FAILED = tl.constexpr(1)
@@ -73,25 +75,38 @@ INTERPRETED: bool = triton.knobs.runtime.interpret  # by TRITON_INTERPRET, when 
 
 
 @triton.constexpr_function
-def _load_assembly(n):
-    """Load n words. Outputs, columns, base addresses and strides are n operands each; the last two n times the same."""
-    addresses = [f"mad.wide.u32 address{i}, ${n + i}, ${3 * n}, ${2 * n};" for i in range(n)]
-    return addresses + [f"ld.relaxed.gpu.global.b32 ${i}, [address{i}];" for i in range(n)]
+def _load_assembly(n, half, has_below, more=()):
+    """Load n words. Outputs, columns, base addresses, strides, H and `below` are n operands each.
+
+    more: lines between columns and addresses.
+    """
+    take = {WHOLE.value: "mov.b32 {}, {};", LOW.value: "and.b32 {}, {}, 65535;", HIGH.value: "shr.u32 {}, {}, 16;"}
+    lines = [take[half].format(f"column{i}", f"${n + i}") for i in range(n)]
+    for i in range(n if has_below else 0):
+        lines += [f"setp.gt.u32 lower, column{i}, ${4 * n};", f"@lower add.u32 column{i}, column{i}, ${5 * n};"]
+    lines += more
+    lines += [f"mad.wide.u32 address{i}, column{i}, ${3 * n}, ${2 * n};" for i in range(n)]
+    return lines + [f"ld.relaxed.gpu.global.b32 ${i}, [address{i}];" for i in range(n)]
 
 
 @triton.constexpr_function
-def _look_assembly(n):
-    return "\n".join(["{", f".reg .b64 address<{n}>;", *_load_assembly(n), "}"])
+def _declarations(n):
+    return f".reg .b64 address<{n}>; .reg .b32 column<{n}>; .reg .pred lower;"
 
 
 @triton.constexpr_function
-def _wait_assembly(n):
+def _look_assembly(n, half, has_below):
+    return "\n".join(["{", _declarations(n), *_load_assembly(n, half, has_below), "}"])
+
+
+@triton.constexpr_function
+def _wait_assembly(n, half, has_below):
     """Load n words again until none is the sentinel; `status` is looked at every 64 polls.
 
     Behind the operands of _load_assembly come the words as they were, addresses of status, and spin limits.
     """
-    words, status, limit = 4 * n, f"${5 * n}", f"${6 * n}"
-    lines = ["{", ".reg .pred waiting, again;", f".reg .b32 polls, flag; .reg .b64 address<{n}>;"]
+    words, status, limit = 6 * n, f"${7 * n}", f"${8 * n}"
+    lines = ["{", ".reg .pred waiting, again;", ".reg .b32 polls, flag;", _declarations(n)]
     lines += ["mov.b32 polls, 0;", *(f"mov.b32 ${i}, ${words + i};" for i in range(n))]
     lines += ["CHECK:", f"setp.eq.b32 waiting, $0, {SENTINEL.value};"]
     lines += [f"setp.eq.or.b32 waiting, ${i}, {SENTINEL.value}, waiting;" for i in range(1, n)]
@@ -99,19 +114,33 @@ def _wait_assembly(n):
     lines += [f"setp.ge.u32 again, polls, {limit};", "@again bra FAIL;"]
     lines += ["and.b32 flag, polls, 63;", "setp.ne.u32 again, flag, 0;", "@again bra LOAD;"]
     lines += [f"ld.relaxed.sys.global.b32 flag, [{status}];", "setp.ne.u32 again, flag, 0;", "@again bra DONE;"]
-    lines += ["LOAD:", *_load_assembly(n), "bra CHECK;"]
+    # Addresses of another look are the same, but a compiler that knew it would keep all those of the first until here.
+    anew = ["shr.u32 flag, polls, 31;", *(f"add.u32 column{i}, column{i}, flag;" for i in range(n))]
+    lines += ["LOAD:", *_load_assembly(n, half, has_below, anew), "bra CHECK;"]
     lines += ["FAIL:", f"st.relaxed.sys.global.b32 [{status}], {FAILED.value};", "DONE:", "}"]
     return "\n".join(lines)
 
 
 @triton.constexpr_function
 def _constraints(n, more):
-    """Of the operands: outputs, which are early since inputs are read after them; columns, bases, strides, and more."""
-    return ",".join(["=&r"] * n + [letter for letter in "rlr" + more for _ in range(n)])
+    """Of the operands: outputs, which are early since inputs are read after them; those of _load_assembly, and more."""
+    return ",".join(["=&r"] * n + [letter for letter in "rlrrr" + more for _ in range(n)])
 
 
 @triton.jit
-def look(base_ptr, columns, stride_bytes, PACK: tl.constexpr, PORTABLE: tl.constexpr):
+def rows_of(columns, H, below, HALF: tl.constexpr, HAS_BELOW: tl.constexpr):
+    """What `look` and `wait` read, for the interpreter, which knows no assembly: rows of the slot, int64."""
+    rows = columns_in(columns, HALF, True).to(tl.int64)
+    if HAS_BELOW:
+        rows = tl.where(rows > H, rows + below, rows)
+    return rows
+
+
+@triton.jit
+def look(
+    base_ptr, columns, stride_bytes, PACK: tl.constexpr, PORTABLE: tl.constexpr,
+    HALF: tl.constexpr = WHOLE, HAS_BELOW: tl.constexpr = False, H=0, below=0,
+):  # fmt: skip
     """Read words of a slot once, without waiting: `wait` goes on from there.
 
     Looking at all words before waiting for the first of them lets their journeys through the L2 cache overlap.
@@ -122,14 +151,17 @@ def look(base_ptr, columns, stride_bytes, PACK: tl.constexpr, PORTABLE: tl.const
         stride_bytes: int32, from one row to the next.
         PACK: words that a thread reads together, a number that divides those it has.
         PORTABLE: for the interpreter, which knows no assembly.
+        HALF: where the column is in its word, WHOLE, LOW or HIGH.
+        HAS_BELOW, H, below: columns from H + 1 on are `below` rows further on, int32.
     """
     if PORTABLE:
-        words = tl.load(base_ptr + columns.to(tl.int64) * (stride_bytes // 4), volatile=True)
+        places = rows_of(columns, H, below, HALF, HAS_BELOW) * (stride_bytes // 4)
+        words = tl.load(base_ptr + places, volatile=True)
     else:
         words = tl.inline_asm_elementwise(
-            _look_assembly(PACK),
+            _look_assembly(PACK, HALF, HAS_BELOW),
             _constraints(PACK, ""),
-            [columns, base_ptr, stride_bytes],
+            [columns, base_ptr, stride_bytes, H, below],
             dtype=tl.int32,
             is_pure=False,
             pack=PACK,
@@ -138,7 +170,10 @@ def look(base_ptr, columns, stride_bytes, PACK: tl.constexpr, PORTABLE: tl.const
 
 
 @triton.jit
-def wait(words, base_ptr, columns, stride_bytes, status_ptr, spin_limit, PACK: tl.constexpr, PORTABLE: tl.constexpr):
+def wait(
+    words, base_ptr, columns, stride_bytes, status_ptr, spin_limit, PACK: tl.constexpr, PORTABLE: tl.constexpr,
+    HALF: tl.constexpr = WHOLE, HAS_BELOW: tl.constexpr = False, H=0, below=0,
+):  # fmt: skip
     """Read again until every word has been written; returns them as float32.
 
     Each thread waits for its own words, without a barrier.
@@ -150,6 +185,7 @@ def wait(words, base_ptr, columns, stride_bytes, status_ptr, spin_limit, PACK: t
     """
     if PORTABLE:
         polls = 0
+        places = rows_of(columns, H, below, HALF, HAS_BELOW) * (stride_bytes // 4)
         pending = tl.max(tl.ravel((words == SENTINEL).to(tl.int32)), axis=0)
         while pending != 0:
             polls += 1
@@ -158,13 +194,13 @@ def wait(words, base_ptr, columns, stride_bytes, status_ptr, spin_limit, PACK: t
             if tl.load(status_ptr, volatile=True) != 0:
                 pending = 0
             else:
-                words = tl.load(base_ptr + columns.to(tl.int64) * (stride_bytes // 4), volatile=True)
+                words = tl.load(base_ptr + places, volatile=True)
                 pending = tl.max(tl.ravel((words == SENTINEL).to(tl.int32)), axis=0)
     else:
         words = tl.inline_asm_elementwise(
-            _wait_assembly(PACK),
+            _wait_assembly(PACK, HALF, HAS_BELOW),
             _constraints(PACK, "rlr"),
-            [columns, base_ptr, stride_bytes, words, status_ptr, spin_limit],
+            [columns, base_ptr, stride_bytes, H, below, words, status_ptr, spin_limit],
             dtype=tl.int32,
             is_pure=False,
             pack=PACK,

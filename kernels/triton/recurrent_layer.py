@@ -25,12 +25,12 @@ from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton.block_product import project_inputs
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED, NONE
+from triton_sparse_rnn.kernels.triton.packing import chain_layers
 from triton_sparse_rnn.kernels.triton.streamed import choose_streamed_tile, launch_streamed
-from triton_sparse_rnn.kernels.triton.tiles import chain_layers
 from triton_sparse_rnn.kernels.triton.time_loop import LoopCall, TimeLoop
 from triton_sparse_rnn.sparse.layer_config import GATES
 from triton_sparse_rnn.sparse.layer_weights import LayerWeights
-from triton_sparse_rnn.sparse.row_blocks import RowBlocks, row_blocks, stack_directions
+from triton_sparse_rnn.sparse.row_blocks import MOST_PICKED_COLUMNS, RowBlocks, row_blocks, stack_directions
 
 _MOST_SHAPES = 10000  # of calls that are remembered
 
@@ -107,10 +107,11 @@ class RecurrentLayer:
     def _single_step(self, x: Tensor, states: list[Tensor]) -> list[Tensor]:
         """Both products and the cell in one launch."""
         (D, B, H), weights = states[0].shape, self.time_loop.weights
+        picked = weights.is_picked or (self.input is not None and self.input.is_picked)
         h, c = states[0].float(), written_in_place(states)
         y, h_n = x.new_empty(B, D * H, dtype=torch.float32 if INTERPRETED else x.dtype), torch.empty_like(h)
         launch_streamed(
-            self.mode, choose_streamed_tile(B, NONE.value), NONE.value,
+            self.mode, choose_streamed_tile(B, NONE.value, picked=picked), NONE.value,
             weight_hh=weights, x=x, weight_ih=self.input, slot_bias=self.slot_bias, sums=None, h_in=h, c=c,
             exchange=None, y=y, h_n=h_n, starts=None, lengths=None, status=self.time_loop.status,
             spin_limit=self.time_loop.spin_limit, first=0, steps=1, T=1,
@@ -175,10 +176,14 @@ class RecurrentStack:
 
 
 def can_be_stacked(layers: list[RecurrentLayer]) -> bool:
-    """Whether a RecurrentStack of them is possible: one direction, all weights but the lowest input in blocks alike."""
+    """Whether a RecurrentStack of them is possible: one direction, no ordinary matrix but the lowest input weight."""
     weights = [layer.time_loop.weights for layer in layers] + [layer.input for layer in layers[1:]]
-    dtype = layers[0].time_loop.weights.values.dtype
-    return len(layers) > 1 and all(w is not None and w.directions == 1 and w.values.dtype == dtype for w in weights)
+    first = layers[0].time_loop.weights
+    return (
+        len(layers) > 1
+        and all(w is not None and w.directions == 1 and w.values.dtype == first.values.dtype for w in weights)
+        and 2 * first.hidden_size + 1 <= MOST_PICKED_COLUMNS
+    )
 
 
 def new_call(

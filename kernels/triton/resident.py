@@ -10,7 +10,7 @@ cell and publishes its own h.
 | tensor   | shape                           | dtype          |                                                     |
 |----------|---------------------------------|----------------|-----------------------------------------------------|
 | weights  | [D, P, TILES, KO, R, LANES, 16] | f32, f16, bf16 | read once; tiles.py says what lies where            |
-| columns  | [D, P, TILES, KO, R, LANES]     | int32          | read once; H stands for padding                     |
+| columns  | [D, P, TILES, KO, R, LANES]     | int32          | read once; H stands for padding; picks: tiles.py    |
 | sums     | [N, D, H, SLOTS]                | float32        | read; what each gate gets besides W_hh h            |
 | bias     | [D, H, SLOTS]                   | float32        | read if WAVEFRONT: instead of sums, for d > 0       |
 | h_in     | [D, B, H]                       | float32        | read                                                |
@@ -41,6 +41,11 @@ A thread holds SUB = 4 weights of a column (8 narrow ones), so a word of h that 
 32 threads of a warp hold LANES = 2 SUB columns of 16 weights, other warps other gate slots, of which there are R =
 GROUPS * SLOTS. Products are summed over a thread's columns, over LANES threads by shuffles, and then the gates of a
 unit meet in shared memory.
+
+PICKED: a thread holds SUB = 4 weights of one unit, each with a column and so a word of h of its own, and a warp LANES =
+2 entries of 16 units (row_blocks.py). Sixteen threads read h within a bank, four sectors of it. In float32 a weight
+takes one and a half registers, as the columns of two tiles share a word; a narrow one takes one, with its column in it.
+Each takes one more for the word of h that it waits for.
 """
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # Device code is Triton's language, which only looks like Python to a type checker.
@@ -54,8 +59,19 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton.cells import CELLS, GRU, LSTM
-from triton_sparse_rnn.kernels.triton.exchange import BETWEEN, INTERPRETED, NONE, WITHIN, look, publish, wait
-from triton_sparse_rnn.kernels.triton.steps import UNITS, advance, side_by_side, start_of
+from triton_sparse_rnn.kernels.triton.exchange import BETWEEN, INTERPRETED, NONE, WITHIN, publish
+from triton_sparse_rnn.kernels.triton.resident_product import load_picked_tiles, load_tiles, resident_product
+from triton_sparse_rnn.kernels.triton.steps import (
+    UNITS,
+    advance,
+    is_active,
+    load_state,
+    side_by_side,
+    start_of,
+    steps_of_slice,
+    store_state,
+    time_of,
+)
 from triton_sparse_rnn.kernels.triton.tiles import Residency
 
 
@@ -89,12 +105,14 @@ def resident_steps(
     RAGGED: tl.constexpr,
     WAVEFRONT: tl.constexpr,
     TIED: tl.constexpr,
+    PICKED: tl.constexpr,
+    AHEAD: tl.constexpr,
     PACK: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
     """Run S steps; see the top of the file.
 
-    TIED: all gates of a unit group have the same columns. PACK: of exchange.look.
+    TIED: all gates of a unit group have the same columns. AHEAD: of resident_product. PACK: of exchange.look.
     """
     p = tl.program_id(0)
     d = tl.program_id(1)
@@ -102,17 +120,19 @@ def resident_steps(
     SLOTS: tl.constexpr = 4 if CELL == GRU or CELL == LSTM else 1
     D = tl.num_programs(1)
     U: tl.constexpr = GROUPS * UNITS
+    DTYPE: tl.constexpr = weights_ptr.dtype.element_ty
 
-    weights, columns = load_tiles(
-        weights_ptr, columns_ptr, (d * tl.num_programs(0) + p).to(tl.int64), GROUPS, SLOTS, TILES, KO, TIED
-    )
+    program = (d * tl.num_programs(0) + p).to(tl.int64)
+    if PICKED:
+        weights, columns = load_picked_tiles(weights_ptr, columns_ptr, program, GROUPS * SLOTS, TILES, KO)
+    else:
+        weights, columns = load_tiles(weights_ptr, columns_ptr, program, GROUPS, SLOTS, TILES, KO, TIED)
     place_in_exchange = d
     sums_row = (D * H).to(tl.int64) * SLOTS  # words from one row of sums to the next
     y_row = D * H
     y_column = d * H
     backwards = d == 1
     if WAVEFRONT:
-        columns = name_rows_below(columns, H, (S + 1) * (H + 1), TILES)
         place_in_exchange = D - 1 - d
         y_row = H
         y_column = 0
@@ -127,20 +147,8 @@ def resident_steps(
     rows = first_row + tl.arange(0, ROWS)[None, :]  # [1, ROWS]
     mask = (units < H) & (rows < B)
     state = (d * B + rows).to(tl.int64) * H + units  # in h_in, c and h_n
-    h = tl.load(h_in_ptr + state, mask=mask, other=0.0)
-    c = h
-    if CELL == LSTM:
-        c = tl.load(c_ptr + state, mask=mask, other=0.0)
-
-    begin = 0
-    end = S
-    if RAGGED:
-        lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
-        longest = tl.load(lengths_ptr + first_row)  # of this slice: it has nothing to do while its rows are not active
-        if not backwards:
-            end = tl.minimum(S, tl.maximum(longest - first, 0))
-        else:
-            begin = tl.minimum(S, tl.maximum(T - longest - first, 0))
+    h, c = load_state(h_in_ptr, c_ptr, state, mask, CELL)
+    begin, end, lengths = steps_of_slice(lengths_ptr, first_row, rows, first, S, T, B, backwards, RAGGED)
 
     slot_words = (H + 1).to(tl.int64) * B
     place = units * B + rows  # in a slot
@@ -148,27 +156,16 @@ def resident_steps(
         exchange_ptr += (place_in_exchange.to(tl.int64) * (S + 1) + begin) * slot_words
         publish(exchange_ptr + place, h, mask)
 
-    t = first + begin
-    t_step = 1
-    if backwards:
-        t = T - 1 - t
-        t_step = -1
+    t, t_step = time_of(first + begin, T, backwards)
     N_row = start_of(t, T, starts_ptr, B, RAGGED) + rows  # [1, ROWS]
-    slots = tl.arange(0, SLOTS)[None, None, :]
-    sums_ptr += units[:, :, None] * SLOTS + slots  # [U, 1, SLOTS]
-    wanted = mask & (begin < end)
-    if RAGGED:
-        wanted = wanted & (t < lengths)
+    sums_ptr += units[:, :, None] * SLOTS + tl.arange(0, SLOTS)[None, None, :]  # [U, 1, SLOTS]
+    wanted = is_active(mask & (begin < end), t, lengths, RAGGED)
     now = tl.load(sums_ptr + N_row[:, :, None] * sums_row, mask=wanted[:, :, None], other=0.0)
     for s in range(begin, end):
-        active = mask
-        if RAGGED:
-            active = mask & (t < lengths)
+        active = is_active(mask, t, lengths, RAGGED)
         # The next step's sums are asked for before this step waits for h.
         next_row = start_of(t + t_step, T, starts_ptr, B, RAGGED) + rows
-        wanted = mask & (s + 1 < end)
-        if RAGGED:
-            wanted = wanted & (t + t_step < lengths)
+        wanted = is_active(mask & (s + 1 < end), t + t_step, lengths, RAGGED)
         later = tl.load(sums_ptr + next_row[:, :, None] * sums_row, mask=wanted[:, :, None], other=0.0)
         if EXCHANGE == WITHIN:
             tl.debug_barrier()  # what the other threads have published is there behind it
@@ -180,8 +177,8 @@ def resident_steps(
             else:
                 read_ptr = exchange_ptr + row
             product = resident_product(
-                weights, columns, read_ptr, B, H, status_ptr, spin_limit,
-                GROUPS, SLOTS, TILES, EXCHANGE, TIED, PACK, PORTABLE,
+                weights, columns, read_ptr, B, H, (S + 1) * (H + 1), status_ptr, spin_limit, DTYPE,
+                GROUPS, SLOTS, TILES, AHEAD, EXCHANGE, WAVEFRONT, TIED, PICKED, PACK, PORTABLE,
             )  # fmt: skip
             products = products + (product,)
         gates = side_by_side(products, ROWS) + now  # [U, ROWS, SLOTS]
@@ -198,115 +195,7 @@ def resident_steps(
         N_row = next_row
         t += t_step
 
-    tl.store(h_n_ptr + state, h, mask=mask)
-    if CELL == LSTM:
-        # Threads may hold the same cell: each has loaded it, one stores it. A slice without a step in this launch has
-        # no barrier in between, and needs none: what is stored is what is there.
-        tl.store(c_ptr + state, c, mask=mask)
-
-
-@triton.jit
-def load_tiles(
-    weights_ptr, columns_ptr, program, GROUPS: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr,
-    KO: tl.constexpr, TIED: tl.constexpr,
-):  # fmt: skip
-    """Load a program's weights and columns: TILES tensors of each, of the shapes that `resident_product` gives.
-
-    They are loaded as matrices, of which a warp takes a row: its threads 16 bytes of weights each, and one column. So
-    both come in layouts that fit each other, and are only named anew by the reshape.
-    """
-    R: tl.constexpr = GROUPS * SLOTS
-    CR: tl.constexpr = GROUPS if TIED else R
-    SUB: tl.constexpr = 4 if weights_ptr.dtype.element_ty == tl.float32 else 8
-    LANES: tl.constexpr = 2 * SUB
-    weights = ()
-    columns = ()
-    w_place = tl.arange(0, R * KO)[:, None] * (32 * SUB) + tl.arange(0, 32 * SUB)[None, :]
-    c_place = tl.arange(0, CR * KO)[:, None] * LANES + tl.arange(0, 32)[None, :] // (UNITS // SUB)
-    for i in tl.static_range(TILES):
-        tile = program * TILES + i
-        w = tl.load(weights_ptr + tile * (R * KO * 32 * SUB) + w_place)
-        c = tl.load(columns_ptr + tile * (CR * KO * LANES) + c_place)
-        if TIED:
-            weights = weights + (tl.reshape(w, (R, KO, LANES, UNITS // SUB, SUB)),)
-            columns = columns + (tl.reshape(c, (KO, LANES, UNITS // SUB)),)
-        else:
-            weights = weights + (tl.reshape(w, (KO, R, LANES, UNITS // SUB, SUB)),)
-            columns = columns + (tl.reshape(c, (KO, R, LANES, UNITS // SUB)),)
-    return weights, columns
-
-
-@triton.jit
-def name_rows_below(columns, H, below, TILES: tl.constexpr):
-    """Let columns from H + 1 on be rows of the slot from which the layer below is read, `below` rows further on."""
-    renamed = ()
-    for i in tl.static_range(TILES):
-        renamed = renamed + (tl.where(columns[i] > H, columns[i] + below, columns[i]),)
-    return renamed
-
-
-@triton.jit
-def resident_product(
-    weights, columns, read_ptr, B, H, status_ptr, spin_limit,
-    GROUPS: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr, EXCHANGE: tl.constexpr,
-    TIED: tl.constexpr, PACK: tl.constexpr, PORTABLE: tl.constexpr,
-):  # fmt: skip
-    """W_hh h for one row of the batch: [U, SLOTS].
-
-    weights[i] [KO, GROUPS * SLOTS, LANES, 16 / SUB, SUB] and columns[i] [KO, GROUPS * SLOTS, LANES, 16 / SUB]; the last
-    two axes of weights are the 16 units, SUB of them in a thread, and columns are repeated along the first of the two.
-    TIED: [SLOTS, KO, ...] and [KO, ...].
-    """
-    words = ()  # all are asked for before the first is waited for
-    for i in tl.static_range(TILES):
-        if EXCHANGE == NONE:
-            words = words + (tl.load(read_ptr + columns[i], mask=columns[i] < H, other=0.0),)
-        elif EXCHANGE == WITHIN:
-            words = words + (tl.load(read_ptr + columns[i] * B),)
-        else:
-            words = words + (look(read_ptr, columns[i], B * 4, PACK, PORTABLE),)
-    acc = tl.zeros(weights[0].shape, tl.float32)
-    for i in tl.static_range(TILES):
-        if EXCHANGE == BETWEEN:
-            v = wait(words[i], read_ptr, columns[i], B * 4, status_ptr, spin_limit, PACK, PORTABLE)
-        else:
-            v = words[i].to(tl.float32, bitcast=True)
-        w = widen(weights[i], PORTABLE)
-        acc += w * tl.expand_dims(v, -1)  # TIED: v is broadcast to all slots
-    KO_AXIS: tl.constexpr = 1 if TIED else 0
-    acc = tl.sum(tl.sum(acc, axis=KO_AXIS), axis=1)  # [GROUPS * SLOTS, 16 / SUB, SUB]
-    if SLOTS == 1:
-        acc = tl.reshape(acc, (GROUPS * UNITS, 1))
-    else:
-        acc = tl.permute(tl.reshape(acc, (GROUPS, SLOTS, UNITS)), (0, 2, 1))
-        acc = tl.reshape(acc, (GROUPS * UNITS, SLOTS))
-    return acc
-
-
-@triton.jit
-def widen(weights, PORTABLE: tl.constexpr):
-    """As float32, in each step anew: a plain conversion, done once before the loop, takes twice the registers in it."""
-    if PORTABLE or weights.dtype == tl.float32:
-        out = weights.to(tl.float32)
-    elif weights.dtype == tl.bfloat16:
-        out = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-            "=&r,=&r,r",
-            [weights],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=2,
-        ).to(tl.float32, bitcast=True)
-    else:
-        out = tl.inline_asm_elementwise(
-            "{ .reg .f16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
-            "=&f,=&f,r",
-            [weights],
-            dtype=tl.float32,
-            is_pure=False,
-            pack=2,
-        )
-    return out
+    store_state(h_n_ptr, c_ptr, state, h, c, mask, CELL)
 
 
 def launch_resident(
@@ -315,7 +204,7 @@ def launch_resident(
     exchange_mode: int,
     *,
     weights: Tensor,
-    columns: Tensor,
+    columns: Tensor | None,
     sums: Tensor,
     bias: Tensor | None,
     h_in: Tensor,
@@ -375,6 +264,8 @@ def launch_resident(
             RAGGED=starts is not None,
             WAVEFRONT=bias is not None,
             TIED=tile.tied,
+            PICKED=tile.picked,
+            AHEAD=min(choice.tiles, tile.ahead or choice.tiles),
             PACK=tile.pack,
             PORTABLE=INTERPRETED,
             grid=(choice.programs, D, min(choice.resident_slices, choice.slices - first_slice)),

@@ -1,4 +1,4 @@
-"""Device code that the kernels share: a step's place in the batch, its cell, and sums of several rows side by side."""
+"""Device code that the time loops share: which steps a slice of the batch has, its state and sums, and the cell."""
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # Device code is Triton's language, which only looks like Python to a type checker.
@@ -21,6 +21,64 @@ def start_of(t, T, starts_ptr, B, RAGGED: tl.constexpr):
     else:
         row = t.to(tl.int64) * B
     return row
+
+
+@triton.jit
+def steps_of_slice(lengths_ptr, first_row, rows, first, S, T, B, backwards, RAGGED: tl.constexpr):
+    """Which of the S steps from `first` on a slice of the batch has: begin and end of them, and lengths [1, ROWS].
+
+    In a ragged batch it has nothing to do while none of its rows is active, which its first row is longest.
+    """
+    begin = 0
+    end = S
+    lengths = rows
+    if RAGGED:
+        lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
+        longest = tl.load(lengths_ptr + first_row)
+        if backwards:
+            begin = tl.minimum(S, tl.maximum(T - longest - first, 0))
+        else:
+            end = tl.minimum(S, tl.maximum(longest - first, 0))
+    return begin, end, lengths
+
+
+@triton.jit
+def time_of(step, T, backwards):
+    """The time t of a step, and what the next one's is more."""
+    t = step
+    t_step = 1
+    if backwards:
+        t = T - 1 - step
+        t_step = -1
+    return t, t_step
+
+
+@triton.jit
+def is_active(mask, t, lengths, RAGGED: tl.constexpr):
+    """Where rows of the batch have a step t: of mask [U, ROWS]."""
+    if RAGGED:
+        mask = mask & (t < lengths)
+    return mask
+
+
+@triton.jit
+def load_state(h_in_ptr, c_ptr, state, mask, CELL: tl.constexpr):
+    """h and c [U, ROWS]; h twice where the cell has no c."""
+    h = tl.load(h_in_ptr + state, mask=mask, other=0.0)
+    c = h
+    if CELL == LSTM:
+        c = tl.load(c_ptr + state, mask=mask, other=0.0)
+    return h, c
+
+
+@triton.jit
+def store_state(h_n_ptr, c_ptr, state, h, c, mask, CELL: tl.constexpr):
+    """Write h and c [U, ROWS] after the last step."""
+    tl.store(h_n_ptr + state, h, mask=mask)
+    if CELL == LSTM:
+        # Threads may hold the same cell: each has loaded it, one stores it. A slice without a step in this launch has
+        # no barrier in between, and needs none: what is stored is what is there.
+        tl.store(c_ptr + state, c, mask=mask)
 
 
 @triton.jit

@@ -10,8 +10,8 @@ reads h where the caller left it. With FUSED_INPUT that is the only step, and su
 
 | tensor       | shape                  | dtype          |                                                     |
 |--------------|------------------------|----------------|-----------------------------------------------------|
-| hh_values    | [NB, 16]               | f32, f16, bf16 | read in every step; row_blocks.py                   |
-| hh_columns   | [NB]                   | int32          | read in every step                                  |
+| hh_values    | [NB, 16]               | f32, f16, bf16 | read in every step; row_blocks.py has those of      |
+| hh_columns   | [NB]                   | int32          | HH_PICKED; read in every step                       |
 | hh_starts    | [D * groups * G + 1]   | int32          | read                                                |
 | sums         | [N, D, H, SLOTS]       | float32        | read, unless FUSED_INPUT: all but W_hh h            |
 | x            | [B, I]                 | any floating   | read if FUSED_INPUT                                 |
@@ -29,8 +29,9 @@ reads h where the caller left it. With FUSED_INPUT that is the only step, and su
 Grid (unit groups * slices, D), groups first. EXCHANGE is NONE for a launch of one step, else BETWEEN, which needs all
 programs resident at once and the exchange filled.
 
-A thread reads 16 bytes of weights, which share a column and thus a word of h, and keeps the sums of its columns in
-registers until the last; nothing but the reduction behind it needs a barrier.
+A thread reads 16 bytes of weights, which share a column and thus a word of h (four of one unit in picks, each with a
+word of its own), and keeps the sums of its columns in registers until the last; nothing but the reduction behind it
+needs a barrier.
 """
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # Device code is Triton's language, which only looks like Python to a type checker.
@@ -44,9 +45,10 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton.block_product import (
+    VECTORS,
     ProductTile,
     choose_product_tile,
-    load_blocks,
+    load_entries,
     multiply_add,
     stored_lists,
     sum_columns,
@@ -55,7 +57,16 @@ from triton_sparse_rnn.kernels.triton.block_product import (
 )
 from triton_sparse_rnn.kernels.triton.cells import CELLS, GRU, LSTM
 from triton_sparse_rnn.kernels.triton.exchange import BETWEEN, INTERPRETED, NONE, look, publish, wait
-from triton_sparse_rnn.kernels.triton.steps import UNITS, advance, start_of
+from triton_sparse_rnn.kernels.triton.steps import (
+    UNITS,
+    advance,
+    is_active,
+    load_state,
+    start_of,
+    steps_of_slice,
+    store_state,
+    time_of,
+)
 from triton_sparse_rnn.sparse.row_blocks import RowBlocks
 
 # For EXCHANGE BETWEEN, where all programs must be resident at once: by rows. Not yet measured on a GPU.
@@ -69,25 +80,29 @@ _MOST_ROWS = 32  # of a program: the state of more, beside their products, fills
 _PACK = 1  # words that a thread reads together
 
 
-def choose_streamed_tile(rows: int, exchange: int) -> ProductTile:
+def choose_streamed_tile(rows: int, exchange: int, *, picked: bool = False) -> ProductTile:
     """The smallest tile that holds all rows of the batch, or else the largest."""
     if exchange == NONE.value:
-        return choose_product_tile(min(rows, _MOST_ROWS))
+        return choose_product_tile(min(rows, _MOST_ROWS), picked=picked)
     return next((tile for tile in BETWEEN_TILES if tile.rows >= rows), BETWEEN_TILES[-1])
 
 
 @triton.jit
 def products_of_exchange(
     slot_ptr, first_row, B, H, values_ptr, columns_ptr, begins, counts, most, status_ptr, spin_limit,
-    GATES: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PACK: tl.constexpr, PORTABLE: tl.constexpr,
+    GATES: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PICKED: tl.constexpr, PACK: tl.constexpr,
+    PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """W_hh h for ROWS rows of a slot of the exchange, each word read when it is there: [16, ROWS, SLOTS].
 
     begins, counts: of stored_lists; most: the largest count.
     """
-    sums = zero_sums(values_ptr, ROWS, BLOCK_K)
-    for done in range(0, most, BLOCK_K):
-        weights, columns = load_blocks(values_ptr, columns_ptr, begins, counts, done, H, sums[0].shape)
+    sums = zero_sums(values_ptr, ROWS, BLOCK_K, PICKED)
+    ENTRIES: tl.constexpr = BLOCK_K // VECTORS if PICKED else BLOCK_K
+    for done in range(0, most, ENTRIES):
+        weights, columns = load_entries(
+            values_ptr, columns_ptr, begins, counts, done, H, sums[0].shape, PICKED, PORTABLE
+        )
         words = ()
         for i in tl.static_range(ROWS):
             row_ptr = slot_ptr + tl.minimum(first_row + i, B - 1)  # rows past the last are that row again
@@ -96,9 +111,9 @@ def products_of_exchange(
         for i in tl.static_range(ROWS):
             row_ptr = slot_ptr + tl.minimum(first_row + i, B - 1)
             h = wait(words[i], row_ptr, columns, B * 4, status_ptr, spin_limit, PACK, PORTABLE)
-            new = new + (multiply_add(sums[i], weights, h),)
+            new = new + (multiply_add(sums[i], weights, h, PICKED),)
         sums = new
-    return sum_columns(sums, GATES, ROWS)
+    return sum_columns(sums, GATES, ROWS, PICKED)
 
 
 @triton.jit(do_not_specialize=["spin_limit", "first", "S", "T", "B"])
@@ -134,6 +149,8 @@ def streamed_steps(
     EXCHANGE: tl.constexpr,
     RAGGED: tl.constexpr,
     FUSED_INPUT: tl.constexpr,
+    HH_PICKED: tl.constexpr,
+    IH_PICKED: tl.constexpr,
     PACK: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
@@ -157,20 +174,8 @@ def streamed_steps(
     rows = first_row + tl.arange(0, ROWS)[None, :]  # [1, ROWS]
     mask = (units < H) & (rows < B)
     state = (d * B + rows).to(tl.int64) * H + units  # in h_in, c and h_n
-    h = tl.load(h_in_ptr + state, mask=mask, other=0.0)
-    c = h
-    if CELL == LSTM:
-        c = tl.load(c_ptr + state, mask=mask, other=0.0)
-
-    begin = 0
-    end = S
-    if RAGGED:
-        lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
-        longest = tl.load(lengths_ptr + first_row)  # of this slice: it has nothing to do while its rows are not active
-        if d == 0:
-            end = tl.minimum(S, tl.maximum(longest - first, 0))
-        else:
-            begin = tl.minimum(S, tl.maximum(T - longest - first, 0))
+    h, c = load_state(h_in_ptr, c_ptr, state, mask, CELL)
+    begin, end, lengths = steps_of_slice(lengths_ptr, first_row, rows, first, S, T, B, d == 1, RAGGED)
 
     slot_words = (H + 1) * B
     place = units * B + rows  # in a slot
@@ -180,47 +185,37 @@ def streamed_steps(
         exchange_ptr += (d * (S + 1) + begin).to(tl.int64) * slot_words
         publish(exchange_ptr + place, h, mask)
 
-    t = first + begin
-    t_step = 1
-    if d == 1:
-        t = T - 1 - t
-        t_step = -1
+    t, t_step = time_of(first + begin, T, d == 1)
     N_row = start_of(t, T, starts_ptr, B, RAGGED) + rows  # [1, ROWS]
     slots = tl.arange(0, SLOTS)[None, None, :]
     gate_place = (d * H + units[:, :, None]) * SLOTS + slots  # [16, 1, SLOTS]
     if FUSED_INPUT:
         now = unit_group_products(
             x_ptr, I, 1, first_row.to(tl.int64), B, I, ih_values_ptr, ih_columns_ptr, ih_starts_ptr, group,
-            GATES, SLOTS, IH_EMPTY, ROWS, BLOCK_K, DOT, PORTABLE,
+            GATES, SLOTS, IH_EMPTY, ROWS, BLOCK_K, DOT, IH_PICKED, PORTABLE,
         )  # fmt: skip
         now += tl.load(slot_bias_ptr + gate_place, mask=units[:, :, None] < H, other=0.0)
     else:
         sums_ptr += gate_place
-        wanted = mask & (begin < end)
-        if RAGGED:
-            wanted = wanted & (t < lengths)
+        wanted = is_active(mask & (begin < end), t, lengths, RAGGED)
         now = tl.load(sums_ptr + N_row[:, :, None] * (D * H * SLOTS), mask=wanted[:, :, None], other=0.0)
     for s in range(begin, end):
-        active = mask
-        if RAGGED:
-            active = mask & (t < lengths)
+        active = is_active(mask, t, lengths, RAGGED)
         # The next step's sums are asked for before this step waits for h.
         next_row = start_of(t + t_step, T, starts_ptr, B, RAGGED) + rows
         later = now
         if EXCHANGE == BETWEEN:
-            wanted = mask & (s + 1 < end)
-            if RAGGED:
-                wanted = wanted & (t + t_step < lengths)
+            wanted = is_active(mask & (s + 1 < end), t + t_step, lengths, RAGGED)
             later = tl.load(sums_ptr + next_row[:, :, None] * (D * H * SLOTS), mask=wanted[:, :, None], other=0.0)
             product = products_of_exchange(
                 exchange_ptr, first_row, B, H, hh_values_ptr, hh_columns_ptr, begins, counts, most,
-                status_ptr, spin_limit, GATES, ROWS, BLOCK_K, PACK, PORTABLE,
+                status_ptr, spin_limit, GATES, ROWS, BLOCK_K, HH_PICKED, PACK, PORTABLE,
             )  # fmt: skip
         else:
             product = unit_group_products(
                 h_in_ptr + d.to(tl.int64) * B * H, H, 1, first_row.to(tl.int64), B, H,
                 hh_values_ptr, hh_columns_ptr, hh_starts_ptr, group,
-                GATES, SLOTS, HH_EMPTY, ROWS, BLOCK_K, DOT, PORTABLE,
+                GATES, SLOTS, HH_EMPTY, ROWS, BLOCK_K, DOT, HH_PICKED, PORTABLE,
             )  # fmt: skip
         h_new, c_new = advance(product + now, h, c, CELL)
         h = tl.where(active, h_new, h)
@@ -233,11 +228,7 @@ def streamed_steps(
         N_row = next_row
         t += t_step
 
-    tl.store(h_n_ptr + state, h, mask=mask)
-    if CELL == LSTM:
-        # Threads may hold the same cell: each has loaded it, one stores it. A slice without a step in this launch has
-        # no barrier in between, and needs none: what is stored is what is there.
-        tl.store(c_ptr + state, c, mask=mask)
+    store_state(h_n_ptr, c_ptr, state, h, c, mask, CELL)
 
 
 def launch_streamed(
@@ -270,7 +261,7 @@ def launch_streamed(
 
     Args:
         mode: of CELLS.
-        tile: from choose_streamed_tile, for the rows of h_in.
+        tile: from choose_streamed_tile, for the rows of h_in; without a dot if one of the weights is picked.
         exchange_mode: exchange.NONE, for one step, or BETWEEN.
         weight_hh: of all directions.
         x, weight_ih, slot_bias: instead of sums, for T = 1.
@@ -309,6 +300,8 @@ def launch_streamed(
         EXCHANGE=exchange_mode,
         RAGGED=starts is not None,
         FUSED_INPUT=x is not None,
+        HH_PICKED=weight_hh.is_picked,
+        IH_PICKED=weight_ih is not None and weight_ih.is_picked,
         PACK=_PACK,
         PORTABLE=INTERPRETED,
         grid=grid,

@@ -1,16 +1,9 @@
-"""Which tile a layer's time loop gets, and the weights in the order in which its programs load them.
+"""Which tile a layer's time loop gets.
 
 A program of `resident.py` holds a tile of weights in registers: for each gate slot of its unit groups, up to `columns`
-columns of 16 weights. The list of a slot's stored columns is cut into tiles of KO rows of LANES columns:
-
-    weights [D, P, TILES, KO, GROUPS * SLOTS, LANES, 16]     columns [D, P, TILES, KO, GROUPS * SLOTS, LANES]
-
-with LANES = 8 for float32 and 16 for narrower weights. The shortest lists are filled up with weights 0 of column H,
-whose h is 0. So a layer fits where its *longest* list fits: masks with as many blocks in every unit group and gate
-(`Pruner(balanced=True)`) need fewer columns, and no program is slower than the others. Where all gates of a unit group
-have the same columns (`Pruner(tie_gates=True)`), they can share them:
-
-    TIED (P = unit groups): weights [D, P, TILES, SLOTS, KO, LANES, 16]       columns [D, P, TILES, KO, LANES]
+columns of 16 weights. The list of a slot's stored columns is cut into tiles of KO rows of LANES columns (packing.py).
+So a layer fits where its *longest* list fits: masks with as many blocks in every unit group and gate
+(`Pruner(balanced=True)`) need fewer columns, and no program is slower than the others.
 
 `choose_residency` is a plain function of the layer, the batch and the device; nothing is tried out. Registers were read
 from machine code (tools/residency.py); no GPU has measured these rows yet.
@@ -19,12 +12,8 @@ from machine code (tools/residency.py); no GPU has measured these rows yet.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from triton_sparse_rnn.sparse.row_blocks import UNITS, RowBlocks
+from triton_sparse_rnn.sparse.row_blocks import UNITS, VECTORS
 
 MOST_ROUNDS = 4  # launches one after another of slices that are not resident together, before streaming is chosen
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200: those whose machine code was read
@@ -67,6 +56,8 @@ class ResidentTile:
         slots: of the cell.
         itemsize: bytes of a weight.
         tied: gates share columns.
+        picked: weights are picks.
+        ahead: tiles whose words of h a thread asks for before it waits for the first; None for all.
         groups: unit groups of a program.
         rows: of the batch, of a program.
         num_warps: of a program.
@@ -85,17 +76,24 @@ class ResidentTile:
     tiles: int
     registers: int
     tied: bool = False
+    picked: bool = False
+    ahead: int | None = None
     elsewhere: tuple[int, int] | None = None
 
     @property
     def lanes(self) -> int:
-        """Columns side by side in a warp: 32 threads of 16 bytes, 16 weights a column."""
-        return 32 * 16 // self.itemsize // UNITS
+        """Entries side by side in a warp: 32 threads of 16 bytes, 16 weights a column, or 64 words of picks."""
+        return 2 if self.picked else 32 * 16 // self.itemsize // UNITS
+
+    @property
+    def tile_entries(self) -> int:
+        """Entries of a list in one tile."""
+        return self.ko * self.lanes
 
     @property
     def tile_columns(self) -> int:
-        """Columns of one tile."""
-        return self.ko * self.lanes
+        """Weights of a row in one tile."""
+        return self.tile_entries * (VECTORS if self.picked else 1)
 
     @property
     def columns(self) -> int:
@@ -108,9 +106,9 @@ class ResidentTile:
 
     @property
     def pack(self) -> int:
-        """Words of h that a thread reads in one tile."""
+        """Words of h that a thread reads together, in one tile all that it needs."""
         slots = 1 if self.tied else self.slots
-        return max(1, slots * self.groups * self.ko // self.num_warps)
+        return max(1, slots * self.groups * self.ko // self.num_warps) * (VECTORS if self.picked else 1)
 
     def programs_per_sm(self, device: Device) -> int:
         """How many are resident on a multiprocessor."""
@@ -121,10 +119,10 @@ class ResidentTile:
 
     def named(self, tiles: int) -> str:
         """Describe a program with so many tiles."""
-        tied = ", tied" if self.tied else ""
+        kind = ", tied" if self.tied else ", picks" if self.picked else ""
         columns = tiles * self.tile_columns
         rows = f" x {self.rows} rows" if self.rows > 1 else ""
-        return f"{self.groups * UNITS} units x {columns} columns{rows}, {self.num_warps} warps{tied}"
+        return f"{self.groups * UNITS} units x {columns} columns{rows}, {self.num_warps} warps{kind}"
 
 
 # The best first. Many unit groups are for a program that holds a layer alone.
@@ -207,6 +205,7 @@ def choose_residency(
     directions: int = 1,
     batch_size: int = 1,
     tied: bool = False,
+    picked: bool = False,
     chains_wait: bool = False,
     device: Device = H200,
 ) -> Residency | None:
@@ -215,11 +214,12 @@ def choose_residency(
     Args:
         mode: nn.RNNBase.mode.
         hidden_size: H.
-        columns: of the longest list: stored columns of one gate of one unit group.
+        columns: of the longest list: stored columns of one gate of one unit group, or vectors of picks.
         itemsize: bytes of a stored weight.
         directions: D, side by side.
         batch_size: B.
         tied: all gates of each unit group have the same columns.
+        picked: weights are picks.
         chains_wait: directions are layers that wait for each other.
         device: where it runs.
     """
@@ -228,7 +228,7 @@ def choose_residency(
     for tile in TABLE:
         alone = not chains_wait and (tile.groups > 1 or groups == 1)
         tiles = max(1, -(-columns // tile.tile_columns))
-        if tile.slots != SLOTS[mode] or tile.itemsize != itemsize or tile.tied > tied:
+        if (tile.slots, tile.itemsize, tile.picked) != (SLOTS[mode], itemsize, picked) or tile.tied > tied:
             continue
         if tiles > tile.most_tiles(device.target):
             continue
@@ -245,90 +245,3 @@ def choose_residency(
             return choice
         choices.append(choice)
     return min(choices, key=lambda choice: -(-choice.slices // choice.resident_slices), default=None)
-
-
-def longest_list(blocks: RowBlocks) -> int:
-    """The most stored columns that one gate of one unit group has."""
-    return int(blocks.starts.diff().max()) if blocks.starts.numel() > 1 else 0
-
-
-def gates_are_tied(blocks: RowBlocks) -> bool:
-    """Whether the gates of each unit group have the same columns."""
-    counts = blocks.starts.diff().view(-1, blocks.gates)
-    if blocks.gates == 1 or not bool((counts == counts[:, :1]).all()):
-        return False
-    place, row = _places(blocks)
-    first_gate = row.div(blocks.gates, rounding_mode="floor") * blocks.gates
-    return bool((blocks.columns == blocks.columns[blocks.starts[first_gate] + place]).all())
-
-
-def chain_layers(recurrent: Sequence[RowBlocks], inputs: Sequence[RowBlocks]) -> RowBlocks:
-    """Return the weights of layers of one direction as chains of a wavefront (resident.py): a gate for each slot.
-
-    Args:
-        recurrent: W_hh of each layer.
-        inputs: W_ih of each layer but the first; its column j becomes H + 1 + j.
-    """
-    parts = [(layer, blocks, 0) for layer, blocks in enumerate(recurrent)]
-    parts += [(layer, blocks, 1) for layer, blocks in enumerate(inputs, start=1)]
-    G, H, groups = recurrent[0].gates, recurrent[0].hidden_size, recurrent[0].groups
-    slots = 4 if G == 3 else G
-    rows, columns = [], []
-    for layer, blocks, is_input in parts:
-        _, row = _places(blocks)
-        gate, group = row % G, row.div(G, rounding_mode="floor")
-        slot = torch.where(gate == 2, 2 + is_input, gate) if G == 3 else gate  # a GRU keeps W_in x apart
-        rows.append((layer * groups + group) * slots + slot)
-        columns.append(blocks.columns + is_input * (H + 1))
-    row = torch.cat(rows)
-    order = torch.argsort(row, stable=True)
-    counts = torch.bincount(row, minlength=len(recurrent) * groups * slots)
-    return RowBlocks(
-        values=torch.cat([blocks.values for _, blocks, _ in parts])[order],
-        columns=torch.cat(columns)[order],
-        starts=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32),
-        shape=(slots * H, 2 * H + 1),
-        gates=slots,
-        directions=len(recurrent),
-    )
-
-
-def pack_tiles(blocks: RowBlocks, tile: ResidentTile, tiles: int) -> tuple[Tensor, Tensor]:
-    """Return weights and columns as at the top of the file.
-
-    Args:
-        blocks: the recurrent weight, all directions.
-        tile: a row of the table.
-        tiles: how many of them, enough for the longest list.
-    """
-    G, D = blocks.gates, blocks.directions
-    programs = -(-blocks.groups // tile.groups)
-    place, row = _places(blocks)  # in its list, and which list
-    t, ko, lane = (
-        place.div(tile.tile_columns, rounding_mode="floor"),
-        place.div(tile.lanes, rounding_mode="floor") % tile.ko,
-        place % tile.lanes,
-    )
-    gate, group = row % G, row.div(G, rounding_mode="floor")
-    d, group = group.div(blocks.groups, rounding_mode="floor"), group % blocks.groups
-    p, slot = group.div(tile.groups, rounding_mode="floor"), group % tile.groups * tile.slots + gate
-    slots = tile.groups * tile.slots
-    if tile.tied:
-        weights = blocks.values.new_zeros(D, programs, tiles, slots, tile.ko, tile.lanes, UNITS)
-        weights[d, p, t, slot, ko, lane] = blocks.values
-        columns = blocks.columns.new_full((D, programs, tiles, tile.ko, tile.lanes), blocks.hidden_size)
-        columns[d, p, t, ko, lane] = blocks.columns
-    else:
-        weights = blocks.values.new_zeros(D, programs, tiles, tile.ko, slots, tile.lanes, UNITS)
-        weights[d, p, t, ko, slot, lane] = blocks.values
-        columns = blocks.columns.new_full((D, programs, tiles, tile.ko, slots, tile.lanes), blocks.hidden_size)
-        columns[d, p, t, ko, slot, lane] = blocks.columns
-    return weights, columns
-
-
-def _places(blocks: RowBlocks) -> tuple[Tensor, Tensor]:
-    """Of each stored column: its place in its list, and the list (direction, unit group, gate)."""
-    counts = blocks.starts.diff()
-    like = {"dtype": torch.int64, "device": counts.device}
-    rows = torch.repeat_interleave(torch.arange(len(counts), **like), counts)
-    return torch.arange(len(rows), **like) - blocks.starts[rows], rows

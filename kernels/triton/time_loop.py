@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton.exchange import BETWEEN, INTERPRETED, NONE, WITHIN, new_exchange
+from triton_sparse_rnn.kernels.triton.packing import gates_are_tied, longest_list, pack_tiles
 from triton_sparse_rnn.kernels.triton.resident import launch_resident
 from triton_sparse_rnn.kernels.triton.streamed import choose_streamed_tile, launch_streamed
 from triton_sparse_rnn.kernels.triton.tiles import (
@@ -28,9 +29,6 @@ from triton_sparse_rnn.kernels.triton.tiles import (
     Device,
     Residency,
     choose_residency,
-    gates_are_tied,
-    longest_list,
-    pack_tiles,
 )
 from triton_sparse_rnn.sparse.row_blocks import UNITS, RowBlocks
 
@@ -88,7 +86,7 @@ class TimeLoop:
         self._tied = bias is None and gates_are_tied(weights)
         self._device = device
         self.status = new_status(device)
-        self._packed: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._packed: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
         self._choices: dict[int, Residency | None] = {}
         self._taken: dict[int, str] = {}  # text of the way that the last call took, by batch size
         self._is_resident: dict[Any, bool] = {}
@@ -118,6 +116,7 @@ class TimeLoop:
                 directions=self.weights.directions,
                 batch_size=batch_size,
                 tied=self._tied,
+                picked=self.weights.is_picked,
                 chains_wait=self._bias is not None,
                 device=self._limits,
             )
@@ -172,7 +171,7 @@ class TimeLoop:
         return launch_resident(self._mode, choice, exchange_mode, **more, **arguments)
 
     def _streamed(self, B: int, exchange_mode: int) -> Way:
-        tile = choose_streamed_tile(B, exchange_mode)
+        tile = choose_streamed_tile(B, exchange_mode, picked=self.weights.is_picked)
         programs = self.weights.groups * self.weights.directions * -(-B // tile.rows)
         how = "step by step" if exchange_mode == NONE.value else "streamed"
         rows = f" x {tile.rows} rows" if tile.rows > 1 else ""
@@ -231,7 +230,7 @@ class TimeLoop:
             spin_limit=self.spin_limit, first=first, steps=steps, **rest,
         )  # fmt: skip
 
-    def _pack(self, choice: Residency) -> tuple[Tensor, Tensor]:
+    def _pack(self, choice: Residency) -> tuple[Tensor, Tensor | None]:
         """Return the weights in the order of a tile; made at the first call of a batch size that takes this tile."""
         tile, device = choice.tile, self.weights.values.device
         key = tile.groups, tile.ko, tile.tied, choice.tiles

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -128,15 +127,14 @@ def test_names_and_precisions():
 def test_gpu_suites_are_skipped_without_one_and_can_be_recorded(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", "bench/gpu/bench_core.py"]
     command += ["-m", "gpu", "-k", "floor", f"--record={tmp_path / 'rows.jsonl'}"]
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=own)
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert result.returncode == LEFT, result.stdout
     assert "needs an NVIDIA GPU" in result.stdout
     assert " passed" not in result.stdout
     rows = len(bench_core.CORE)
     assert result.stdout.endswith(f"rows.jsonl, {rows} rows: {rows} left\n")
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=own)
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (4, "")
     assert "ERROR: --record: " in result.stderr
 

@@ -55,7 +55,6 @@ def test_it(benchmark, work, contender):
 def suite(pytester, monkeypatch):
     """Runs the suite, apart if it may end its process; returns its exit status, what was measured, its last line."""
     monkeypatch.setenv("PYTHONPATH", str(Path(bench.__file__).parents[1]))
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # or pytest-benchmark would not measure
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(test_suite=SUITE)
     quick = ["--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "-p", "no:cacheprovider", "-q"]
@@ -123,6 +122,12 @@ def test_nothing_is_measured_on_a_device_that_has_faulted(suite):
     status, measured, last = suite()
     assert (status, measured) == (1, ["b-nn", "b-ours", "late-nn", "late-ours"])
     assert last == "rows.jsonl, 6 rows: 5 passed, 1 failed"
+
+
+def test_rows_that_are_not_measured_are_not_taken_for_measured_ones(suite):
+    status, measured, _ = suite("--benchmark-disable")
+    assert (status, measured) == (pytest.ExitCode.USAGE_ERROR, ["a-nn"])
+    assert ended_rows(Path("rows.jsonl")) == []
 
 
 def test_an_interrupt_leaves_what_was_measured(suite):

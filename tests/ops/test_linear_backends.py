@@ -63,6 +63,14 @@ def test_int8_on_the_cpu_is_that_of_the_reference(pattern, options):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_picks(name, rows):
+    layer, x = make_layer(Picks()), torch.randn(rows, C)
+    y = BACKENDS[name].prepare_linear(layer, 1)(x)
+    torch.testing.assert_close(y.double(), exact(layer, x), rtol=0, atol=10 * rounding_of_sums(C))
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_nan_and_infinity_travel_along_stored_weights_only(name, value):
     weight = torch.zeros(R, C)
@@ -107,7 +115,6 @@ def test_the_fastest_backend_is_chosen():
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (make_layer(Picks()), "weight is stored in Picks"),
         (make_layer(weight_dtype=torch.int8), "weight is stored as torch.int8"),
         (make_layer(weight_dtype=torch.int8, activation_dtype=torch.int8), "it does not quantise activations"),
         (make_layer(dtype=torch.float64), "it computes in float32"),

@@ -81,7 +81,7 @@ class PersistentLinear(PersistentModule):
                 scale per row); None for the dtype of `dense`. Inputs, outputs and bias keep that dtype.
             storage: the `Picks` or `Blocks` in which the weight is stored, or a pair (BR, BC) for blocks; None takes
                 what is the fastest by an estimate (nn/storage_choice.py).
-            backend: "triton" (NVIDIA GPUs; blocks, not int8 or float64), "cpu" (not float64) or "reference", or None
+            backend: "triton" (NVIDIA GPUs; not int8 or float64), "cpu" (not float64) or "reference", or None
                 for the fastest that fits, decided at each call.
             activation_dtype: torch.int8, with weight_dtype=torch.int8, rounds each vector x to 8 bits with one scale
                 (equations: ops/backends/reference.py). None keeps activations as they are.

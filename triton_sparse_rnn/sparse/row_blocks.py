@@ -1,4 +1,6 @@
-"""Any block-sparse weight as blocks of 16 rows x 1 column of one gate, which is what all Triton kernels read.
+"""Any stored weight in vectors of the 16 rows of a unit group and one gate, which is what all Triton kernels read.
+
+Blocks become blocks of 16 rows x 1 column:
 
     blocks of 8 x 2, H = 24                        the same weights as 16 x 1
 
@@ -9,6 +11,11 @@
 
 Where BR is no multiple of 16, rows of a 16 x 1 block that were not stored are filled up with zeros. These read their
 input, as every weight of a 16 x 1 block does, and 0 times infinity is NaN.
+
+Picks become vectors in which each row has a column of its own. Four of them are an entry, so that a thread reads the
+four weights of one row at once; the threads of a warp that hold a vector then read h within its bank. Beside a 16-bit
+weight stands its column, in the upper half of the same 32-bit word. An entry is filled up with weights 0 of column C,
+one behind the last.
 """
 
 from __future__ import annotations
@@ -22,16 +29,19 @@ from torch import Tensor
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 UNITS = 16  # rows of a block: the hidden units of a unit group
+VECTORS = 4  # of picks in an entry
+MOST_PICKED_COLUMNS = 2**16 - 1  # that 16 bits beside a weight can tell from the one behind the last
 _CHUNK = 2**20  # weights that are placed at a time
 
 
 class RowBlocks(NamedTuple):
-    """Blocks of 16 x 1 of one or more matrices [G * H, C] of one shape, in the order of sparse/block_matrix.py.
+    """Entries of one or more matrices [G * H, C] of one shape: blocks of 16 x 1, or four vectors of picks.
 
     Attributes:
-        values: [NB, 16], float32, float16 or bfloat16.
-        columns: [NB], int32, ascending within a row of blocks.
-        starts: [D * ceil(H / 16) * G + 1], int32, where each row of blocks (direction, unit group, gate) begins.
+        values: [NB, 16], float32, float16 or bfloat16; of picks [NB, 16, 4] in float32, and [NB, 16, 4, 2] in the
+            narrow dtypes, of which the first is the weight, and the bits of the second are its column.
+        columns: [NB], int32, ascending within a row of blocks; of picks [NB, 16, 4].
+        starts: [D * ceil(H / 16) * G + 1], int32, where each list of entries (direction, unit group, gate) begins.
         shape: (G * H, C).
         gates: G.
         directions: D, the number of matrices, one after another.
@@ -54,15 +64,25 @@ class RowBlocks(NamedTuple):
         """Unit groups of one matrix."""
         return -(-self.hidden_size // UNITS)
 
+    @property
+    def is_picked(self) -> bool:
+        """Whether each row has columns of its own."""
+        return self.columns.dim() == 3
+
+    @property
+    def weights(self) -> Tensor:
+        """The values alone: [NB, 16], or of picks [NB, 16, 4]."""
+        return self.values[..., 0] if self.values.dim() == 4 else self.values
+
 
 def row_blocks(matrix: BlockMatrix) -> RowBlocks:
-    """Return the same weights, on the same device, as 16 x 1 blocks: all that hold a stored one.
+    """Return the same weights, on the same device, as 16 x 1 blocks, all that hold a stored one; or as picks.
 
     Blocks of 16 x BC are not copied where BC divides the columns of the matrix. Otherwise the temporary memory is 9
     bytes for 16 weights of the dense matrix, and a little more.
 
     Args:
-        matrix: floating point, blocks of any size.
+        matrix: floating point, blocks or picks of any size; picks of a narrow dtype with at most MOST_PICKED_COLUMNS.
 
     >>> matrix = BlockMatrix.from_dense(torch.tensor([[1.0, 0.0], [2.0, 3.0]]), (1, 1))
     >>> blocks = row_blocks(matrix)
@@ -70,6 +90,8 @@ def row_blocks(matrix: BlockMatrix) -> RowBlocks:
     ([[1.0, 2.0], [0.0, 3.0]], [0, 1], [0, 2])
     """
     assert matrix.values.is_floating_point()
+    if matrix.is_picked:
+        return _entries_of_picks(matrix)
     (BR, BC), columns = matrix.block_size, matrix.shape[1]
     if BR == UNITS and columns % BC == 0:
         within = torch.arange(BC, dtype=torch.int32, device=matrix.columns.device)
@@ -87,6 +109,7 @@ def stack_directions(parts: Sequence[RowBlocks]) -> RowBlocks:
     """Return the matrices of several directions, of one shape and dtype, as one; a single one is returned as it is."""
     if len(parts) == 1:
         return parts[0]
+    parts = of_one_kind(parts)
     starts = [parts[0].starts[:1]]
     for part in parts:
         starts.append(starts[-1][-1] + part.starts[1:])
@@ -95,6 +118,66 @@ def stack_directions(parts: Sequence[RowBlocks]) -> RowBlocks:
         columns=torch.cat([part.columns for part in parts]),
         starts=torch.cat(starts),
         directions=len(parts),
+    )
+
+
+def of_one_kind(parts: Sequence[RowBlocks]) -> list[RowBlocks]:
+    """Return all as picks if one of them is: a block of 16 x 1 is a vector whose picks are the same."""
+    if any(part.is_picked for part in parts):
+        return [part if part.is_picked else _as_picks(part) for part in parts]
+    return list(parts)
+
+
+def _as_picks(blocks: RowBlocks) -> RowBlocks:
+    counts = blocks.starts.diff()
+    entries = (counts + VECTORS - 1).div(VECTORS, rounding_mode="floor")
+    starts = torch.cat([blocks.starts[:1], entries.cumsum(0)]).to(torch.int32)
+    like = {"dtype": torch.int64, "device": counts.device}
+    row = torch.repeat_interleave(torch.arange(len(counts), **like), counts)
+    number = torch.arange(len(row), **like) - blocks.starts[row]
+    entry, vector = starts[row] + number.div(VECTORS, rounding_mode="floor"), number % VECTORS
+    values = blocks.values.new_zeros(int(starts[-1]), UNITS, VECTORS)
+    columns = blocks.columns.new_full(values.shape, blocks.shape[1])
+    values[entry, :, vector] = blocks.values
+    columns[entry, :, vector] = blocks.columns[:, None]
+    return blocks._replace(values=with_columns(values, columns), columns=columns, starts=starts)
+
+
+def with_columns(weights: Tensor, columns: Tensor) -> Tensor:
+    """Return `values` of picks: weights [NB, 16, 4], if narrow with their columns beside them."""
+    if weights.element_size() == 4:
+        return weights
+    return torch.stack([weights, columns.to(torch.int16).view(weights.dtype)], dim=-1)  # the lower half, as unsigned
+
+
+def _entries_of_picks(matrix: BlockMatrix) -> RowBlocks:
+    """Give the n-th stored weight of each row of a unit group and gate a place in its n-th vector."""
+    G, H, C = matrix.gates, matrix.shape[0] // matrix.gates, matrix.shape[1]
+    groups, BR, block_rows = -(-H // UNITS), matrix.block_size[0], matrix.block_rows
+    like = {"dtype": torch.int64, "device": matrix.values.device}
+    unit = block_rows.div(G, rounding_mode="floor")[:, None] * BR + torch.arange(BR, **like)  # [NB, BR]
+    row = (unit.div(UNITS, rounding_mode="floor") * G + (block_rows % G)[:, None]) * UNITS + unit % UNITS
+    exists = (unit < H)[:, None].expand_as(matrix.values)  # rows at the edge are filled up
+    row, weights, places = row[:, None].expand_as(exists)[exists], matrix.values[exists], matrix.input_places()[exists]
+    order = row.argsort(stable=True)  # as stored within a row: bank by bank, so vectors keep to banks
+    counts = torch.bincount(row, minlength=groups * G * UNITS)
+    number = torch.empty_like(order)
+    number[order] = torch.arange(len(order), **like) - (counts.cumsum(0) - counts)[row[order]]
+
+    entries = -(-counts.view(-1, UNITS).amax(1) // VECTORS) if groups else counts
+    starts = torch.cat([entries.new_zeros(1), entries.cumsum(0)])
+    entry = starts[row.div(UNITS, rounding_mode="floor")] + number.div(VECTORS, rounding_mode="floor")
+    values = weights.new_zeros(int(starts[-1]), UNITS, VECTORS)
+    columns = places.new_full(values.shape, C)
+    values[entry, row % UNITS, number % VECTORS] = weights
+    columns[entry, row % UNITS, number % VECTORS] = places
+    columns = columns.to(torch.int32)
+    return RowBlocks(
+        values=with_columns(values, columns),
+        columns=columns,
+        starts=starts.to(torch.int32),
+        shape=matrix.shape,
+        gates=G,
     )
 
 

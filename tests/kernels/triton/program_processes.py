@@ -103,7 +103,7 @@ def run_programs(
         kernel: a function of triton.jit at the top of a module.
         arguments: by name; tensors are on the CPU.
         conduct: of the programs that misbehave.
-        replaced: other functions of triton.jit for global names of the kernel's module.
+        replaced: other functions of triton.jit for global names of its modules.
         limit_s: after which all programs are killed.
     Raises:
         TimeoutError: some were still running then; names them.
@@ -227,12 +227,26 @@ def _wait(processes: list[Any], limit_s: float) -> None:
             return
 
 
+def _modules_of(kernel: Any) -> list[dict[str, Any]]:
+    """The globals of the modules of a kernel, and of all device functions that these know."""
+    found: list[dict[str, Any]] = []
+    left = [kernel]
+    while left:
+        module = left.pop().fn.__globals__
+        if not any(module is other for other in found):
+            found.append(module)
+            left += [value for value in module.values() if isinstance(value, type(kernel))]
+    return found
+
+
 def _run_program(job: _Job, kernel: Any, program: ProgramId, counts: Tensor, sender: Connection) -> None:
     try:
         for name, function in job.replaced.items():
-            if name not in kernel.fn.__globals__:
+            places = [module for module in _modules_of(kernel) if name in module]
+            if not places:
                 raise NameError(f"{job.kernel} has no global {name!r} to replace")
-            kernel.fn.__globals__[name] = _function(function)
+            for module in places:
+                module[name] = _function(function)
         conduct = job.conduct.get(program, Conduct())
         runtime: Any = interpreter
         runtime.interpreter_builder.__class__ = _OneProgram

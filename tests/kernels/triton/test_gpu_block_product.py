@@ -8,7 +8,9 @@ from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton.block_product import TILES, block_product, choose_product_tile, project_inputs
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
+from triton_sparse_rnn.ops.backends.reference import block_linear
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.picks import Picks
 from triton_sparse_rnn.sparse.row_blocks import row_blocks, stack_directions
 
 FLOAT32, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
@@ -16,13 +18,15 @@ FLOAT32, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
 
 def exact_product(x: Tensor, matrix: BlockMatrix) -> Tensor:
     """W x in float64; what is not stored does not read its input."""
+    if matrix.is_picked:
+        return block_linear(matrix, None, torch.float64)(x.double())
     stored = dataclasses.replace(matrix, values=torch.ones_like(matrix.values)).to_dense() != 0
     products = x.double()[:, None, :] * matrix.to_dense().double()
     return products.masked_fill(~stored, 0).sum(-1)
 
 
 @pytest.mark.parametrize(
-    ("gates", "H", "C", "block_size", "density", "weight_dtype", "x_dtype", "N"),
+    ("gates", "H", "C", "pattern", "density", "weight_dtype", "x_dtype", "N"),
     [
         (3, 17, 5, (16, 1), 0.5, FLOAT32, FLOAT32, 1),
         (3, 33, 300, (16, 1), 0.7, FLOAT32, FLOAT32, 2),
@@ -38,20 +42,26 @@ def exact_product(x: Tensor, matrix: BlockMatrix) -> Tensor:
         (1, 20, 70, (16, 3), 1.0, FLOAT32, FLOAT32, 130),
         (1, 1, 1, (1, 1), 1.0, FLOAT32, FLOAT32, 2),
         (3, 20, 40, (16, 3), 0.5, HALF, HALF, 0),
+        (3, 33, 300, Picks(), 0.2, FLOAT32, FLOAT32, 1),
+        (1, 40, 300, Picks(bank=8), 0.5, BFLOAT, FLOAT32, 2),
+        (4, 30, 20, Picks(rows=8, bank=16, columns=2), 0.9, HALF, HALF, 5),
+        (3, 40, 70, Picks(bank=64, columns=4), 0.1, FLOAT32, BFLOAT, 9),
+        (4, 17, 33, Picks(rows=7), 1.0, BFLOAT, BFLOAT, 70),
+        (3, 20, 40, Picks(), 0.0, FLOAT32, FLOAT32, 3),
     ],
 )
 def test_products(
     gates: int,
     H: int,
     C: int,
-    block_size: tuple[int, int],
+    pattern: tuple[int, int] | Picks,
     density: float,
     weight_dtype: torch.dtype,
     x_dtype: torch.dtype,
     N: int,
 ) -> None:
     torch.manual_seed(0)
-    matrix = random_matrix(gates, H, C, block_size, density, weight_dtype)
+    matrix = random_matrix(gates, H, C, pattern, density, weight_dtype)
     weight, bias = row_blocks(matrix), torch.randn(gates * H, device=DEVICE)
     x = torch.randn(N, C + 3, device=DEVICE).to(x_dtype)[:, 1 : C + 1]
     exact = exact_product(x, matrix)
@@ -64,12 +74,13 @@ def test_products(
     assert out[:, [0, -1]].isnan().all(), "written beside"
 
 
+@pytest.mark.parametrize("pattern", [(16, 1), Picks()], ids=["blocks", "picks"])
 @pytest.mark.parametrize("N", [3, 18])
 @pytest.mark.parametrize("gates", [1, 3, 4])
-def test_gates_go_to_their_slots_in_all_directions(gates: int, N: int) -> None:
+def test_gates_go_to_their_slots_in_all_directions(gates: int, N: int, pattern: tuple[int, int] | Picks) -> None:
     torch.manual_seed(0)
     H, C, slots = 19, 40, {1: [0], 3: [0, 1, 3], 4: [0, 1, 2, 3]}[gates]
-    matrices = [random_matrix(gates, H, C), random_matrix(gates, H, C)]
+    matrices = [random_matrix(gates, H, C, pattern), random_matrix(gates, H, C)]
     bias = torch.randn(2, H, slots[-1] + 1, device=DEVICE)
     sums = torch.full((N, *bias.shape), torch.nan, device=DEVICE)
     x = torch.randn(N, C, device=DEVICE)
@@ -80,11 +91,11 @@ def test_gates_go_to_their_slots_in_all_directions(gates: int, N: int) -> None:
     assert_close([sums], [exact])
 
 
-@pytest.mark.parametrize("block_size", [(16, 1), (4, 1)])
+@pytest.mark.parametrize("pattern", [(16, 1), (4, 1), Picks()])
 @pytest.mark.parametrize("N", [2, 17])
-def test_nan_and_infinity_travel_along_stored_weights_only(block_size: tuple[int, int], N: int) -> None:
+def test_nan_and_infinity_travel_along_stored_weights_only(pattern: tuple[int, int] | Picks, N: int) -> None:
     torch.manual_seed(0)
-    matrix = random_matrix(3, 24, 20, block_size, 0.3)
+    matrix = random_matrix(3, 24, 20, pattern, 0.3)
     x = torch.randn(N, 20, device=DEVICE)
     x[0, 3], x[-1, 7], x[-1, 11] = torch.nan, torch.inf, -torch.inf
     exact = exact_product(x, in_columns_of_16(matrix))
@@ -131,3 +142,4 @@ def test_the_smallest_tile_that_holds_all_rows_is_chosen() -> None:
     assert all(tile.rows >= rows or tile.rows == chosen[-1].rows for rows, tile in enumerate(chosen, 1))
     assert [tile.rows for tile in chosen] == sorted(tile.rows for tile in chosen)
     assert set(TILES) == set(chosen)
+    assert {choose_product_tile(rows, picked=True) for rows in range(1, 200)} == {t for t in TILES if not t.dot}

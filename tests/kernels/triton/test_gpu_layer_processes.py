@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -14,11 +13,12 @@ from torch import Tensor
 
 from triton_sparse_rnn.kernels.triton import resident, streamed, time_loop
 from triton_sparse_rnn.kernels.triton.recurrent_layer import RecurrentLayer, RecurrentStack
-from triton_sparse_rnn.kernels.triton.tiles import SLOTS, TABLE, Residency
+from triton_sparse_rnn.kernels.triton.tiles import SLOTS, Residency, ResidentTile
 from triton_sparse_rnn.ops.backends.reference import recurrent_layer
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.layer_config import GATES
+from triton_sparse_rnn.sparse.picks import Picks
 
 CPU = torch.device("cpu")
 I = 3
@@ -33,18 +33,22 @@ def publish_any_nan(ptr, h, mask):
 
 
 @triton.jit
-def do_not_wait(words, base_ptr, columns, stride_bytes, status_ptr, spin_limit, PACK, PORTABLE):
+def do_not_wait(
+    words, base_ptr, columns, stride_bytes, status_ptr, spin_limit, PACK, PORTABLE, HALF=0, HAS_BELOW=0, H=0, below=0
+):
     return words.to(tl.float32, bitcast=True)
 
 
-def random_direction(mode: str, H: int, *, inputs: int, density: float, block_rows: int) -> LayerWeights:
+def random_direction(mode: str, H: int, *, inputs: int, density: float, block_rows: int, picked: bool) -> LayerWeights:
     G = GATES[mode]
 
     def blocks(columns: int) -> BlockMatrix:
-        mask = torch.rand(G, -(-H // block_rows), 1, columns) < density
-        mask = mask.expand(-1, -1, block_rows, -1).flatten(1, 2)[:, :H].flatten(0, 1)
+        rows = 1 if picked else block_rows
+        mask = torch.rand(G, -(-H // rows), 1, columns) < density
+        mask = mask.expand(-1, -1, rows, -1).flatten(1, 2)[:, :H].flatten(0, 1)
         weight = torch.randn(G * H, columns) * mask / (density * columns) ** 0.5
-        return BlockMatrix.from_dense(weight, (block_rows, 1), gates=G)
+        dtype = torch.bfloat16 if picked and mode == "LSTM" else None
+        return BlockMatrix.from_dense(weight, Picks() if picked else (block_rows, 1), gates=G, dtype=dtype)
 
     return LayerWeights(blocks(inputs), blocks(H), torch.randn(G * H) / 2, torch.randn(G * H) / 2)
 
@@ -53,13 +57,15 @@ class Layers:
     """Random layers, P programs for each direction: one layer, or L of one direction that run as a wavefront."""
 
     def __init__(
-        self, mode: str, P: int, *, D: int = 1, L: int = 1, density: float = 0.4, block_rows: int = 16
+        self, mode: str, P: int, *, picked: bool, D: int = 1, L: int = 1, density: float = 0.4, block_rows: int = 16
     ) -> None:
         H = 16 * P - 3
         self.mode, self.H, self.states = mode, H, D * L
         self.weights = [
             [
-                random_direction(mode, H, inputs=D * H if k else I, density=density, block_rows=block_rows)
+                random_direction(
+                    mode, H, inputs=D * H if k else I, density=density, block_rows=block_rows, picked=picked
+                )
                 for _ in range(D)
             ]
             for k in range(L)
@@ -87,16 +93,26 @@ def rows(request: pytest.FixtureRequest) -> int | None:
     return request.param
 
 
+@pytest.fixture(params=[False, True], ids=["blocks", "picks"])
+def picked(request: pytest.FixtureRequest) -> bool:
+    """Whether weights are picks; those of an LSTM are then narrow, with their columns beside them."""
+    return request.param
+
+
 @pytest.fixture
 def kernels(rows: int | None, monkeypatch: pytest.MonkeyPatch) -> InProcesses:
     """Both kernels, in processes where they exchange h, which they then always do; `how` and `outcomes` are shared."""
 
     def choose_residency(
-        mode: str, hidden_size: int, columns: int, itemsize: int, *, directions: int, batch_size: int, **others: Any
-    ) -> Residency | None:
+        mode: str, hidden_size: int, columns: int, itemsize: int, *, directions: int, batch_size: int, picked: bool,
+        **others: Any,
+    ) -> Residency | None:  # fmt: skip
         if rows is None:
             return None
-        tile = dataclasses.replace(TABLE[0], slots=SLOTS[mode], itemsize=4, groups=1, rows=rows, ko=1, tied=False)
+        tile = ResidentTile(
+            slots=SLOTS[mode], itemsize=itemsize, groups=1, rows=rows, num_warps=4, ko=1, tiles=8, registers=168,
+            picked=picked, ahead=2,
+        )  # fmt: skip
         slices = -(-batch_size // rows)
         return Residency(tile, -(-columns // tile.tile_columns), -(-hidden_size // 16), directions, slices, slices)
 
@@ -130,8 +146,8 @@ def delays(outcome: Outcome, seed: int) -> dict[ProgramId, Conduct]:
 
 
 @pytest.mark.parametrize(("mode", "P"), [("RNN_TANH", 2), ("RNN_RELU", 2), ("GRU", 3), ("LSTM", 4)])
-def test_every_cell_with_several_programs(kernels: InProcesses, mode: str, P: int):
-    layer = Layers(mode, P)
+def test_every_cell_with_several_programs(kernels: InProcesses, picked: bool, mode: str, P: int):
+    layer = Layers(mode, P, picked=picked)
     x, states = layer.random_inputs(rectangle(3))
     assert_right(layer.run(x, states, None), layer.expected(x, states, rectangle(3)))
     (outcome,) = kernels.outcomes
@@ -141,8 +157,8 @@ def test_every_cell_with_several_programs(kernels: InProcesses, mode: str, P: in
 
 
 @pytest.mark.parametrize("rows", [2, None], ids=["resident", "streamed"])
-def test_directions_side_by_side_and_slices_of_a_ragged_batch(kernels: InProcesses, rows: int | None):
-    layer = Layers("LSTM", 2, D=2, block_rows=4)
+def test_directions_side_by_side_and_slices_of_a_ragged_batch(kernels: InProcesses, picked: bool, rows: int | None):
+    layer = Layers("LSTM", 2, D=2, block_rows=4, picked=picked)
     x, states = layer.random_inputs(RAGGED)
     assert_right(layer.run(x, states, RAGGED), layer.expected(x, states, RAGGED))
     (outcome,) = kernels.outcomes
@@ -152,9 +168,9 @@ def test_directions_side_by_side_and_slices_of_a_ragged_batch(kernels: InProcess
 
 @pytest.mark.parametrize("rows", [2], ids=["resident"])
 @pytest.mark.parametrize(("mode", "batch_sizes"), [("RNN_TANH", [1, 1, 1]), ("GRU", [2, 2, 1]), ("LSTM", [2, 1, 1])])
-def test_layers_as_a_wavefront(kernels: InProcesses, mode: str, batch_sizes: list[int]):
+def test_layers_as_a_wavefront(kernels: InProcesses, picked: bool, mode: str, batch_sizes: list[int]):
     sizes = torch.tensor(batch_sizes)
-    layers = Layers(mode, 2, L=3)
+    layers = Layers(mode, 2, L=3, picked=picked)
     x, states = layers.random_inputs(sizes)
     undisturbed = layers.run(x, states, sizes)
     assert_right(undisturbed, layers.expected(x, states, sizes))
@@ -164,8 +180,8 @@ def test_layers_as_a_wavefront(kernels: InProcesses, mode: str, batch_sizes: lis
     assert_same_bits(layers.run(x, states, sizes), undisturbed)
 
 
-def test_late_programs_and_delays_change_no_bit(kernels: InProcesses):
-    layer = Layers("GRU", 3)
+def test_late_programs_and_delays_change_no_bit(kernels: InProcesses, picked: bool):
+    layer = Layers("GRU", 3, picked=picked)
     x, states = layer.random_inputs(rectangle(12))
     undisturbed = layer.run(x, states, None)
     assert_right(undisturbed, layer.expected(x, states, rectangle(12)))
@@ -177,8 +193,8 @@ def test_late_programs_and_delays_change_no_bit(kernels: InProcesses):
 
 @pytest.mark.slow("processes")
 @pytest.mark.parametrize("mode", ["RNN_TANH", "GRU", "LSTM"])
-def test_delays_over_many_steps_change_no_bit(kernels: InProcesses, mode: str):
-    layer = Layers(mode, 4)
+def test_delays_over_many_steps_change_no_bit(kernels: InProcesses, picked: bool, mode: str):
+    layer = Layers(mode, 4, picked=picked)
     x, states = layer.random_inputs(rectangle(100))
     kernels.how["limit_s"] = 300
     undisturbed = layer.run(x, states, None)
@@ -188,11 +204,11 @@ def test_delays_over_many_steps_change_no_bit(kernels: InProcesses, mode: str):
 
 
 @pytest.mark.parametrize("value", [SENTINEL_NAN, torch.tensor(torch.inf)], ids=["nan", "infinity"])
-def test_nan_and_infinity_are_handed_over(kernels: InProcesses, value: Tensor):
+def test_nan_and_infinity_are_handed_over(kernels: InProcesses, picked: bool, value: Tensor):
     """The NaN has the sentinel's bits; few weights are stored, so that it does not get everywhere."""
-    layer = Layers("RNN_RELU", 3, density=0.05)
+    layer = Layers("RNN_RELU", 3, density=0.05, picked=picked)
     x, states = layer.random_inputs(rectangle(3))
-    states[0][0, 0, layer.weights[0][0].weight_hh.columns[0]] = value
+    states[0][0, 0, layer.weights[0][0].weight_hh.input_places().flatten()[0]] = value
     expected = layer.expected(x, states, rectangle(3))
     assert 0 < (~expected[0].isfinite()).sum() < expected[0].numel()
     assert_right(layer.run(x, states, None), expected)
@@ -202,8 +218,8 @@ def test_nan_and_infinity_are_handed_over(kernels: InProcesses, value: Tensor):
 @pytest.mark.parametrize(
     "rows", [1, pytest.param(None, marks=pytest.mark.slow("processes"))], ids=["resident", "streamed"]
 )
-def test_a_program_that_dies_ends_no_call_and_is_told_at_the_next(kernels: InProcesses):
-    layer = Layers("GRU", 3, density=1.0)
+def test_a_program_that_dies_ends_no_call_and_is_told_at_the_next(kernels: InProcesses, picked: bool):
+    layer = Layers("GRU", 3, density=1.0, picked=picked)
     x, states = layer.random_inputs(rectangle(8))
     kernels.how.update(conduct={(1, 0, 0): Conduct(dies_in_slot=2)}, limit_s=60)
     layer.run.time_loop.spin_limit = IMPATIENT
@@ -219,8 +235,8 @@ def test_a_program_that_dies_ends_no_call_and_is_told_at_the_next(kernels: InPro
     assert_right(layer.run(x, states, None), expected)
 
 
-def test_a_nan_that_is_published_as_it_is_is_seen(kernels: InProcesses):
-    layer = Layers("GRU", 3)
+def test_a_nan_that_is_published_as_it_is_is_seen(kernels: InProcesses, picked: bool):
+    layer = Layers("GRU", 3, picked=picked)
     x, states = layer.random_inputs(rectangle(3))
     states[0][0, 0, 20] = SENTINEL_NAN
     kernels.how.update(replaced={"publish": publish_any_nan}, limit_s=2)
@@ -228,8 +244,8 @@ def test_a_nan_that_is_published_as_it_is_is_seen(kernels: InProcesses):
         layer.run(x, states, None)
 
 
-def test_a_reader_that_does_not_wait_is_seen(kernels: InProcesses):
-    layer = Layers("GRU", 3)
+def test_a_reader_that_does_not_wait_is_seen(kernels: InProcesses, picked: bool):
+    layer = Layers("GRU", 3, picked=picked)
     x, states = layer.random_inputs(rectangle(3))
     kernels.how.update(replaced={"wait": do_not_wait}, conduct={(0, 0, 0): Conduct(late_s=0.5)})
     y = layer.run(x, states, None)[0]

@@ -23,6 +23,7 @@ from triton_sparse_rnn.ops.backends.reference import recurrent_layer
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.layer_config import GATES
+from triton_sparse_rnn.sparse.picks import Picks
 
 MODES = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")
 RAGGED = (4, 3, 1)
@@ -34,7 +35,7 @@ def random_directions(
     H: int,
     *,
     D: int = 1,
-    block_size: tuple[int, int] = (16, 1),
+    pattern: tuple[int, int] | Picks = (16, 1),
     density: float = 0.4,
     dense_input: bool = False,
     bias: bool = True,
@@ -49,8 +50,8 @@ def random_directions(
         LayerWeights(
             torch.randn(G * H, I, device=DEVICE) / I**0.5
             if dense_input
-            else random_matrix(G, H, I, block_size, density, dtype),
-            random_matrix(G, H, H, block_size, density, dtype),
+            else random_matrix(G, H, I, pattern, density, dtype),
+            random_matrix(G, H, H, pattern, density, dtype),
             vector(),
             vector(),
         )
@@ -87,10 +88,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
+@pytest.mark.parametrize("pattern", [(16, 1), Picks()], ids=["blocks", "picks"])
 @pytest.mark.parametrize("mode", MODES)
-def test_cells_in_both_directions_of_a_ragged_batch(way: str, mode: str):
+def test_cells_in_both_directions_of_a_ragged_batch(way: str, mode: str, pattern: tuple[int, int] | Picks):
     torch.manual_seed(0)
-    directions = random_directions(mode, 5, 20, D=2)
+    directions = random_directions(mode, 5, 20, D=2, pattern=pattern)
     x, states, sizes = random_call(mode, 5, 20, 2, RAGGED)
     layer = RecurrentLayer(mode, directions, device=DEVICE)
     assert_close(layer(x, states, sizes), expected(mode, directions, x, states, sizes))
@@ -98,10 +100,11 @@ def test_cells_in_both_directions_of_a_ragged_batch(way: str, mode: str):
     begins = {"alone": "on chip: ", "many": interpreted, "streamed": interpreted.replace("on chip", "streamed")}
     assert layer.describe(4).startswith(begins[way])
     assert ("read at every step" in layer.describe(4)) == (way == "streamed")
+    assert (", picks" in layer.describe(4)) == (way != "streamed" and pattern == Picks())
 
 
 @pytest.mark.parametrize(
-    ("H", "block_size", "batch_sizes"),
+    ("H", "pattern", "batch_sizes"),
     [
         (16, (16, 1), (1, 1)),
         (1, (1, 1), (2, 2, 2)),
@@ -112,11 +115,18 @@ def test_cells_in_both_directions_of_a_ragged_batch(way: str, mode: str):
         (7, (16, 16), (9,)),
         (20, (16, 1), (2,)),  # with those above, every tile of streamed.py
         (20, (16, 1), (17,)),
+        (1, Picks(), (2, 2)),
+        (33, Picks(bank=8, columns=2), (1, 1, 1)),
+        (50, Picks(rows=8, bank=16), (3, 3)),
+        (70, Picks(rows=32, bank=64, columns=4), (5, 5)),
+        (20, Picks(rows=5), (9,)),
+        (20, Picks(), (2,)),
+        (40, Picks(), (17, 17)),
     ],
 )
-def test_sizes_and_block_sizes(way: str, H: int, block_size: tuple[int, int], batch_sizes: tuple[int, ...]):
+def test_sizes_and_patterns(way: str, H: int, pattern: tuple[int, int] | Picks, batch_sizes: tuple[int, ...]):
     torch.manual_seed(0)
-    directions = random_directions("GRU", 3, H, block_size=block_size)
+    directions = random_directions("GRU", 3, H, pattern=pattern)
     x, states, sizes = random_call("GRU", 3, H, 1, batch_sizes)
     layer = RecurrentLayer("GRU", directions, device=DEVICE)
     rectangle = batch_sizes[0] == batch_sizes[-1]
@@ -124,12 +134,13 @@ def test_sizes_and_block_sizes(way: str, H: int, block_size: tuple[int, int], ba
     assert_close(results, expected("GRU", directions, x, states, sizes))
 
 
+@pytest.mark.parametrize("pattern", [(16, 1), Picks()], ids=["blocks", "picks"])
 @pytest.mark.parametrize("density", [0.0, 1.0])
 @pytest.mark.parametrize(("mode", "H"), [("RNN_TANH", 150), ("GRU", 24)])
-def test_no_blocks_and_all_blocks(way: str, mode: str, H: int, density: float):
+def test_no_weights_and_all_weights(way: str, mode: str, H: int, density: float, pattern: tuple[int, int] | Picks):
     """150 columns are more than a program reads at a time."""
     torch.manual_seed(0)
-    directions = random_directions(mode, 4, H, density=density)
+    directions = random_directions(mode, 4, H, density=density, pattern=pattern)
     x, states, sizes = random_call(mode, 4, H, 1, (2, 2, 2))
     results = RecurrentLayer(mode, directions, device=DEVICE)(x, states, None)
     assert_close(results, expected(mode, directions, x, states, sizes))
@@ -170,10 +181,11 @@ def test_a_dense_input_weight_makes_sums_in_float32(dtype: torch.dtype):
     assert_close(results, [right.to(dtype).double() for right in exact], 0.02 if INTERPRETED else 0.05)
 
 
+@pytest.mark.parametrize("pattern", [(16, 1), Picks()], ids=["blocks", "picks"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_narrow_weights_are_read_as_they_are(way: str, dtype: torch.dtype):
+def test_narrow_weights_are_read_as_they_are(way: str, dtype: torch.dtype, pattern: tuple[int, int] | Picks):
     torch.manual_seed(0)
-    directions = random_directions("LSTM", 5, 20, dtype=dtype)
+    directions = random_directions("LSTM", 5, 20, dtype=dtype, pattern=pattern)
     x, states, sizes = random_call("LSTM", 5, 20, 1, RAGGED)
     results = RecurrentLayer("LSTM", directions, device=DEVICE)(x, states, sizes)
     assert_close(results, expected("LSTM", directions, x, states, sizes))
@@ -208,10 +220,10 @@ def test_gates_that_share_their_columns(mode: str, dtype: torch.dtype, monkeypat
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("block_size", [(16, 1), (4, 1)])
-def test_what_is_not_finite_travels_along_stored_weights_only(way: str, value: float, block_size: tuple[int, int]):
+@pytest.mark.parametrize("pattern", [(16, 1), (4, 1), Picks()])
+def test_what_is_not_finite_travels_along_stored_weights_only(way: str, value: float, pattern: tuple[int, int] | Picks):
     torch.manual_seed(0)
-    directions = random_directions("RNN_TANH", 4, 36, block_size=block_size, density=0.15)
+    directions = random_directions("RNN_TANH", 4, 36, pattern=pattern, density=0.15)
     x, states, sizes = random_call("RNN_TANH", 4, 36, 1, (2, 2, 2))
     x[0, 1] = value
     states[0][0, 1, 7] = value
@@ -230,10 +242,15 @@ def test_h0_may_hold_the_bits_of_the_sentinel():
     assert y.isnan().any()
 
 
+@pytest.mark.parametrize("patterns", [[(16, 1), (16, 1)], [Picks(), Picks()], [Picks(), (16, 1)]])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_step_is_one_launch_and_the_same_as_a_call(way: str, mode: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_step_is_one_launch_and_the_same_as_a_call(
+    way: str, mode: str, patterns: list[tuple[int, int] | Picks], monkeypatch: pytest.MonkeyPatch
+):
+    """Also of a layer with one weight in picks."""
     torch.manual_seed(0)
-    directions = random_directions(mode, 6, 20, D=2)
+    inputs, recurrent = (random_directions(mode, 6, 20, D=2, pattern=pattern) for pattern in patterns)
+    directions = [own._replace(weight_ih=ih.weight_ih) for own, ih in zip(recurrent, inputs, strict=True)]
     x, states, sizes = random_call(mode, 6, 20, 2, (3,))
     layer = RecurrentLayer(mode, directions, device=DEVICE)
     monkeypatch.setattr(layer, "project", None)  # which would be another one
@@ -259,6 +276,14 @@ def test_a_long_sequence_takes_several_launches(way: str, steps: int, monkeypatc
     whole = layer(x, states, sizes)
     monkeypatch.setattr(time_loop, "_EXCHANGE_BYTES", (steps + 1) * 2 * 21 * 2 * 4)
     assert all(itertools.starmap(torch.equal, zip(layer(x, states, sizes), whole, strict=True)))
+
+
+def test_directions_of_different_patterns():
+    torch.manual_seed(0)
+    directions = [*random_directions("GRU", 5, 40, pattern=Picks()), *random_directions("GRU", 5, 40)]
+    x, states, sizes = random_call("GRU", 5, 40, 2, RAGGED)
+    results = RecurrentLayer("GRU", directions, device=DEVICE)(x, states, sizes)
+    assert_close(results, expected("GRU", directions, x, states, sizes))
 
 
 def test_an_empty_batch():
@@ -325,6 +350,7 @@ def test_which_layers_can_be_stacked():
     assert not can_be_stacked([plain, dense])
     assert not can_be_stacked([plain, narrow])
     assert not can_be_stacked([layer(D=2), layer(D=2)])
+    assert can_be_stacked([plain, layer(pattern=Picks())])
 
 
 def test_a_stack_that_cannot_be_resident_runs_layer_by_layer(monkeypatch: pytest.MonkeyPatch):

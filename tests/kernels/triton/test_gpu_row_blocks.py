@@ -9,7 +9,8 @@ from torch import Tensor
 from triton_sparse_rnn.sparse import row_blocks as module
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask
-from triton_sparse_rnn.sparse.row_blocks import RowBlocks, row_blocks, stack_directions
+from triton_sparse_rnn.sparse.picks import Picks
+from triton_sparse_rnn.sparse.row_blocks import RowBlocks, of_one_kind, row_blocks, stack_directions
 
 BLOCK_SIZES = [(1, 1), (2, 3), (4, 1), (5, 2), (8, 1), (16, 1), (16, 4), (16, 5), (20, 1), (32, 1), (48, 2), (64, 64)]
 
@@ -104,3 +105,75 @@ def test_directions_lie_one_after_another() -> None:
 def test_one_direction_is_not_copied() -> None:
     blocks = row_blocks(matrix_of(3, 20, 9, (16, 1), 0.5))
     assert stack_directions([blocks]) is blocks
+
+
+PATTERNS = [Picks(), Picks(bank=8), Picks(rows=8, columns=2), Picks(rows=5, bank=64, columns=4), Picks(rows=32)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_picks_are_stored_and_read_as_they_are(pattern: Picks) -> None:
+    torch.manual_seed(0)
+    for H, C, gates, density in itertools.product((1, 16, 33, 40), (1, 5, 70), (1, 3), (0, 0.3, 1)):
+        dtype = torch.bfloat16 if H == 33 else torch.float32
+        weight = torch.randn(gates * H, C, device=DEVICE) * (torch.rand(gates * H, C, device=DEVICE) < density)
+        matrix = BlockMatrix.from_dense(weight, pattern, gates=gates, dtype=dtype)
+        entries = row_blocks(matrix)
+        assert entries.is_picked
+        assert (entries.shape, entries.gates, entries.weights.dtype) == (matrix.shape, gates, dtype)
+        if dtype == torch.bfloat16:
+            assert torch.equal(entries.values[..., 1].view(torch.int16).int(), entries.columns)
+        lists = entries.starts.diff()
+        row = torch.arange(len(lists), device=DEVICE).repeat_interleave(lists)
+        back = entries.weights.new_zeros(len(lists), 16, C + 1)
+        read = torch.zeros(back.shape, dtype=torch.int64, device=DEVICE)
+        for entry, number in enumerate(row.tolist()):
+            columns = entries.columns[entry].long()
+            back[number].scatter_add_(1, columns, entries.weights[entry])
+            read[number].scatter_add_(1, columns, torch.ones_like(columns))
+        by_gate = [part.view(-1, gates, 16, C + 1).transpose(0, 1).flatten(1, 2) for part in (back, read)]
+        weight, counts = (part[:, :H, :C].flatten(0, 1) for part in by_gate)
+        assert torch.equal(weight, matrix.to_dense())
+        assert not back[..., C].any()
+        assert torch.equal(counts, places_read(matrix))
+
+
+def places_read(matrix: BlockMatrix) -> Tensor:
+    """How often each row of the matrix reads each column, padded places included: [rows, C]."""
+    gates, groups, _ = matrix.block_grid
+    (BR, _), (rows, C) = matrix.block_size, matrix.shape
+    counts = torch.zeros(gates * groups * BR, C, dtype=torch.int64, device=DEVICE)
+    group, gate = matrix.block_rows // gates, matrix.block_rows % gates
+    row = (gate * groups + group)[:, None, None] * BR + torch.arange(BR, device=DEVICE)
+    places = matrix.input_places()
+    counts.index_put_((row.expand_as(places), places), torch.ones_like(places), accumulate=True)
+    return counts.view(gates, -1, C)[:, : rows // gates].flatten(0, 1)
+
+
+def test_a_vector_of_picks_keeps_to_a_bank() -> None:
+    """So that 16 threads read four sectors of h."""
+    pattern = Picks()
+    weight = (
+        torch.randn(32, 96) * pattern.spread(torch.rand(pattern.mask_shape(1, 32, 96)) < 0.2, torch.randn(1, 32, 96))[0]
+    )
+    entries = row_blocks(BlockMatrix.from_dense(weight.to(DEVICE), pattern))
+    vectors = entries.columns.transpose(1, 2).flatten(0, 1)
+    banks = vectors[(vectors < 96).all(1)] // 32
+    assert len(banks) > 10
+    assert torch.equal(banks.amin(1), banks.amax(1))
+
+
+def test_directions_of_which_one_is_in_picks_are_all() -> None:
+    torch.manual_seed(0)
+    blocks = row_blocks(matrix_of(3, 20, 9, (16, 1), 0.5, torch.float16))
+    matrix = BlockMatrix.from_dense(torch.randn(60, 9).to(DEVICE), Picks(), gates=3, dtype=torch.float16)
+    stacked = stack_directions([blocks, row_blocks(matrix)])
+    assert stacked.is_picked
+    (first, second) = of_one_kind([blocks, row_blocks(matrix)])
+    assert torch.equal(stacked.values, torch.cat([first.values, second.values]))
+    number = torch.arange(len(blocks.columns), device=DEVICE)
+    row = torch.arange(len(blocks.starts) - 1, device=DEVICE).repeat_interleave(blocks.starts.diff())
+    number -= blocks.starts[row]
+    entry, vector = first.starts[row] + number // 4, number % 4
+    assert torch.equal(first.weights[entry, :, vector], blocks.values)
+    assert torch.equal(first.columns[entry, :, vector], blocks.columns[:, None].expand(-1, 16))
+    assert first.weights.count_nonzero() == blocks.values.count_nonzero()

@@ -26,6 +26,7 @@ from triton_sparse_rnn.ops.stored_linear import RunLinear, StoredLinear
 from triton_sparse_rnn.ops.validation import check_not_capturing
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.layer_config import GATES
+from triton_sparse_rnn.sparse.row_blocks import MOST_PICKED_COLUMNS
 
 if TYPE_CHECKING:
     from triton_sparse_rnn.kernels.triton.recurrent_layer import RecurrentLayer, RecurrentStack
@@ -91,14 +92,11 @@ def _unsupported_place(layer: StoredLayer | StoredLinear) -> str | None:
 
 
 def _unreadable_reason(name: str, weight: BlockMatrix) -> str | None:
-    if weight.is_picked:
-        return (
-            f"{name} is stored in {weight.pattern}, and only blocks run here: convert with "
-            "storage=Blocks(16, 1), for which the model should be pruned with pattern=Blocks(16, 1)"
-        )
     if weight.values.dtype not in WEIGHT_DTYPES:
         runs = ", ".join(map(str, WEIGHT_DTYPES))
         return f"{name} is stored as {weight.values.dtype}, and only {runs} run here"
+    if weight.is_picked and weight.shape[1] > MOST_PICKED_COLUMNS:
+        return f"{name} has {weight.shape[1]:,} columns, and picks run here with {MOST_PICKED_COLUMNS:,} at most"
     return None
 
 
