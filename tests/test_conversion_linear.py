@@ -116,10 +116,10 @@ def test_what_is_named_and_not_pruned_stays_dense():
 
 
 def test_what_is_named_and_no_linear_layer():
-    match = "'embedding.weight' is of a Embedding, and only weights of nn.Linear"
+    match = "'embedding.weight' belongs to Embedding, and only weights of nn.Linear"
     with pytest.warns(UserWarning, match=match):
         assert kinds(to_sparse(Model(), include=("embedding.weight", "mix.*"))) == RNN | MIX
-    with pytest.warns(UserWarning, match="'wide.weight' is of a Conv1d"):
+    with pytest.warns(UserWarning, match="'wide.weight' belongs to Conv1d"):
         to_sparse(Model(), include=("wide.*",))
 
 
@@ -149,7 +149,7 @@ def test_the_globs_of_a_pruner_do():
     optimizer.step()
     fast = to_sparse(model.eval(), include=names)
     assert kinds(fast) == RNN | BOTH | MIX
-    assert fast.mix.density <= 0.06
+    assert fast.mix.density <= 0.1
     torch.testing.assert_close(fast(WORDS), model(WORDS), rtol=0, atol=1e-5)
 
 

@@ -394,10 +394,10 @@ def test_nested_tensors_are_named(layout: torch.layout):
 
 def make_head(zeros: float = 0.9) -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.GRU(4, 32), nn.Linear(32, 48), nn.Conv1d(48, 16, 1))
-    for layer in model[1:]:
-        with torch.no_grad():
-            layer.weight.masked_fill_(torch.rand(layer.weight.shape) < zeros, 0)
+    model = nn.Sequential(nn.GRU(32, 32), nn.Linear(32, 48), nn.Conv1d(48, 16, 1))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.masked_fill_(torch.rand(parameter.shape) < zeros, 0)
     return model
 
 

@@ -69,7 +69,7 @@ def included_layers(model: nn.Module, include: Iterable[str]) -> tuple[set[str],
             raise ValueError(f"include has {glob!r}, which matches no parameter of two dimensions or more")
     chosen = {id(module) for name, module in linear.items() if any(name_matches(name, glob) for glob in globs)}
     unfit = [
-        f"'{name}' is of a {kind}, and only weights of nn.Linear, and of nn.Conv1d with kernel size 1, can be stored"
+        f"'{name}' belongs to {kind}, and only weights of nn.Linear, and of nn.Conv1d with kernel size 1, can be stored"
         for name, kind in others.items()
         if any(name_matches(name, glob) for glob in globs)
     ]

@@ -83,8 +83,7 @@ def test_quantised_inputs_give_exact_sums(pattern):
         torch.testing.assert_close(layer(x).double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_row_gives_the_same_bits_in_any_company_of_picks():
-    """As picks are multiplied row by row; blocks share their loads, and then sum in another order."""
+def test_the_same_call_gives_the_same_bits():
     layer = LinearLayer(BlockMatrix.from_dense(sparse_matrix(33, 70), Picks()), None, quantized=False)
     x = torch.randn(40, 70)
     assert torch.equal(layer(x), layer(x.clone()))
