@@ -24,7 +24,7 @@ def why_not_converted(layer: nn.Module) -> tuple[str, str]:
     """
     new_class = persistent_class(layer)
     dense_class = new_class.dense_class
-    training_class = TRAINING_CLASSES.get(dense_class, dense_class)  # pyright: ignore[reportArgumentType] or none
+    training_class = TRAINING_CLASSES.get(dense_class, dense_class)
     base = training_class if isinstance(layer, training_class) else dense_class
     if lost := lost_members(layer, base):
         return f"a {type(layer).__name__}, which would lose {', '.join(lost)}", _DERIVE

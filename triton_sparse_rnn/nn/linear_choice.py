@@ -93,11 +93,18 @@ def _pruned(
     """Names of layers that were pruned, it seems, and could be converted."""
     found = []
     for name, layer in layers.items():
-        weight = layer._parameters.get("weight")
-        plain = type(weight) is nn.Parameter and weight.layout == torch.strided and not weight.is_meta
-        if name in named or not plain or weight.dtype not in STORAGE_DTYPES or reader_of(model, name) is not None:
+        if name in named or not _is_plain(layer._parameters.get("weight")) or reader_of(model, name) is not None:
             continue
-        assert isinstance(weight, Tensor)
         if _PRUNED_ABOVE < _zeros(layer) < 1 and _gains(name, layer, options):
             found.append(clean_name(name))
     return found
+
+
+def _is_plain(weight: Tensor | None) -> bool:
+    """Whether it is a parameter whose zeros can be counted: not computed, sharded, on the meta device, or quantised."""
+    return (
+        type(weight) is nn.Parameter
+        and weight.layout == torch.strided
+        and not weight.is_meta
+        and weight.dtype in STORAGE_DTYPES
+    )

@@ -45,7 +45,7 @@ class PersistentLinear(PersistentModule):
     True
     """
 
-    dense_class: ClassVar[type[nn.Module]] = nn.Linear
+    dense_class: ClassVar[type[Any]] = nn.Linear
     _matrix: ClassVar[str] = "weight"
     _config: LinearConfig
     _plan: LinearPlan | None
@@ -210,7 +210,7 @@ class PersistentConv1d(PersistentLinear):
     torch.Size([2, 8, 5])
     """
 
-    dense_class: ClassVar[type[nn.Module]] = nn.Conv1d
+    dense_class: ClassVar[type[Any]] = nn.Conv1d
 
     @property
     def in_channels(self) -> int:

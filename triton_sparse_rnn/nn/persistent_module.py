@@ -55,7 +55,7 @@ class PersistentModule(PersistentTools):
     class with the arguments of nn.LSTM.
     """
 
-    dense_class: ClassVar[type[nn.Module]]
+    dense_class: ClassVar[type[Any]]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

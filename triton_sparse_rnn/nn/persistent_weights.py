@@ -31,7 +31,7 @@ class PersistentWeights(nn.Module):
 
     def __init__(self, config: Config, weights: Mapping[str, BlockMatrix | Tensor], dtype: torch.dtype) -> None:
         super().__init__()
-        self._config = config
+        self._config: Any = config
         self._plan: Any = None  # how it runs eagerly, made at the first call
         for name in config.weight_names():
             weight = weights[name]
