@@ -40,6 +40,7 @@ class MachineCode:
         step: opcodes of the time loop's body, each waiting loop in it once; empty if the code has no loop. A short loop
             may have been unrolled, so that its body is several steps.
         accesses: all that reads or writes global memory.
+        shortest: opcodes of the shortest way through the time loop's body: what a warp issues that waits for nothing.
     """
 
     arch: int
@@ -50,6 +51,7 @@ class MachineCode:
     opcodes: tuple[str, ...]
     step: tuple[str, ...]
     accesses: tuple[sass.Access, ...]
+    shortest: tuple[str, ...] = ()
 
     def count(self, *kinds: str) -> int:
         """Instructions in the time loop whose opcodes, without modifiers, are among `kinds`."""
@@ -153,6 +155,7 @@ def _read(
         opcodes=tuple(instruction.opcode for instruction in flow.code if instruction.kind != "NOP"),
         step=tuple(flow.code[i].opcode for i in flow.instructions(step)),
         accesses=sass.global_accesses(flow, {first + offsets[i]: name for i, name in pointers.items()}, step),
+        shortest=tuple(flow.code[i].opcode for i in sass.shortest_pass(flow, step)),
     )
 
 

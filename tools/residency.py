@@ -96,17 +96,19 @@ def variants(case: TileCase) -> dict[str, dict[str, bool]]:
     return ways
 
 
-def compile_tile(case: TileCase, **constants: bool) -> MachineCode:
-    """Compile the kernel as it is launched for layers of that tile, with as many columns as fit.
+def compile_tile(case: TileCase, tiles: int | None = None, **constants: bool) -> MachineCode:
+    """Compile the kernel as it is launched for layers of that tile.
 
     Args:
         case: what to compile.
+        tiles: that the layer needs; None for as many as fit.
         constants: RAGGED and WAVEFRONT of the kernel; False if not given.
     """
     from triton_sparse_rnn.kernels.triton.cells import CELLS
     from triton_sparse_rnn.kernels.triton.resident import resident_steps
 
     tile = case.tile
+    tiles = tile.most_tiles(case.arch) if tiles is None else tiles
     flags = {"RAGGED": False, "WAVEFRONT": False} | constants
     absent = [] if flags["WAVEFRONT"] else ["bias_ptr"]
     absent += [] if flags["RAGGED"] else ["starts_ptr", "lengths_ptr"]
@@ -120,13 +122,13 @@ def compile_tile(case: TileCase, **constants: bool) -> MachineCode:
             **flags,
             "CELL": CELLS[case.mode],
             "GROUPS": tile.groups,
-            "TILES": tile.most_tiles(case.arch),
+            "TILES": tiles,
             "KO": tile.ko,
             "ROWS": tile.rows,
             "EXCHANGE": exchange_of(tile),
             "TIED": tile.tied,
             "PICKED": tile.picked,
-            "AHEAD": min(tile.most_tiles(case.arch), tile.ahead or tile.tiles),
+            "AHEAD": min(tiles, tile.ahead or tiles),
             "PACK": tile.pack,
             "PORTABLE": False,
         },
@@ -289,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"kernels cannot be compiled here: {reason}", file=sys.stderr)
         return 2
     results = findings(list(cases(options.arch)))
-    show = _markdown if options.markdown else align
+    show = markdown if options.markdown else align
     print("Machine code: registers and spilled bytes of a thread, shared bytes of a program; in one time step,")
     print("instructions, barriers and shuffles (a waiting loop counted once).\n")
     print("\n".join(show(code_table(results), right=range(4, 10))))
@@ -306,7 +308,8 @@ def _counted(opcodes: Sequence[str]) -> str:
     return ", ".join(f"{count} {opcode}" for opcode, count in Counter(opcodes).items())
 
 
-def _markdown(table: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list[str]:
+def markdown(table: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list[str]:
+    """Lay out a table, its head first, as Markdown."""
     head, *body = table
     rule = ["---:" if i in right else "---" for i in range(len(head))]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *body)]

@@ -13,7 +13,9 @@ comes from nowhere, one from shared memory from all that was put there. Of an ad
 
 from __future__ import annotations
 
+import heapq
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -146,6 +148,39 @@ class ControlFlow:
 def time_loop(flow: ControlFlow) -> frozenset[int]:
     """Return the blocks of the loop that has the most instructions; none without loops."""
     return max(flow.loops(), key=lambda body: len(flow.instructions(body)), default=frozenset())
+
+
+def shortest_pass(flow: ControlFlow, body: frozenset[int]) -> list[int]:
+    """Return indices of the instructions on the way through a loop's body, once around, that has the fewest.
+
+    A loop within it is entered only where every way does, and no way leads around it twice.
+    """
+    if not body:
+        return []
+    header = next(n for n in body if any(n not in body for n in _predecessors(flow, n)))
+    lengths: dict[int, int] = {header: 0}
+    before: dict[int, int] = {}
+    heap, done = [(0, header)], set()
+    while heap:
+        length, n = heapq.heappop(heap)
+        if n in done:
+            continue
+        done.add(n)
+        for m in flow.successors[n]:
+            onward = length + len(flow.blocks[n])
+            if m == header:
+                way = [n]
+                while way[-1] != header:
+                    way.append(before[way[-1]])
+                return [i for block in reversed(way) for i in flow.blocks[block]]
+            if m in body and onward < lengths.get(m, sys.maxsize):
+                lengths[m], before[m] = onward, n
+                heapq.heappush(heap, (onward, m))
+    raise AssertionError("a loop leads back to its header")
+
+
+def _predecessors(flow: ControlFlow, block: int) -> list[int]:
+    return [n for n, following in enumerate(flow.successors) if block in following]
 
 
 class Origin(NamedTuple):

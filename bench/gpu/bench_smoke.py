@@ -1,6 +1,6 @@
 """The first look: three GRU layers in float32, in blocks and in picks, beside cuDNN, in well under a minute.
 
-`bash bench/gpu_check.sh --smoke DIR` runs it. A pattern that our kernels do not take yet is skipped, with their reason.
+`bash bench/gpu_check.sh --smoke DIR` runs it.
 """
 
 import pytest

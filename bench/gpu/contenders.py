@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -26,7 +25,6 @@ from bench.gpu.machine import copy_bandwidth
 from bench.gpu.timing import median_device_us, replayed, synchronized
 from bench.time_loop import run_time_loop
 from bench.workloads import Workload
-from triton_sparse_rnn import BackendUnavailableError
 from triton_sparse_rnn.doctor import usable_cores
 from triton_sparse_rnn.ops.backends.triton import PreparedLayer
 from triton_sparse_rnn.sparse.patterns import Blocks
@@ -41,8 +39,6 @@ def measure(benchmark, work: Workload, contender: GpuContender) -> None:
 
     What compiling took before that goes into `compile_s`, 0 where kernels came out of a cache.
     """
-    if (reason := refusal(work)) is not None:
-        pytest.skip(f"not run: {reason}")
     with compile_seconds() as compiled:
         expected, run, facts = contender.prepare(work)
     with torch.inference_mode():
@@ -154,22 +150,6 @@ class Ours(GpuContender):
         if not self.zeros and not facts["on_chip"]:
             pytest.skip(f"without zeros the layer does not stay on the chip: {facts['tile']}")
         return converted, call_of(fast, work), facts
-
-
-@functools.lru_cache
-def refusal(work: Workload) -> str | None:
-    """Why our kernels do not take layers of a pattern like this one, in their own words; None if they do.
-
-    None for blocks too: if those are refused, that is a failure.
-    """
-    if isinstance(work.pattern, Blocks):
-        return None
-    small = dataclasses.replace(work, H=64, T=1, B=1)
-    try:
-        persistent_layer(copy.deepcopy(small.layer).to(small.device), small, backend="triton")
-    except BackendUnavailableError as error:
-        return str(error)
-    return None
 
 
 def convert(work: Workload) -> tuple[Any, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The few lines that matter of what was measured on a GPU: `python -m bench.gpu.headlines FILE`, of pytest's --record.
 
 Which goals are met, how fast the layers of bench_smoke.py and bench_lstm_training.py are beside torch.nn's, what has
-failed, what was not run and why, and how long kernels were compiled, which is in none of the times.
+failed, and how long kernels were compiled, which is in none of the times.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def headlines(path: Path) -> list[str]:
     lines += goals(others).splitlines() if others else []
     lines += training(line for line in by_outcome["passed"] if "lstm_training" in line["fullname"])
     lines += [f"FAILED  {_row_of(line)}: {_first_line(line['reason'])}" for line in by_outcome["failed"]]
-    lines += _skipped([line for line in ended if line["outcome"] == "skipped"])
+    skipped = sum(line["outcome"] == "skipped" for line in ended)
+    lines += [f"{skipped} skipped, which their contenders cannot run"] * (skipped > 0)
     seconds = sum(line["extra_info"].get("compile_s", 0) for line in by_outcome["passed"])
     count = len(by_outcome["passed"])
     return [*lines, f"{count} measured; compiling their kernels took {seconds:.0f} s, which is in none of these times"]
@@ -53,17 +54,6 @@ def training(results: Iterable[Line]) -> list[str]:
         ]
         lines.append(f"{group}: nn.LSTM {dense_us:,.0f} µs; {', '.join(others)}")
     return lines
-
-
-def _skipped(lines: Sequence[Line]) -> list[str]:
-    """A line for each reason why our kernels refuse layers; what else was skipped, and by whom, is only counted."""
-    refused: dict[str, dict[str, None]] = {}
-    for line in lines:
-        if line["reason"].startswith("not run: "):
-            refused.setdefault(line["reason"], {})[_row_of(line).rpartition("-")[0]] = None
-    others = sum(not line["reason"].startswith("not run: ") for line in lines)
-    told = [f"{reason}  [{'; '.join(layers)}]" for reason, layers in refused.items()]
-    return told + [f"{others} skipped, which their contenders cannot run"] * (others > 0)
 
 
 def _row_of(line: Line) -> str:

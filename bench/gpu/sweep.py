@@ -26,8 +26,10 @@ from bench.gpu.warm import WORKERS, Job, only, warm, workers
 from bench.record import LEFT, append_line, lines_to_append_to
 from bench.workloads import Workload
 from triton_sparse_rnn.kernels.triton import tiles
+from triton_sparse_rnn.kernels.triton.packing import gates_are_tied, longest_list
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.layer_config import GATES
+from triton_sparse_rnn.sparse.picks import Picks
 from triton_sparse_rnn.sparse.row_blocks import row_blocks
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -41,23 +43,29 @@ LAYERS = [
         (1024, 16, 0.9, BF16),
     )
 ]
+LAYERS += [work.pruned_in(Picks()) for work in LAYERS]
 
 
 def candidates(work: Workload) -> Iterator[tiles.ResidentTile]:
     """Yield tiles that hold the layer in programs of one unit group, those with few warps first."""
     weight = work.layer.get_parameter("weight_hh_l0")
     blocks = row_blocks(BlockMatrix.from_dense(weight, work.pattern, gates=GATES[work.cell]))
-    longest, tied, slots = tiles.longest_list(blocks), tiles.gates_are_tied(blocks), tiles.SLOTS[work.cell]
-    for num_warps, ko, rows, share in itertools.product((2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 4), {tied, False}):
+    longest, tied, slots = longest_list(blocks), gates_are_tied(blocks), tiles.SLOTS[work.cell]
+    picked, aheads = blocks.is_picked, (None, 4) if blocks.is_picked else (None,)
+    ways = itertools.product((2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 4), {tied, False}, aheads)
+    for num_warps, ko, rows, share, ahead in ways:
         tile = tiles.ResidentTile(
-            slots=slots, itemsize=work.dtype.itemsize, groups=1, rows=rows, num_warps=num_warps, ko=ko, tiles=1,
-            registers=min(255, 65536 // (32 * num_warps)), tied=share,
+            slots=slots, itemsize=work.dtype.itemsize, rows=rows, num_warps=num_warps, ko=ko, tiles=1,
+            registers=min(255, 65536 // (32 * num_warps)), tied=share, picked=picked, ahead=ahead,
         )  # fmt: skip
         tile = dataclasses.replace(tile, tiles=-(-longest // tile.tile_columns))
-        weights = slots * tile.columns * tiles.UNITS * tile.itemsize // 4 // (32 * num_warps)  # registers of a thread
+        bytes_of_weight = 4 if picked else tile.itemsize  # at least
+        weights = slots * tile.columns * tiles.UNITS * bytes_of_weight // 4 // (32 * num_warps)  # registers of a thread
         if rows <= work.B and slots * ko >= num_warps and weights < tile.registers:
             with only((tile,)):
-                fits = tiles.choose_residency(work.cell, work.H, longest, tile.itemsize, batch_size=work.B, tied=tied)
+                fits = tiles.choose_residency(
+                    work.cell, work.H, longest, tile.itemsize, batch_size=work.B, tied=tied, picked=picked
+                )
             if fits is not None:
                 yield tile
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.gpu.contenders import Ours, refusal
+from bench.gpu.contenders import Ours
 from bench.record import ended_rows
 from bench.workloads import Workload
 from triton_sparse_rnn.doctor import usable_cores
@@ -85,7 +85,7 @@ def run_once(job: Job) -> str | None:
 
 
 def works_of(suite: str, record: Path | None = None) -> list[Workload]:
-    """The layers of a suite as its contenders convert them, but for those that our kernels do not take.
+    """The layers of a suite as its contenders convert them.
 
     Args:
         suite: smoke or core.
@@ -98,7 +98,7 @@ def works_of(suite: str, record: Path | None = None) -> list[Workload]:
     works = [
         work if contender.zeros else work.without_zeros
         for work, contender in rows
-        if isinstance(contender, Ours) and refusal(work) is None
+        if isinstance(contender, Ours)
         if f"bench/gpu/bench_{suite}.py::bench_{suite}[{work}-{contender}]" not in ended
     ]
     return list(dict.fromkeys(works))

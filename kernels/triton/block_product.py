@@ -63,12 +63,14 @@ TILES = (
     ProductTile(rows=32, block_k=64, num_warps=4, dot=True, maxnreg=255),
     ProductTile(rows=64, block_k=32, num_warps=4, dot=True, maxnreg=255),
 )
+# Of picks, whose columns and words take registers too.
+PICKED_TILES = (TILES[0]._replace(block_k=64), *(tile for tile in TILES[1:] if not tile.dot))
 _TRANSPOSED_FROM = 32  # rows in a tile: then a column of it is a whole line of the cache, if they lie side by side
 
 
 def choose_product_tile(rows: int, *, picked: bool = False) -> ProductTile:
-    """The smallest tile that holds all rows, or else the largest; of picks one without a dot."""
-    tiles = [tile for tile in TILES if not (tile.dot and picked)]
+    """The smallest tile that holds all rows, or else the largest."""
+    tiles = PICKED_TILES if picked else TILES
     return next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
 
 

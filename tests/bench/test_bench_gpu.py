@@ -236,22 +236,6 @@ def test_a_row_holds_its_facts(contender, monkeypatch):
     assert torch.get_num_threads() == threads
 
 
-@interpreted
-def test_picks_are_not_run_as_long_as_our_kernels_refuse_them(monkeypatch):
-    work = TINY.pruned_in(Picks())
-    reason = gpu_contenders.refusal(work)
-    assert reason is not None
-    assert "weight_ih is stored in Picks(rows=16, bank=32, columns=1), and only blocks run here" in reason
-    for contender in (CuDNN(), Ours()):
-        with pytest.raises(pytest.skip.Exception, match=r"not run: backend 'triton' cannot run this layer: "):
-            gpu_contenders.measure(Benchmark(), work, contender)
-    assert gpu_contenders.refusal(TINY) is None
-    gpu_contenders.refusal.cache_clear()
-    monkeypatch.setattr(gpu_contenders, "persistent_layer", lambda *arguments, **options: None)  # once they take them
-    assert gpu_contenders.refusal(work) is None
-    gpu_contenders.refusal.cache_clear()
-
-
 def test_compiling_is_timed_apart(monkeypatch):
     from triton import knobs
 

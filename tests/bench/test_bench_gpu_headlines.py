@@ -71,17 +71,13 @@ def test_layers_of_the_core_suite_are_held_against_the_goals(write):
     assert sum(line.startswith("not measured") for line in found) == 2
 
 
-def test_failures_and_refusals_are_told(write):
-    picks, refused = "GRU H= 512 picks", "not run: backend 'triton' cannot run this layer: only blocks run here"
-    lines = [ended("bench_smoke", picks, name, "skipped", refused) for name in ("nn", "ours")]
-    lines += [ended("bench_smoke", "GRU H=1024 picks", "nn", "skipped", refused)]
-    lines += [ended("bench_core", "GRU", "torch BSR", "skipped", "torch refuses: no")]
+def test_failures_and_skips_are_told(write):
+    lines = [ended("bench_core", "GRU", "torch BSR", "skipped", "torch refuses: no")]
     lines += [ended("bench_core", "GRU", "ours", "failed", "Error(1) exceeds Error(0)\nassert False")]
     lines += [{"fullname": "bench_core.py::bench_core[GRU-floor]", "outcome": "begun"}] * 2
     assert headlines(write(*lines)) == [
         "FAILED  GRU-ours: Error(1) exceeds Error(0)",
         "FAILED  GRU-floor: the process ended in it, 2 times",
-        f"{refused}  [GRU H= 512 picks; GRU H=1024 picks]",
         "1 skipped, which their contenders cannot run",
         "0 measured; compiling their kernels took 0 s, which is in none of these times",
     ]

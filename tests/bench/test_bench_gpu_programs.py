@@ -17,6 +17,7 @@ from bench.workloads import Workload
 from triton_sparse_rnn.kernels.triton import tiles
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 from triton_sparse_rnn.sparse.patterns import Blocks
+from triton_sparse_rnn.sparse.picks import Picks
 
 TINY = Workload(H=40, sparsity=0.5, T=3, B=2, pattern=Blocks(8, 1), device="cpu")
 
@@ -60,6 +61,10 @@ def test_candidates_hold_the_layer():
     assert {tile.tied for tile in found} == {True, False}
     kept = work.layer.get_parameter("weight_hh_l0").view(3, 16, 16, 256).ne(0).all(2).sum(2)
     assert min(tile.columns for tile in found) >= int(kept.max())
+    picked = list(gpu_sweep.candidates(Workload(H=256, sparsity=0.9, B=2).pruned_in(Picks())))
+    assert len(picked) == len(set(picked)) > 5
+    assert all(tile.picked and not tile.tied for tile in picked)
+    assert {tile.ahead for tile in picked} == {None, 4}
 
 
 def test_only_is_undone_after_an_error():
@@ -119,13 +124,11 @@ def test_a_layer_that_does_not_compile_is_reported():
 
 
 @interpreted
-def test_what_is_compiled_beforehand(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_warm, "refusal", lambda work: None if isinstance(work.pattern, Blocks) else "no picks")
+def test_what_is_compiled_beforehand(tmp_path):
     core = gpu_warm.works_of("core")
-    wanted = [work for work in bench_core.CORE if isinstance(work.pattern, Blocks)]
-    assert set(core) == {*wanted, *(work.without_zeros for work in wanted)}
+    assert set(core) == {*bench_core.CORE, *(work.without_zeros for work in bench_core.CORE)}
     smoke = gpu_warm.works_of("smoke", tmp_path / "none.jsonl")
-    assert smoke == bench_smoke.SMOKE[:3]
+    assert smoke == bench_smoke.SMOKE
     rows = [f"bench/gpu/bench_smoke.py::bench_smoke[{work}-{c}]" for work in smoke[1:] for c in bench_smoke.CONTENDERS]
     lines = [json.dumps({"fullname": row, "outcome": "passed"}) + "\n" for row in rows]
     (tmp_path / "rows.jsonl").write_text("".join(lines))

@@ -69,8 +69,13 @@ def test_masks_are_stored_as_they_were_made(monkeypatch):
 
 
 def test_what_has_no_kernel_is_not_chosen(vectors):
-    assert isinstance(chosen(weight(), "triton"), Blocks)
-    assert isinstance(chosen(weight(), "triton", torch.int8), Blocks)
+    assert chosen(weight(), "triton") == chosen(weight(), "triton", torch.int8) == Picks()  # not those of bytes
+    assert chosen(weight(Blocks(16, 16)), "triton", of_inputs=True) == Blocks(16, 1)  # as it runs there
+
+
+def test_blocks_and_picks_on_a_gpu_by_what_they_read():
+    for density, pattern in ((0.02, Picks()), (0.9, Blocks(16, 1))):
+        assert chosen(weight(density=density), "triton", of_inputs=True) == pattern
 
 
 def test_without_numba_there_is_a_choice(monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.sass import Access, ControlFlow, global_accesses, parse, time_loop
+from tools.sass import Access, ControlFlow, global_accesses, parse, shortest_pass, time_loop
 
 ARGUMENTS = {0x160: "weights", 0x168: "exchange", 0x170: "y"}
 
@@ -68,6 +68,35 @@ def test_time_loop_holds_waiting_loops_and_blocks_behind_the_end():
     loops = sorted([flow.code[i].address for i in flow.instructions(body)] for body in flow.loops())
     assert loops == [[0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x80, 0x90], [0x20, 0x30]]
     assert [flow.code[i].address for i in flow.instructions(time_loop(flow))] == loops[0]
+
+
+def test_the_shortest_pass_waits_for_nothing():
+    flow = flow_of(
+        "MOV R0, RZ",  # 00
+        "IADD3 R0, R0, 0x1, RZ",  # 10  the time loop begins
+        "@!P0 BRA 0x60",  # 20  nothing to wait for
+        "LDG.E.STRONG.GPU R1, [R2.64]",  # 30  a loop that waits
+        "ISETP.EQ.U32.AND P0, PT, R1, -0x1, PT",  # 40
+        "@P0 BRA 0x30",  # 50
+        "FFMA R4, R1, R5, R4",  # 60
+        "@P1 BRA 0x10",  # 70
+        "EXIT",  # 80
+    )
+    shortest = shortest_pass(flow, time_loop(flow))
+    assert [flow.code[i].address for i in shortest] == [0x10, 0x20, 0x60, 0x70]
+    assert shortest_pass(flow, frozenset()) == []
+
+
+def test_the_shortest_pass_looks_once_where_it_must():
+    flow = flow_of(
+        "MOV R0, RZ",  # 00
+        "LDG.E.STRONG.GPU R1, [R2.64]",  # 10  the time loop begins
+        "@P0 BRA 0x20",  # 20  waits
+        "FFMA R4, R1, R5, R4",  # 30
+        "@P1 BRA 0x10",  # 40
+        "EXIT",  # 50
+    )
+    assert [flow.code[i].address for i in shortest_pass(flow, time_loop(flow))] == [0x10, 0x20, 0x30, 0x40]
 
 
 def test_a_call_may_be_a_branch():

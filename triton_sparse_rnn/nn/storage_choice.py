@@ -58,6 +58,9 @@ VECTOR_TIMES: dict[str, dict[torch.dtype | None, _Times]] = {
         torch.int8: _NO_BYTES | {Picks(16, 32): (4.35, 7.3)},
     },
 }
+# On a GPU, by the loads of h or x that a vector takes (python -m tools.estimate), one of blocks and four of picks: an
+# estimate, not measured. All blocks run there as those of 16 x 1.
+GPU_VECTOR_TIMES: _Times = {Blocks(16, 1): (1, 1), Picks(16, 32): (1.5, 4)}
 # Of W_ih x, by torch. On one thread it was 1.45, but torch may have more, and what is not pruned at all is left to it.
 DENSE_VECTOR_TIME = 0.7
 # Of one row, by torch: the vectors are in a row in memory, and those of a block are not. Not measured as carefully.
@@ -72,7 +75,7 @@ def fastest_storage(
     Args:
         weight: [G, H, C].
         of_inputs: whether it is a weight_ih.
-        backend: that is to run it, as for `PersistentGRU.from_dense`. "triton" has no kernel for picks.
+        backend: that is to run it, as for `PersistentGRU.from_dense`.
         activation_dtype: torch.int8 for quantised activations.
         may_stay_dense: whether None is allowed.
     """
@@ -99,7 +102,7 @@ def fastest_linear_storage(
         backend, activation_dtype, may_stay_dense: as for `fastest_storage`.
     """
     whole = Blocks(16, 1).full_mask(*weight.shape).numel()
-    dense = (DENSE_ROW_VECTOR_TIME * whole, DENSE_VECTOR_TIME * whole)[: None if _on_cpu(weight.device, backend) else 1]
+    dense = (DENSE_ROW_VECTOR_TIME * whole, DENSE_VECTOR_TIME * whole)[: 1 if _on_gpu(weight.device, backend) else None]
     shares: dict[Pattern | None, float] = {None: 1.0} if may_stay_dense else {}
     for pattern, times in _vector_times(weight.device, backend)[activation_dtype].items():
         vectors = pattern.vectors * int(pattern.kept(weight).sum())
@@ -115,12 +118,10 @@ def pattern_to_prune_in(device: torch.device, backend: str | None) -> Pattern:
 
 def _vector_times(device: torch.device, backend: str | None) -> dict[torch.dtype | None, _Times]:
     """What can run there, of the row of this processor or, where its kernels do not run, of the first."""
-    on_cpu = _on_cpu(device, backend)
-    times = VECTOR_TIMES.get(support.vectors() if on_cpu else "none", VECTOR_TIMES["AVX-512 with bytes"])
-    if on_cpu:
-        return times
-    return {dtype: {key: time for key, time in row.items() if isinstance(key, Blocks)} for dtype, row in times.items()}
+    if _on_gpu(device, backend):
+        return dict.fromkeys((None, torch.int8), GPU_VECTOR_TIMES)
+    return VECTOR_TIMES.get(support.vectors() if device.type == "cpu" else "none", VECTOR_TIMES["AVX-512 with bytes"])
 
 
-def _on_cpu(device: torch.device, backend: str | None) -> bool:
-    return device.type == "cpu" and backend != "triton"
+def _on_gpu(device: torch.device, backend: str | None) -> bool:
+    return device.type == "cuda" or backend == "triton"

@@ -31,24 +31,30 @@ def pointer(name: str, weights: str) -> str:
 def jobs(architectures: list[int]) -> Iterator[tuple[str, Any, dict[str, Any], str, int, Any, bool]]:
     """Name, kernel, constants, dtype of weights, target, tile, and whether programs exchange h."""
     cells = (("RNN_TANH", "fp32"), ("GRU", "fp32"), ("LSTM", "bf16"))
-    for arch, (mode, weights) in itertools.product(architectures, cells):
+    for arch, (mode, weights), picked in itertools.product(architectures, cells, (False, True)):
         tiles = [(tile, True) for tile in streamed.BETWEEN_TILES]
-        tiles += [(tile, False) for tile in block_product.TILES if tile.rows <= streamed._MOST_ROWS]
+        of_products = block_product.PICKED_TILES if picked else block_product.TILES
+        tiles += [(tile, False) for tile in of_products if tile.rows <= streamed._MOST_ROWS]
         for tile, between in tiles:
             constants = {
                 "CELL": CELLS[mode], "ROWS": tile.rows, "BLOCK_K": tile.block_k, "DOT": tile.dot,
                 "EXCHANGE": (BETWEEN if between else NONE).value, "RAGGED": between, "FUSED_INPUT": not between,
-                "PACK": streamed._PACK, "PORTABLE": False,
+                "HH_PICKED": picked, "IH_PICKED": picked, "PACK": streamed._PACK, "PORTABLE": False,
             }  # fmt: skip
-            name = f"streamed {mode} {weights} {'between' if between else 'one step'} {tile.rows} rows sm_{arch}"
+            how = f"{'between' if between else 'one step'} {tile.rows} rows{' of picks' if picked else ''}"
+            name = f"streamed {mode} {weights} {how} sm_{arch}"
             yield name, streamed.streamed_steps, constants, weights, arch, tile, between
-    for arch, (G, weights), tile in itertools.product(architectures, ((1, "bf16"), (3, "fp32")), block_product.TILES):
+    product_tiles = [(tile, False) for tile in block_product.TILES]
+    product_tiles += [(tile, True) for tile in block_product.PICKED_TILES]
+    products = itertools.product(architectures, ((1, "bf16"), (3, "fp32")), product_tiles)
+    for arch, (G, weights), (tile, picked) in products:
         constants = {
             "GATES": G, "SLOTS": 1 if G == 1 else 4, "EMPTY": 2 if G == 3 else 4, "USED": 1 if G == 1 else 4,
-            "HAS_BIAS": True, "ROWS": tile.rows, "BLOCK_K": tile.block_k, "DOT": tile.dot,
+            "HAS_BIAS": True, "ROWS": tile.rows, "BLOCK_K": tile.block_k, "DOT": tile.dot, "PICKED": picked,
             "PORTABLE": False, "stride_x_c": 1, "stride_y_s": 1, "stride_bias_s": 1,
         }  # fmt: skip
-        yield f"product {G} {weights} {tile.rows} rows sm_{arch}", block_product.block_product_kernel, constants, \
+        name = f"product {G} {weights} {tile.rows} rows{' of picks' if picked else ''} sm_{arch}"
+        yield name, block_product.block_product_kernel, constants, \
             weights, arch, tile, False  # fmt: skip
 
 

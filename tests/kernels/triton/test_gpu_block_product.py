@@ -6,7 +6,13 @@ from gpu_device import DEVICE
 from gpu_layers import assert_close, in_columns_of_16, random_matrix
 from torch import Tensor
 
-from triton_sparse_rnn.kernels.triton.block_product import TILES, block_product, choose_product_tile, project_inputs
+from triton_sparse_rnn.kernels.triton.block_product import (
+    PICKED_TILES,
+    TILES,
+    block_product,
+    choose_product_tile,
+    project_inputs,
+)
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 from triton_sparse_rnn.ops.backends.reference import block_linear
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
@@ -142,4 +148,5 @@ def test_the_smallest_tile_that_holds_all_rows_is_chosen() -> None:
     assert all(tile.rows >= rows or tile.rows == chosen[-1].rows for rows, tile in enumerate(chosen, 1))
     assert [tile.rows for tile in chosen] == sorted(tile.rows for tile in chosen)
     assert set(TILES) == set(chosen)
-    assert {choose_product_tile(rows, picked=True) for rows in range(1, 200)} == {t for t in TILES if not t.dot}
+    assert {choose_product_tile(rows, picked=True) for rows in range(1, 200)} == set(PICKED_TILES)
+    assert not any(tile.dot for tile in PICKED_TILES)

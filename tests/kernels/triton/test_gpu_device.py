@@ -15,6 +15,7 @@ from triton_sparse_rnn import PersistentGRU, PersistentLSTM, PersistentRNN
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask
 from triton_sparse_rnn.sparse.layer_config import GATES
+from triton_sparse_rnn.sparse.picks import Picks
 
 pytestmark = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(INTERPRETED, reason="needs an NVIDIA GPU")
@@ -29,10 +30,11 @@ PERSISTENT: dict[str, Any] = {"RNN": PersistentRNN, "GRU": PersistentGRU, "LSTM"
 SMALL, T = (20, 3) if INTERPRETED else (300, 40)  # H of several programs, and steps
 EXCHANGED = 1024  # on a GPU, H of many programs
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+PATTERNS = pytest.mark.parametrize("pattern", [(16, 1), Picks()], ids=["blocks", "picks"])
 
 
 def make_dense(
-    mode: str = "GRU", H: int = SMALL, *, sparsity: float = 0.9, block_size=(16, 1), dtype=torch.float32, **options: Any
+    mode: str = "GRU", H: int = SMALL, *, sparsity: float = 0.9, pattern=(16, 1), dtype=torch.float32, **options: Any
 ) -> nn.RNNBase:
     """A layer with input size H on the CPU, pruned at random."""
     generator = torch.Generator().manual_seed(0)
@@ -42,6 +44,7 @@ def make_dense(
         if not name.startswith("weight"):
             weight *= 0.1
             continue
+        block_size = (1, 1) if isinstance(pattern, Picks) else pattern
         grid = count_blocks(H, weight.shape[1], block_size)
         kept = torch.rand(GATES[mode], *grid, generator=generator) >= sparsity
         weight *= expand_block_mask(kept, block_size, H, weight.shape[1]).flatten(0, 1)
@@ -99,57 +102,62 @@ def assert_same_bits(a: list[Tensor], b: list[Tensor]) -> None:
         assert torch.equal(ours.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
+@PATTERNS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", DENSE)
-def test_layers_and_directions(mode, dtype):
-    dense = make_dense(mode, num_layers=2, bidirectional=True, dtype=dtype)
+def test_layers_and_directions(mode, dtype, pattern):
+    dense = make_dense(mode, num_layers=2, bidirectional=True, dtype=dtype, pattern=pattern)
     x, hx = make_input(dense, 3)
-    assert_right(run(convert(dense), x, hx), dense, x, hx)
+    assert_right(run(convert(dense, storage=pattern), x, hx), dense, x, hx)
 
 
-@pytest.mark.parametrize("block_size", [(16, 1), (8, 2), (32, 1)], ids=str)
+@pytest.mark.parametrize("pattern", [(16, 1), (8, 2), (32, 1), Picks(), Picks(8, 16, 2)], ids=str)
 @pytest.mark.parametrize("B", [1, 2] if INTERPRETED else [1, 7, 128])
 @pytest.mark.parametrize("H", [16, 17] if INTERPRETED else [16, 257, 1024])
-def test_sizes(H, B, block_size):
-    dense = make_dense(H=H, block_size=block_size)
+def test_sizes(H, B, pattern):
+    dense = make_dense(H=H, pattern=pattern)
     x, hx = make_input(dense, B)
-    assert_right(run(convert(dense, storage=block_size), x, hx), dense, x, hx)
+    assert_right(run(convert(dense, storage=pattern), x, hx), dense, x, hx)
 
 
+@PATTERNS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", DENSE)
-def test_ragged_batches(mode, dtype):
-    dense = make_dense(mode, bidirectional=True, dtype=dtype)
+def test_ragged_batches(mode, dtype, pattern):
+    dense = make_dense(mode, bidirectional=True, dtype=dtype, pattern=pattern)
     x, _ = make_input(dense, 4)
     packed = pack_sequence([x[:length, row] for row, length in enumerate((2, T, 1, T - 1))], enforce_sorted=False)
     _, hx = make_input(dense, 4, seed=2)
-    assert_right(run(convert(dense), packed, hx), dense, packed, hx)
+    assert_right(run(convert(dense, storage=pattern), packed, hx), dense, packed, hx)
 
 
+@PATTERNS
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("H", "B"), [(2560, 1), (1024, 16)])
-def test_long_sequences_of_large_layers(H, B, dtype):
-    dense = make_dense(H=H, dtype=dtype)
+def test_long_sequences_of_large_layers(H, B, dtype, pattern):
+    dense = make_dense(H=H, dtype=dtype, pattern=pattern)
     x, hx = make_input(dense, B, 1100 if B > 1 else 200)  # the longer one takes two launches
-    assert_right(run(convert(dense), x, hx), dense, x, hx)
+    assert_right(run(convert(dense, storage=pattern), x, hx), dense, x, hx)
 
 
+@PATTERNS
 @needs_gpu
 @pytest.mark.parametrize("mode", ["GRU", "LSTM"])
 @pytest.mark.filterwarnings("ignore:.*little to skip")
-def test_a_layer_too_large_for_the_chip(mode):
+def test_a_layer_too_large_for_the_chip(mode, pattern):
     dense = make_dense(mode, 2048, sparsity=0.0)
-    ours = convert(dense)
+    ours = convert(dense, storage=pattern)
     for B in (1, 5):
         x, hx = make_input(dense, B, 20)
         assert_right(run(ours, x, hx), dense, x, hx)
 
 
+@PATTERNS
 @pytest.mark.parametrize("mode", DENSE)
-def test_steps_of_a_stream(mode):
-    dense = make_dense(mode, num_layers=2)
-    ours, (x, hx) = convert(dense), make_input(dense, 2)
+def test_steps_of_a_stream(mode, pattern):
+    dense = make_dense(mode, num_layers=2, pattern=pattern)
+    ours, (x, hx) = convert(dense, storage=pattern), make_input(dense, 2)
     state, outputs = moved(hx, DEVICE), []
     for x_t in moved(x, DEVICE):
         y_t, state = ours.step(x_t, state)
@@ -157,27 +165,29 @@ def test_steps_of_a_stream(mode):
     assert_right([torch.stack(outputs), *tensors_of(state)], dense, x, hx)
 
 
+@PATTERNS
 @pytest.mark.parametrize("H", [SMALL, 40 if INTERPRETED else EXCHANGED])
-def test_the_same_bits_every_time(H):
-    dense = make_dense(H=H)
-    ours, (x, hx) = convert(dense), make_input(dense, 2)
+def test_the_same_bits_every_time(H, pattern):
+    dense = make_dense(H=H, pattern=pattern)
+    ours, (x, hx) = convert(dense, storage=pattern), make_input(dense, 2)
     first = run(ours, x, hx)
     for _ in range(1 if INTERPRETED else 50):
         assert_same_bits(run(ours, x, hx), first)
-    assert_same_bits(run(convert(dense), x, hx), first)
+    assert_same_bits(run(convert(dense, storage=pattern), x, hx), first)
 
 
+@PATTERNS
 @pytest.mark.parametrize("bits", [-1, 0x7FC00000, 0x7F800000])
-def test_nan_and_infinity_arrive_and_nothing_waits_for_ever(bits):
+def test_nan_and_infinity_arrive_and_nothing_waits_for_ever(bits, pattern):
     """The first two are NaN; -1 is the pattern that says that a word of the exchange is not there yet."""
     H = 40 if INTERPRETED else EXCHANGED
-    dense = make_dense(H=H)
-    ours, (x, hx) = convert(dense), make_input(dense, 2)
+    dense = make_dense(H=H, pattern=pattern)
+    ours, (x, hx) = convert(dense, storage=pattern), make_input(dense, 2)
     clean = run(ours, x, hx)[0]
     hx[0, 1].view(torch.int32)[H // 2] = bits
     y = run(ours, x, hx)[0]
     assert_same_bits([y[:, 0]], [clean[:, 0]])
-    expected = PersistentGRU.from_dense(dense, storage=(16, 1), backend="reference")(x, hx)[0]
+    expected = PersistentGRU.from_dense(dense, storage=pattern, backend="reference")(x, hx)[0]
     torch.testing.assert_close(y[:, 1].cpu(), expected[:, 1], rtol=0, atol=1e-5, equal_nan=True)
     assert not y.isfinite().all()
     assert_same_bits(run(ours, x, make_input(dense, 2)[1])[:1], [clean])  # nothing of it stays
@@ -193,14 +203,15 @@ def test_after_an_exception():
         assert_same_bits(run(ours, x, hx), first)
 
 
+@PATTERNS
 @needs_gpu
-def test_a_layer_without_a_named_backend_takes_this_one():
-    dense = make_dense()
-    ours, (x, hx) = convert(dense, backend=None), make_input(dense, 2)
+def test_a_layer_without_a_named_backend_takes_this_one(pattern):
+    dense = make_dense(pattern=pattern)
+    ours, (x, hx) = convert(dense, backend=None, storage=pattern), make_input(dense, 2)
     assert ours.chosen_backends() == ["triton"]
     ours.warm_up()
     assert "kernels=" in repr(ours)
-    assert_same_bits(run(ours, x, hx), run(convert(dense), x, hx))
+    assert_same_bits(run(ours, x, hx), run(convert(dense, storage=pattern), x, hx))
 
 
 @pytest.mark.parametrize("mode", ["GRU", "LSTM"])
@@ -256,12 +267,13 @@ def test_streams_from_one_thread_overlap_without_harm():
         assert_same_bits(result, expected)
 
 
+@PATTERNS
 @needs_gpu
 @pytest.mark.parametrize("H", [SMALL, EXCHANGED], ids=["small", "exchanged"])
 @pytest.mark.parametrize("mode", ["GRU", "LSTM", "RNN_TANH"])
-def test_graph_capture_and_replay(mode, H):
-    dense = make_dense(mode, H, num_layers=2)
-    ours = convert(dense)
+def test_graph_capture_and_replay(mode, H, pattern):
+    dense = make_dense(mode, H, num_layers=2, pattern=pattern)
+    ours = convert(dense, storage=pattern)
     x, hx = (moved(value, DEVICE) for value in make_input(dense, 1, 200))
     ours(x, hx)  # compiles kernels and arranges weights
     graph = torch.cuda.CUDAGraph()

@@ -22,25 +22,28 @@ TILE = ResidentTile(slots=4, itemsize=4, groups=1, rows=1, num_warps=4, ko=2, ti
 def test_rows_of_the_table_are_possible(tile: ResidentTile):
     assert tile.programs_per_sm(H200) >= 1
     slots = (1 if tile.tied else tile.slots) * tile.groups
-    assert tile.pack * tile.num_warps == max(slots * tile.ko, tile.num_warps)
+    assert tile.pack * tile.num_warps == max(slots * tile.ko, tile.num_warps) * (4 if tile.picked else 1)
+    assert tile.ahead is None or (tile.picked and tile.ahead < tile.tiles)
     assert not tile.tied or tile.groups == 1
     for power in (tile.groups, tile.rows, tile.num_warps, tile.ko, tile.lanes):
         assert power.bit_count() == 1
 
 
+@pytest.mark.parametrize("picked", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3, 16, 128])
 @pytest.mark.parametrize("mode", list(SLOTS))
 @pytest.mark.parametrize("itemsize", [4, 2])
-def test_choices_hold_the_layer_and_are_resident(mode: str, itemsize: int, batch_size: int):
+def test_choices_hold_the_layer_and_are_resident(mode: str, itemsize: int, batch_size: int, picked: bool):
     chosen = 0
     for H in (1, 16, 100, 256, 1024, 2560, 4096):
         for columns in {1, -(-H // 10), H}:
-            choice = choose_residency(mode, H, columns, itemsize, directions=2, batch_size=batch_size)
+            choice = choose_residency(mode, H, columns, itemsize, directions=2, batch_size=batch_size, picked=picked)
             if choice is None:
                 assert columns > 100 or batch_size * H > 4096
                 continue
             chosen += 1
             tile = choice.tile
+            assert tile.picked == picked
             assert (choice.tiles - 1) * tile.tile_columns < columns <= choice.tiles * tile.tile_columns
             assert choice.programs * tile.groups * 16 >= H
             assert choice.slices * tile.rows >= batch_size
@@ -80,8 +83,9 @@ def test_tied_gates_fit_where_others_do_not():
     assert tied.tile.tied
 
 
+@pytest.mark.parametrize("picked", [False, True])
 @pytest.mark.parametrize("mode", [NONE, BETWEEN])
-def test_tiles_of_streamed_weights_hold_the_batch_or_are_the_largest(mode: int):
-    tiles = [choose_streamed_tile(B, getattr(mode, "value", mode)) for B in range(1, 100)]
+def test_tiles_of_streamed_weights_hold_the_batch_or_are_the_largest(mode: int, picked: bool):
+    tiles = [choose_streamed_tile(B, getattr(mode, "value", mode), picked=picked) for B in range(1, 100)]
     assert all(tile.rows >= B or tile.rows == tiles[-1].rows for B, tile in enumerate(tiles, 1))
-    assert not any(tile.dot and mode is BETWEEN for tile in tiles)
+    assert not any(tile.dot and (picked or mode is BETWEEN) for tile in tiles)
