@@ -10,6 +10,7 @@ layer may be to stay on chip. Nothing is run and nothing is timed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import multiprocessing
 import os
@@ -86,13 +87,20 @@ def cases(architectures: Sequence[int] = ARCHITECTURES) -> Iterator[TileCase]:
 
 
 def variants(case: TileCase) -> dict[str, dict[str, bool]]:
-    """Ways in which a tile is launched, each with constants of its own; the first is the one that the table shows."""
+    """Ways in which a tile is launched, each with constants of its own; the first is the one that the table shows.
+
+    Float16 differs from bfloat16 in how weights are widened, and in nothing else; picks from blocks in what is asked of
+    each word, and the way that takes most registers shows whether that fits.
+    """
     ways: dict[str, dict[str, bool]] = {"": {}}
-    if case.dtype == "float16":  # it differs from bfloat16 in how weights are widened, and in nothing else
+    if case.dtype == "float16":
         return ways
     ways["ragged"] = {"RAGGED": True}
     if case.tile.groups == 1 and not case.tile.tied:
         ways["wavefront"] = {"RAGGED": True, "WAVEFRONT": True}
+    if case.tile.picked:
+        *_, last = ways
+        return {"": {}, last: ways[last]}
     return ways
 
 
@@ -255,27 +263,33 @@ def steps_in_loop(code: MachineCode, tile: ResidentTile) -> int:
 
 def capacity_table(sparsity: float = 0.9, batch_size: int = 1) -> list[list[str]]:
     """Cells of the table of the largest layers that stay on chip, its head first."""
-    table = [["cell", "weights", "largest H, balanced mask", "largest H, unbalanced mask"]]
-    for mode in SLOTS:
-        for itemsize, dtypes in DTYPES.items():
-            sizes = [largest_hidden_size(mode, itemsize, sparsity, batch_size, balanced=b) for b in (True, False)]
-            table.append([mode, ", ".join(dtypes), *(f"{size:,}" if size else "none" for size in sizes)])
+    table = [["cell", "weights", "pattern", "largest H, balanced mask", "largest H, unbalanced mask"]]
+    for mode, (itemsize, dtypes), picked in itertools.product(SLOTS, DTYPES.items(), (False, True)):
+        sizes = [
+            largest_hidden_size(mode, itemsize, sparsity, batch_size, balanced=balanced, picked=picked)
+            for balanced in (True, False)
+        ]
+        pattern = "picks" if picked else "blocks"
+        table.append([mode, ", ".join(dtypes), pattern, *(f"{size:,}" if size else "none" for size in sizes)])
     return table
 
 
-def largest_hidden_size(mode: str, itemsize: int, sparsity: float, batch_size: int = 1, *, balanced: bool) -> int:
+def largest_hidden_size(
+    mode: str, itemsize: int, sparsity: float, batch_size: int = 1, *, balanced: bool, picked: bool = False
+) -> int:
     """Return the largest H, a multiple of 16 under 65,536, whose recurrent weights stay on an H200; 0 if there is none.
 
     In a balanced mask every list of columns has H * density. In another their lengths vary as sums of H independent
-    blocks do; the longest of n is then about sqrt(2 ln n) standard deviations longer than the mean.
+    blocks do; the longest of n is then about sqrt(2 ln n) standard deviations longer than the mean. Balanced picks may
+    be one vector more.
     """
     density = 1 - sparsity
     gates = 3 if mode == "GRU" else SLOTS[mode]
     for H in range(65_536 - UNITS, 0, -UNITS):
         lists = H // UNITS * gates
-        longer = 0 if balanced else math.sqrt(2 * math.log(lists) * H * density * sparsity)
+        longer = picked if balanced else math.sqrt(2 * math.log(lists) * H * density * sparsity)
         columns = min(H, math.ceil(H * density + longer))
-        if choose_residency(mode, H, columns, itemsize, batch_size=batch_size):
+        if choose_residency(mode, H, columns, itemsize, batch_size=batch_size, picked=picked):
             return H
     return 0
 
@@ -296,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("instructions, barriers and shuffles (a waiting loop counted once).\n")
     print("\n".join(show(code_table(results), right=range(4, 10))))
     print(f"\nLargest layers with 90 % zeros that stay on chip, batch 1, {H200.sms} multiprocessors (H200):\n")
-    print("\n".join(show(capacity_table(), right=(2, 3))))
+    print("\n".join(show(capacity_table(), right=(3, 4))))
     broken = [result for result in results if result.problems]
     for result in broken:
         for problem in result.problems:

@@ -128,7 +128,7 @@ def _constraints(n, more):
 
 
 @triton.jit
-def rows_of(columns, H, below, HALF: tl.constexpr, HAS_BELOW: tl.constexpr):
+def rows_in_slot(columns, H, below, HALF: tl.constexpr, HAS_BELOW: tl.constexpr):
     """What `look` and `wait` read, for the interpreter, which knows no assembly: rows of the slot, int64."""
     rows = columns_in(columns, HALF, True).to(tl.int64)
     if HAS_BELOW:
@@ -155,7 +155,7 @@ def look(
         HAS_BELOW, H, below: columns from H + 1 on are `below` rows further on, int32.
     """
     if PORTABLE:
-        places = rows_of(columns, H, below, HALF, HAS_BELOW) * (stride_bytes // 4)
+        places = rows_in_slot(columns, H, below, HALF, HAS_BELOW) * (stride_bytes // 4)
         words = tl.load(base_ptr + places, volatile=True)
     else:
         words = tl.inline_asm_elementwise(
@@ -185,7 +185,7 @@ def wait(
     """
     if PORTABLE:
         polls = 0
-        places = rows_of(columns, H, below, HALF, HAS_BELOW) * (stride_bytes // 4)
+        places = rows_in_slot(columns, H, below, HALF, HAS_BELOW) * (stride_bytes // 4)
         pending = tl.max(tl.ravel((words == SENTINEL).to(tl.int32)), axis=0)
         while pending != 0:
             polls += 1

@@ -64,13 +64,13 @@ from triton_sparse_rnn.kernels.triton.resident_product import load_picked_tiles,
 from triton_sparse_rnn.kernels.triton.steps import (
     UNITS,
     advance,
-    is_active,
     load_state,
     side_by_side,
     start_of,
     steps_of_slice,
     store_state,
     time_of,
+    within_length,
 )
 from triton_sparse_rnn.kernels.triton.tiles import Residency
 
@@ -159,13 +159,13 @@ def resident_steps(
     t, t_step = time_of(first + begin, T, backwards)
     N_row = start_of(t, T, starts_ptr, B, RAGGED) + rows  # [1, ROWS]
     sums_ptr += units[:, :, None] * SLOTS + tl.arange(0, SLOTS)[None, None, :]  # [U, 1, SLOTS]
-    wanted = is_active(mask & (begin < end), t, lengths, RAGGED)
+    wanted = within_length(mask & (begin < end), t, lengths, RAGGED)
     now = tl.load(sums_ptr + N_row[:, :, None] * sums_row, mask=wanted[:, :, None], other=0.0)
     for s in range(begin, end):
-        active = is_active(mask, t, lengths, RAGGED)
+        active = within_length(mask, t, lengths, RAGGED)
         # The next step's sums are asked for before this step waits for h.
         next_row = start_of(t + t_step, T, starts_ptr, B, RAGGED) + rows
-        wanted = is_active(mask & (s + 1 < end), t + t_step, lengths, RAGGED)
+        wanted = within_length(mask & (s + 1 < end), t + t_step, lengths, RAGGED)
         later = tl.load(sums_ptr + next_row[:, :, None] * sums_row, mask=wanted[:, :, None], other=0.0)
         if EXCHANGE == WITHIN:
             tl.debug_barrier()  # what the other threads have published is there behind it

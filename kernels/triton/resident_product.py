@@ -48,9 +48,10 @@ def load_tiles(
 def load_picked_tiles(
     weights_ptr, columns_ptr, program, R: tl.constexpr, TILES: tl.constexpr, KO: tl.constexpr
 ):  # fmt: skip
-    """Load a program's picks: TILES tensors of weights [KO, R, 2, 16, 4], and half as many of two columns in each word.
+    """Load a program's picks: TILES matrices of weights [KO * R, 128], and half as many of two columns in each word.
 
-    Narrow weights have their columns beside them, in the same words, and no others.
+    Narrow weights have their columns beside them, in the same words, and no others. A warp takes a row, two entries of
+    16 units, and a thread the four vectors of one.
     """
     weights = ()
     columns = ()
@@ -60,12 +61,12 @@ def load_picked_tiles(
     place = tl.arange(0, R * KO)[:, None] * 128 + tl.arange(0, 128)[None, :]
     for i in tl.static_range(TILES):
         w = tl.load(words_ptr + (program * TILES + i) * (R * KO * 128) + place)
-        weights = weights + (tl.reshape(w, (KO, R, 2, UNITS, 4)),)
+        weights = weights + (w,)
     if weights_ptr.dtype.element_ty == tl.float32:
         PAIRS: tl.constexpr = (TILES + 1) // 2
         for i in tl.static_range(PAIRS):
             c = tl.load(columns_ptr + (program * PAIRS + i) * (R * KO * 128) + place)
-            columns = columns + (tl.reshape(c, (KO, R, 2, UNITS, 4)),)
+            columns = columns + (c,)
     return weights, columns
 
 
@@ -118,7 +119,7 @@ def resident_product(
 
     weights[i] [KO, GROUPS * SLOTS, LANES, 16 / SUB, SUB] and columns[i] [KO, GROUPS * SLOTS, LANES, 16 / SUB]; the last
     two axes of weights are the 16 units, SUB of them in a thread, and columns are repeated along the first of the two.
-    TIED: [SLOTS, KO, ...] and [KO, ...]. PICKED: all [KO, GROUPS * SLOTS, 2, 16, 4], the last axis in a thread.
+    TIED: [SLOTS, KO, ...] and [KO, ...]. PICKED: all [KO * GROUPS * SLOTS, 2 * 16 * 4], of load_picked_tiles.
     dtype: of a weight. AHEAD: tiles whose words are asked for before those of the first are waited for.
     """
     words = ()
@@ -144,6 +145,7 @@ def resident_product(
                 weights, columns, i + AHEAD, read_ptr, B, H, below, dtype, EXCHANGE, WAVEFRONT, PICKED, PACK, PORTABLE
             ),)  # fmt: skip
     if PICKED:
+        acc = tl.reshape(acc, (acc.shape[0] // (GROUPS * SLOTS), GROUPS * SLOTS, 2, UNITS, 4))
         acc = tl.sum(tl.sum(tl.sum(acc, axis=4), axis=0), axis=1)  # [GROUPS * SLOTS, 16]
     else:
         KO_AXIS: tl.constexpr = 1 if TIED else 0

@@ -54,8 +54,8 @@ def time_of(step, T, backwards):
 
 
 @triton.jit
-def is_active(mask, t, lengths, RAGGED: tl.constexpr):
-    """Where rows of the batch have a step t: of mask [U, ROWS]."""
+def within_length(mask, t, lengths, RAGGED: tl.constexpr):
+    """Where of mask [U, ROWS] the rows of the batch have a step t, which is a step."""
     if RAGGED:
         mask = mask & (t < lengths)
     return mask

@@ -44,28 +44,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_sparse_rnn.kernels.triton.block_product import (
+from triton_sparse_rnn.kernels.triton.block_product import ProductTile, choose_product_tile, unit_group_products
+from triton_sparse_rnn.kernels.triton.cells import CELLS, GRU, LSTM
+from triton_sparse_rnn.kernels.triton.entries import (
     VECTORS,
-    ProductTile,
-    choose_product_tile,
     load_entries,
     multiply_add,
     stored_lists,
     sum_columns,
-    unit_group_products,
     zero_sums,
 )
-from triton_sparse_rnn.kernels.triton.cells import CELLS, GRU, LSTM
 from triton_sparse_rnn.kernels.triton.exchange import BETWEEN, INTERPRETED, NONE, look, publish, wait
 from triton_sparse_rnn.kernels.triton.steps import (
     UNITS,
     advance,
-    is_active,
     load_state,
     start_of,
     steps_of_slice,
     store_state,
     time_of,
+    within_length,
 )
 from triton_sparse_rnn.sparse.row_blocks import RowBlocks
 
@@ -197,15 +195,15 @@ def streamed_steps(
         now += tl.load(slot_bias_ptr + gate_place, mask=units[:, :, None] < H, other=0.0)
     else:
         sums_ptr += gate_place
-        wanted = is_active(mask & (begin < end), t, lengths, RAGGED)
+        wanted = within_length(mask & (begin < end), t, lengths, RAGGED)
         now = tl.load(sums_ptr + N_row[:, :, None] * (D * H * SLOTS), mask=wanted[:, :, None], other=0.0)
     for s in range(begin, end):
-        active = is_active(mask, t, lengths, RAGGED)
+        active = within_length(mask, t, lengths, RAGGED)
         # The next step's sums are asked for before this step waits for h.
         next_row = start_of(t + t_step, T, starts_ptr, B, RAGGED) + rows
         later = now
         if EXCHANGE == BETWEEN:
-            wanted = is_active(mask & (s + 1 < end), t + t_step, lengths, RAGGED)
+            wanted = within_length(mask & (s + 1 < end), t + t_step, lengths, RAGGED)
             later = tl.load(sums_ptr + next_row[:, :, None] * (D * H * SLOTS), mask=wanted[:, :, None], other=0.0)
             product = products_of_exchange(
                 exchange_ptr, first_row, B, H, hh_values_ptr, hh_columns_ptr, begins, counts, most,

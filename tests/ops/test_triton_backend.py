@@ -17,6 +17,7 @@ from triton_sparse_rnn.ops.backends import triton
 from triton_sparse_rnn.ops.layer_weights import LayerWeights, StoredLayer
 from triton_sparse_rnn.ops.validation import check_not_capturing
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.picks import Picks
 
 DEVICE = torch.device("cpu" if exchange.INTERPRETED else "cuda")
 OTHER_DEVICE = torch.device("cuda" if exchange.INTERPRETED else "cpu")
@@ -101,6 +102,11 @@ def test_why_it_cannot_run_on_a_machine(monkeypatch):
 
 
 INT8 = BlockMatrix.from_dense(torch.eye(H).repeat(3, 1), (4, 1), gates=3, dtype=torch.int8)
+PICKED = BlockMatrix.from_dense(torch.eye(H).repeat(3, 1), Picks(), gates=3)
+WIDE, NARROW_WIDE = (
+    BlockMatrix.from_dense(torch.zeros(3 * H, 65_536), Picks(), gates=3, dtype=dtype)
+    for dtype in (torch.float32, torch.float16)
+)
 DOUBLE = BlockMatrix.from_dense(torch.eye(H).repeat(3, 1), (4, 1), gates=3, dtype=torch.float64)
 
 
@@ -118,6 +124,12 @@ DOUBLE = BlockMatrix.from_dense(torch.eye(H).repeat(3, 1), (4, 1), gates=3, dtyp
         ({"directions": [make_weights(weight_ih=DOUBLE)]}, "weight_ih is stored as torch.float64, and only"),
         ({"directions": [make_weights(weight_ih=torch.zeros(3 * H, I))]}, None),
         ({"directions": [make_weights(torch.float16)]}, None),
+        ({"directions": [make_weights(weight_ih=PICKED, weight_hh=PICKED)]}, None),
+        ({"directions": [make_weights(weight_ih=WIDE)]}, None),
+        (
+            {"directions": [make_weights(weight_ih=NARROW_WIDE)]},
+            "weight_ih has 65,536 columns, and picks of torch.float16 ",
+        ),
         ({"directions": [make_weights(torch.bfloat16)]}, None),
     ],
 )

@@ -139,13 +139,14 @@ def test_a_row_that_does_not_compile_is_a_problem(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("picked", [False, True])
 @pytest.mark.parametrize("mode", ["GRU", "LSTM", "RNN_TANH"])
 @pytest.mark.parametrize("itemsize", [4, 2])
-def test_the_largest_layer_fits_and_the_next_does_not(mode, itemsize):
-    H = residency.largest_hidden_size(mode, itemsize, 0.9, balanced=True)
-    assert choose_residency(mode, H, -(-H // 10), itemsize)
-    assert choose_residency(mode, H + 16, -(-(H + 16) // 10), itemsize) is None
-    assert residency.largest_hidden_size(mode, itemsize, 0.9, balanced=False) <= H
+def test_the_largest_layer_fits_and_the_next_does_not(mode, itemsize, picked):
+    H = residency.largest_hidden_size(mode, itemsize, 0.9, balanced=True, picked=picked)
+    assert choose_residency(mode, H, -(-H // 10) + picked, itemsize, picked=picked)
+    assert choose_residency(mode, H + 16, -(-(H + 16) // 10) + picked, itemsize, picked=picked) is None
+    assert residency.largest_hidden_size(mode, itemsize, 0.9, balanced=False, picked=picked) <= H
 
 
 def test_tables(monkeypatch, capsys):

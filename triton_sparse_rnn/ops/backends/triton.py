@@ -92,11 +92,11 @@ def _unsupported_place(layer: StoredLayer | StoredLinear) -> str | None:
 
 
 def _unreadable_reason(name: str, weight: BlockMatrix) -> str | None:
-    if weight.values.dtype not in WEIGHT_DTYPES:
-        runs = ", ".join(map(str, WEIGHT_DTYPES))
-        return f"{name} is stored as {weight.values.dtype}, and only {runs} run here"
-    if weight.is_picked and weight.shape[1] > MOST_PICKED_COLUMNS:
-        return f"{name} has {weight.shape[1]:,} columns, and picks run here with {MOST_PICKED_COLUMNS:,} at most"
+    dtype, columns = weight.values.dtype, weight.shape[1]
+    if dtype not in WEIGHT_DTYPES:
+        return f"{name} is stored as {dtype}, and only {', '.join(map(str, WEIGHT_DTYPES))} run here"
+    if weight.is_picked and dtype != torch.float32 and columns > MOST_PICKED_COLUMNS:
+        return f"{name} has {columns:,} columns, and picks of {dtype} run here with {MOST_PICKED_COLUMNS:,} at most"
     return None
 
 
