@@ -291,6 +291,7 @@ def test_indices_that_are_wrong_are_found():
         ours(x)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch uses it for forward-mode AD
 def test_no_backward_but_forward_with_gradients_on():
     ours, x = convert(make_linear()), torch.randn(2, IN, requires_grad=True)
     y = ours(x)
