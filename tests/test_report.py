@@ -80,7 +80,7 @@ def test_state_dict_and_module_agree():
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.int8])
 def test_converted_model_is_reported_as_it_is_stored(weight_dtype: torch.dtype):
     model = pruned(nn.Sequential(nn.GRU(20, 32), nn.Linear(32, 3)))
-    converted = to_sparse(model.eval(), weight_dtype=weight_dtype, storage=(8, 2), backend="reference")
+    converted = to_sparse(model.eval(), include=(), weight_dtype=weight_dtype, storage=(8, 2), backend="reference")
     report = sparsity_report(converted)
     stored = converted[0].stored_weights()["weight_hh_l0"]  # type: ignore[index]
     (hh,) = (weight for weight in report.weights if weight.name == "0.weight_hh_l0")
