@@ -170,7 +170,8 @@ def test_dense_weights_are_converted_with_a_warning():
     ("model", "options", "error", "message"),
     [
         (3, {}, TypeError, "model must be an nn.Module, got int"),
-        (nn.Linear(2, 2), {}, ValueError, "model must hold an nn.RNN, nn.GRU or nn.LSTM, got a Linear with none"),
+        (nn.ReLU(), {}, ValueError, "model must hold an nn.RNN, nn.GRU or nn.LSTM, or an .* got a ReLU with none"),
+        (nn.Linear(2, 2), {}, ValueError, "got a Linear with the layer would be no faster, with 0% zeros"),
         (nn.GRUCell(2, 2), {}, ValueError, "got a GRUCell with '' is a GRUCell, a single step without a sparse form"),
         (nn.GRU(2, 2), {"backend": "gpu"}, ValueError, "backend must be None or one of 'triton', 'cpu', 'reference'"),
         (nn.GRU(2, 2), {"storage": 4}, TypeError, "storage must be two integers"),

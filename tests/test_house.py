@@ -32,6 +32,7 @@ NOT_INSTALLED = {"bench", "examples", "studies", "tests", "tools"}
 # Names that two files or more define, because what they name is the same. Any other public name means one thing.
 TWINS = {
     "PrunerCallback": "of each trainer",
+    "LinearLayer": "as RecurrentLayer",
     "RecurrentLayer": "a layer ready to run, of each backend's kernels",
     "availability": "of each backend",
     "direction_gradients": "of each backend",
@@ -41,9 +42,11 @@ TWINS = {
     "lstm_cell": "as gru_cell",
     "lstm_cells": "the cells that backward needs again, in torch and in a CPU kernel",
     "prepare_layer": "of each backend",
+    "prepare_linear": "of each backend",
     "recurrent_layer": "the operator, and its reference in plain torch",
     "tanh": "as gru_cell",
     "uniform": "as hash32",
+    "unsupported_linear_reason": "of each backend",
     "unsupported_reason": "of each backend, and of the one that is asked for",
 }
 RANK = {name: len(ORDER) - line for line, names in enumerate(ORDER) for name in names}

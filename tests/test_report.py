@@ -80,7 +80,7 @@ def test_state_dict_and_module_agree():
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.int8])
 def test_converted_model_is_reported_as_it_is_stored(weight_dtype: torch.dtype):
     model = pruned(nn.Sequential(nn.GRU(20, 32), nn.Linear(32, 3)))
-    converted = to_sparse(model.eval(), weight_dtype=weight_dtype, storage=(8, 2), backend="reference")
+    converted = to_sparse(model.eval(), include=(), weight_dtype=weight_dtype, storage=(8, 2), backend="reference")
     report = sparsity_report(converted)
     stored = converted[0].stored_weights()["weight_hh_l0"]  # type: ignore[index]
     (hh,) = (weight for weight in report.weights if weight.name == "0.weight_hh_l0")
@@ -390,3 +390,51 @@ def test_nested_tensors_are_named(layout: torch.layout):
         nested = torch.nested.as_nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)], layout=layout)
     with pytest.raises(ValueError, match="model has nested tensors, which have several shapes, such as weight_hh_l0"):
         sparsity_report({"weight_hh_l0": nested})
+
+
+def make_head(zeros: float = 0.9) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.GRU(32, 32), nn.Linear(32, 48), nn.Conv1d(48, 16, 1))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.masked_fill_(torch.rand(parameter.shape) < zeros, 0)
+    return model
+
+
+def test_linear_layers_that_are_named_count():
+    model = make_head()
+    report = sparsity_report(model, include=("1.weight", "2.*"))
+    named = [weight for weight in report.weights if not weight.recurrent]
+    assert [weight.name for weight in named] == ["1.weight", "2.weight"]
+    assert named[0].nonzero == int(model[1].weight.count_nonzero())
+    assert named[1].shape == (16, 48)
+    fast = to_sparse(model, include=("1.weight", "2.*"))
+    assert [weight.stored_bytes for weight in named] == [fast[1].weight.nbytes, fast[2].weight.nbytes]
+    assert "Recurrent and linear layers: " in str(report)
+    assert sparsity_report(model.state_dict(), include=("1.weight", "2.*")) == report
+    assert str(sparsity_report(model[1], include=("weight",))).count("Linear layers: ") == 1
+
+
+def test_a_linear_layer_that_would_stay_dense_is_reported_so():
+    (weight,) = sparsity_report(make_head(zeros=0.0)[1], include=("weight",)).weights
+    assert weight.pattern is None
+    assert weight.stored_bytes == weight.dense_bytes
+
+
+def test_converted_linear_layers_count():
+    model = make_head()
+    fast = to_sparse(model, include=("1.weight",))
+    report = sparsity_report(fast)
+    (linear,) = (weight for weight in report.weights if not weight.recurrent)
+    assert (linear.name, linear.nonzero) == ("1.weight", int(model[1].weight.count_nonzero()))
+    assert linear.stored_bytes == fast[1].weight.nbytes
+    assert "2.weight" in [tensor.name for tensor in report.others]
+    with pytest.raises(ValueError, match="parts of a converted layer's weights without their sizes, such as weight_"):
+        sparsity_report(fast[1].state_dict())
+
+
+def test_globs_that_match_nothing_are_refused():
+    with pytest.raises(ValueError, match=r"include has 'fc.weight', which matches no tensor of two dimensions"):
+        sparsity_report(make_head(), include=("fc.weight",))
+    with pytest.raises(TypeError, match="include must be a sequence of globs"):
+        sparsity_report(make_head(), include="1.weight")

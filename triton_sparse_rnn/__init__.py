@@ -1,11 +1,13 @@
 """Recurrent layers that are pruned while they train and then run from sparse weights kept on chip."""
 
-from triton_sparse_rnn.conversion import sparsify, to_dense, to_sparse
+from triton_sparse_rnn.conversion import sparsify, to_dense, to_sparse, warm_up
 from triton_sparse_rnn.errors import BackendUnavailableError, SparseFileError
 from triton_sparse_rnn.nn import (
     GateGradientSparsity,
     GateGradientStats,
+    PersistentConv1d,
     PersistentGRU,
+    PersistentLinear,
     PersistentLSTM,
     PersistentRNN,
     SparseGRU,
@@ -39,8 +41,10 @@ __all__ = [
     "GateGradientSparsity",
     "GateGradientStats",
     "OneShot",
+    "PersistentConv1d",
     "PersistentGRU",
     "PersistentLSTM",
+    "PersistentLinear",
     "PersistentRNN",
     "Picks",
     "PolynomialDecay",
@@ -60,4 +64,5 @@ __all__ = [
     "sparsity_report",
     "to_dense",
     "to_sparse",
+    "warm_up",
 ]

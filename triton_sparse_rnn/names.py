@@ -1,7 +1,8 @@
-"""Names of modules and tensors, without what wrappers put into them, and modules without the wrappers."""
+"""Names of modules and tensors, without what wrappers put into them, globs of names, and modules without wrappers."""
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,24 @@ def clean_names(paths: Iterable[str]) -> dict[str, str]:
     """
     names = {path: clean_name(path) for path in paths}
     return names if len(set(names.values())) == len(names) else {path: path for path in names}
+
+
+def name_matches(name: str, pattern: str) -> bool:
+    """Whether a glob matches a name; "*.weight_hh_l0" also matches the bare "weight_hh_l0" of a layer on its own.
+
+    >>> name_matches("rnn.weight_hh_l0", "*.weight_hh*"), name_matches("weight_hh_l0", "*.weight_hh*")
+    (True, True)
+    """
+    pattern = clean_name(pattern)
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(f".{name}", pattern)
+
+
+def checked_globs(include: Iterable[str]) -> tuple[str, ...]:
+    """Return the globs of an argument `include`, or raise TypeError unless it is a sequence of texts."""
+    globs = tuple(include) if isinstance(include, Iterable) else (include,)
+    if isinstance(include, str) or not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(f"include must be a sequence of globs, such as ('decoder.weight',), got {include!r}")
+    return globs
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -14,6 +14,15 @@ NAMES_BY_COUNT = {len(names): names for names in GATE_NAMES.values()}
 _MATRIX = re.compile(r"(?P<prefix>.*)weight_(?P<kind>ih|hh|hr)(?P<suffix>(_l\d+(_reverse)?)?)")
 
 
+def is_recurrent(name: str) -> bool:
+    """Whether a tensor has the name of a weight of a recurrent layer or cell.
+
+    >>> is_recurrent("rnn.weight_ih_l0"), is_recurrent("fc.weight")
+    (True, False)
+    """
+    return _MATRIX.fullmatch(name) is not None
+
+
 def find_gates(tensors: Mapping[str, Tensor | BlockMatrix]) -> Iterator[tuple[str, int]]:
     """Yield each recurrent and input weight with its G, which the shape of the layer's recurrent weight tells.
 

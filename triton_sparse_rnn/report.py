@@ -1,32 +1,35 @@
-"""How sparse the recurrent layers of a model are: per weight and gate, with the bytes and products that remain."""
+"""How sparse the layers of a model are: per weight and gate, with the bytes and products that remain."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from triton_sparse_rnn.names import clean_names
+from triton_sparse_rnn.names import checked_globs, clean_names, name_matches
 from triton_sparse_rnn.nn.computed_weights import join_parts
 from triton_sparse_rnn.nn.model_tensors import tensors_by_name
-from triton_sparse_rnn.nn.storage_choice import fastest_storage
-from triton_sparse_rnn.recurrent_tensors import NAMES_BY_COUNT, find_gates, is_nonzero
+from triton_sparse_rnn.nn.storage_choice import fastest_linear_storage, fastest_storage
+from triton_sparse_rnn.recurrent_tensors import NAMES_BY_COUNT, find_gates, is_nonzero, is_recurrent
 from triton_sparse_rnn.report_values import GateReport, SparsityReport, TensorReport, UnitCount, WeightReport
 from triton_sparse_rnn.sparse.block_matrix import STORAGE_DTYPES, BlockMatrix
 from triton_sparse_rnn.sparse.patterns import Blocks, Pattern, PatternLike, as_pattern
 from triton_sparse_rnn.sparse.picks import Picks
 from triton_sparse_rnn.sparse.row_blocks import UNITS
 
-# Of buffers of a PersistentLayer.
+# Of buffers of a PersistentLayer, and of a PersistentLinear, which has all three.
 _PARTS = re.compile(rf".*weight_(ih|hh|hr)_l\d+(_reverse)?_({'|'.join(BlockMatrix.PARTS)})")
+_LINEAR_PARTS = ("weight_starts", "weight_columns", "weight_values")
 
 
-def sparsity_report(model: nn.Module | Mapping[str, Any], *, pattern: PatternLike | None = None) -> SparsityReport:
+def sparsity_report(
+    model: nn.Module | Mapping[str, Any], *, pattern: PatternLike | None = None, include: Iterable[str] = ()
+) -> SparsityReport:
     """Count what is zero, and what would be stored and multiplied without it.
 
     Args:
@@ -35,14 +38,17 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, pattern: PatternLik
             a parametrization or a hook computes is counted by its values; a mapping tells those of weight_norm and
             prune, the functions. Names are reported without what wrappers such as torch.compile put in.
         pattern: in which weights that are not converted are counted; None takes, weight by weight, what `to_sparse`
-            would store on this machine: picks, blocks or, for weight_ih, an ordinary matrix.
+            would store on this machine: picks, blocks or, for weight_ih and linear layers, an ordinary matrix.
+        include: globs of weights of linear layers that are to be counted too, those of `to_sparse(include=...)`.
+            Converted ones are in any case.
     Returns:
-        A report for every weight_ih, weight_hh and weight_hr (of nn.RNN, nn.GRU, nn.LSTM and their cells) and gate.
+        A report for every weight_ih, weight_hh and weight_hr (of nn.RNN, nn.GRU, nn.LSTM and their cells) and gate, and
+        for every weight of a linear layer that is included or converted.
     Raises:
-        TypeError: `model` is neither.
+        TypeError: `model` is neither, or `include` no sequence of globs.
         ValueError: it has no tensors, or some whose numbers cannot be read (on the meta device, nested, of a dtype that
             torch cannot compare), or is the bare state_dict of a converted model, which does not tell sizes; or
-            `pattern` is far larger than a weight.
+            `pattern` is far larger than a weight, or one of `include` matches no matrix.
 
     >>> layer = nn.GRU(2, 16, bias=False)
     >>> _ = layer.weight_hh_l0.data[:, 4:].zero_()
@@ -77,17 +83,36 @@ def sparsity_report(model: nn.Module | Mapping[str, Any], *, pattern: PatternLik
         raise ValueError(f"model has tensors without data on the meta device, such as {missing[0]}")
     if nested := [name for name, value in tensors.items() if isinstance(value, Tensor) and value.is_nested]:
         raise ValueError(f"model has nested tensors, which have several shapes, such as {nested[0]}")
-    if parts := [name for name in tensors if _PARTS.fullmatch(name)]:
+    if parts := [name for name in tensors if _is_part(name, tensors)]:
         raise ValueError(
             f"model has parts of a converted layer's weights without their sizes, such as {parts[0]}: "
             "give the module itself, or save it by save_sparse()"
         )
-    gates = dict(find_gates(tensors))
+    recurrent, linear = dict(find_gates(tensors)), _linear_weights(tensors, include)
+    gates = {name: recurrent.get(name, 1) for name in tensors if name in recurrent or name in linear}
     return SparsityReport(
         tuple(_report_weight(name, tensors, count, named) for name, count in gates.items()),
         tuple(_report_tensor(name, value) for name, value in tensors.items() if name not in gates),
         computed,
     )
+
+
+def _is_part(name: str, tensors: Mapping[str, Any]) -> bool:
+    prefix, last, rest = name.rpartition(_LINEAR_PARTS[0])
+    is_linear = last and not rest and all(prefix + part in tensors for part in _LINEAR_PARTS)
+    return bool(is_linear or _PARTS.fullmatch(name))
+
+
+def _linear_weights(tensors: Mapping[str, Tensor | BlockMatrix], include: Iterable[str]) -> set[str]:
+    """The names of matrices of one gate that were converted, or that globs match."""
+    found = {name for name, weight in tensors.items() if isinstance(weight, BlockMatrix) and weight.gates == 1}
+    matrices = {name for name, weight in tensors.items() if len(weight.shape) >= 2}
+    for glob in checked_globs(include):
+        matched = {name for name in matrices if name_matches(name, glob)}
+        if not matched:
+            raise ValueError(f"include has {glob!r}, which matches no tensor of two dimensions or more")
+        found |= {name for name in matched if math.prod(tensors[name].shape[2:]) == 1}
+    return found
 
 
 def _report_weight(
@@ -100,16 +125,20 @@ def _report_weight(
         kept = pattern.kept(everywhere.unflatten(0, (gates, -1)))
         nonzero, dtype = dense.ne(0).unflatten(0, (gates, -1)), weight.values.dtype
         return _report_stored(name, nonzero, pattern, kept, dtype, dense.nbytes)
-    nonzero, nbytes = is_nonzero(name, weight).unflatten(0, (gates, -1)), weight.numel() * weight.element_size()
+    nonzero, nbytes = is_nonzero(name, weight).flatten(1), weight.numel() * weight.element_size()
+    nonzero = nonzero.unflatten(0, (gates, -1))
     if isinstance(tensors.get(name.replace("weight_ih", "weight_hh")), BlockMatrix):
         return _report_kept_dense(name, nonzero, nbytes)
     if named is not None:
         _, rows, columns = nonzero.shape
         named.check_size(rows, columns, f"each gate of {name}" if gates > 1 else name)
-    of_inputs = name.rpartition(".")[2].startswith("weight_ih")
-    pattern = named or fastest_storage(
-        nonzero, of_inputs=of_inputs, backend=None, activation_dtype=None, may_stay_dense=of_inputs
-    )
+    if is_recurrent(name):
+        of_inputs = name.rpartition(".")[2].startswith("weight_ih")
+        pattern = named or fastest_storage(
+            nonzero, of_inputs=of_inputs, backend=None, activation_dtype=None, may_stay_dense=of_inputs
+        )
+    else:
+        pattern = named or fastest_linear_storage(nonzero, backend=None, activation_dtype=None, may_stay_dense=True)
     if pattern is None:
         return _report_kept_dense(name, nonzero, nbytes)
     dtype = weight.dtype if weight.dtype in STORAGE_DTYPES and weight.is_floating_point() else torch.float32
@@ -149,6 +178,7 @@ def _report_stored(
         if fuller
         else None,
         fullest_group=1.0 if isinstance(pattern, Picks) else _fullest_group(pattern.spread(kept, nonzero)),
+        recurrent=is_recurrent(name),
     )
 
 
@@ -158,7 +188,7 @@ def _report_kept_dense(name: str, nonzero: Tensor, nbytes: int) -> WeightReport:
         GateReport(gate, (H, columns), there, 0, nbytes // gates, H * columns)
         for gate, there in zip(NAMES_BY_COUNT[gates], _by_gate(nonzero), strict=True)
     )
-    return WeightReport(name, (gates * H, columns), None, parts, nbytes, nbytes)
+    return WeightReport(name, (gates * H, columns), None, parts, nbytes, nbytes, recurrent=is_recurrent(name))
 
 
 def _count_units(pattern: Pattern, kept: Tensor, nonzero: Tensor, dtype: torch.dtype) -> UnitCount:

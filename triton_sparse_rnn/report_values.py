@@ -56,7 +56,7 @@ class UnitCount:
 
 @dataclasses.dataclass(frozen=True)
 class WeightReport:
-    """A weight_ih, weight_hh or weight_hr [G * H, columns].
+    """A weight_ih, weight_hh or weight_hr [G * H, columns], or the weight of a linear layer.
 
     Attributes:
         pattern: in which it is stored; None of a weight that a converted layer keeps dense.
@@ -65,6 +65,7 @@ class WeightReport:
         half_empty: where units leave vectors partly empty, the weight in these and in patterns that do not; else None.
         fullest_group: in blocks of 16 x 1, those of the fullest gate of a unit group as a multiple of the mean. On a
             GPU the others wait for it at every step. 1 for picks, which no GPU runs.
+        recurrent: whether it is of a recurrent layer, and not of a linear one.
     """
 
     name: str
@@ -75,6 +76,7 @@ class WeightReport:
     dense_bytes: int
     half_empty: tuple[UnitCount, ...] | None = None
     fullest_group: float = 1.0
+    recurrent: bool = True
 
     @property
     def nonzero(self) -> int:
@@ -122,7 +124,7 @@ class SparsityReport:
     """What `sparsity_report` found; str() of it is a table.
 
     Attributes:
-        weights: input, recurrent and projection weights of every recurrent layer.
+        weights: input, recurrent and projection weights of every recurrent layer, and linear ones that count too.
         others: all other tensors.
         computed: weights in a state_dict that a parametrization computes; what it does, only the module tells.
     """
@@ -180,7 +182,7 @@ class SparsityReport:
         return [
             *lines,
             "",
-            f"Recurrent layers: {self.density:.1%} dense, {self.nonzero:,} non-zero weights.",
+            f"{self._kinds()} layers: {self.density:.1%} dense, {self.nonzero:,} non-zero weights.",
             f"  bytes     {self.stored_bytes:,} stored, {self.dense_bytes:,} dense"
             f" ({self.dense_bytes / max(1, self.stored_bytes):.2f}x)",
             f"  MAC/step  {self.multiply_accumulates:,} stored, {self.dense_multiply_accumulates:,} dense"
@@ -190,6 +192,10 @@ class SparsityReport:
             *self._half_empty_lines(),
             *self._uneven_lines(),
         ]
+
+    def _kinds(self) -> str:
+        kinds = {"Recurrent" if weight.recurrent else "Linear" for weight in self.weights}
+        return "Recurrent and linear" if len(kinds) == 2 else kinds.pop()
 
     def _zeros_lines(self) -> list[str]:
         if not self.stored_zeros:

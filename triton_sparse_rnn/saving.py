@@ -14,12 +14,13 @@ from triton_sparse_rnn.errors import SparseFileError
 from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.nn.convertible import why_not_converted
 from triton_sparse_rnn.nn.instance_state import become, stand_in
-from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES, PersistentLayer, persistent_class, shown_name
+from triton_sparse_rnn.nn.linear_layers import is_linear
+from triton_sparse_rnn.nn.persistent_module import PERSISTENT_CLASSES, PersistentModule, persistent_class, shown_name
 from triton_sparse_rnn.nn.state_names import layers_by_prefix, names_in_file, saved_tensors
 from triton_sparse_rnn.nn.storage import buffer_names, from_buffers
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.files import read_file, write_file
-from triton_sparse_rnn.sparse.layer_config import LayerConfig
+from triton_sparse_rnn.sparse.linear_config import config_of
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -45,7 +46,7 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    persistent = {module: name for name, module in model.named_modules() if isinstance(module, PersistentLayer)}
+    persistent = {module: name for name, module in model.named_modules() if isinstance(module, PersistentModule)}
     if not persistent:
         raise ValueError(
             f"model must hold a module that to_sparse() made, got a {type(model).__name__} with none; "
@@ -72,11 +73,11 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load_sparse(model: ModelT, path: str | os.PathLike[str]) -> ModelT:
     """Load a file of `save_sparse` into a freshly built dense model, in place.
 
-    The recurrent layers that were saved sparse become persistent modules; each stays the same object, so hooks, lists
-    and closures that refer to it go on with it (but for one whose class has further bases, which Python cannot change:
-    a new module is put in its places in the model). All other tensors are copied into the tensors of the model, as
-    load_state_dict(strict=True) does. Either all of it happens or none. The model may be wrapped where the saved one
-    was not, and the other way round.
+    The recurrent and linear layers that were saved sparse become persistent modules; each stays the same object, so
+    hooks, lists and closures that refer to it go on with it (but for one whose class has further bases, which Python
+    cannot change: a new module is put in its places in the model). All other tensors are copied into
+    the tensors of the model, as load_state_dict(strict=True) does. Either all of it happens or none. The model may be
+    wrapped where the saved one was not, and the other way round.
 
     Args:
         model: of the architecture and dtype that were saved, with nn or Sparse modules, on its final device.
@@ -96,11 +97,11 @@ def load_sparse(model: ModelT, path: str | os.PathLike[str]) -> ModelT:
     if meta := [name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]:
         raise ValueError(f"model has '{meta[0]}' on the meta device; build it on its final device first")
     tensors, description = read_file(path)
-    recurrent = [module for module in model.modules() if _new_class(module) is not None]
-    by_prefix, missing = layers_by_prefix(model, state, recurrent)
+    convertible = [module for module in model.modules() if _new_class(module) is not None]
+    by_prefix, missing = layers_by_prefix(model, state, convertible)
     names = names_in_file(state, by_prefix)
     layers = {_name_in_file(prefix, layer, names): (layer, prefix) for prefix, layer in by_prefix.items()}
-    built: dict[nn.Module, PersistentLayer] = {}
+    built: dict[nn.Module, PersistentModule] = {}
     wanted = {names[key]: value for key, value in state.items()}
     own: set[str] = set()  # keys of the weights that are replaced
     try:
@@ -123,7 +124,7 @@ def load_sparse(model: ModelT, path: str | os.PathLike[str]) -> ModelT:
 
 
 def _load(
-    model: nn.Module, state: Mapping[str, Any], rest: Mapping[str, Tensor], built: Mapping[nn.Module, PersistentLayer]
+    model: nn.Module, state: Mapping[str, Any], rest: Mapping[str, Tensor], built: Mapping[nn.Module, PersistentModule]
 ) -> nn.Module:
     """Copy tensors into the model and convert its layers, all of it or nothing; returns the model.
 
@@ -197,7 +198,7 @@ def _check_convertible(model: nn.Module, layers: Collection[nn.Module]) -> None:
             raise ValueError(
                 f"model holds torch.compile(...) right around {name or 'the layer'}; load first, then compile"
             )
-        if isinstance(layer, nn.RNNBase):
+        if not isinstance(layer, PersistentModule):
             reason, way_out = why_not_converted(layer)
             if reason:
                 raise ValueError(f"model has '{clean_name(name)}', {reason}; {way_out}. Nothing was loaded.")
@@ -208,7 +209,7 @@ def _prefix(name: str) -> str:
     return f"{name}." if name else ""
 
 
-def _describe(path: str, module: PersistentLayer) -> dict[str, Any]:
+def _describe(path: str, module: PersistentModule) -> dict[str, Any]:
     for name, weight in module.stored_weights().items():
         try:
             if isinstance(weight, BlockMatrix):
@@ -221,7 +222,7 @@ def _describe(path: str, module: PersistentLayer) -> dict[str, Any]:
         "class": type(module).__name__,
         "dtype": _dtype_name(module.dtype),
         "activation_dtype": None if module.activation_dtype is None else _dtype_name(module.activation_dtype),
-        "config": LayerConfig.of(module).sizes(),
+        "config": config_of(module).sizes(),
     }
 
 
@@ -233,7 +234,7 @@ def _check_same_sizes(path: object, name: str, layer: nn.Module, described: dict
         raise SparseFileError(
             f"{path} holds a {described['class']} '{name}', where the model has a {type(layer).__name__}; {advice}"
         )
-    saved, wanted = described["config"], LayerConfig.of(layer).sizes()
+    saved, wanted = described["config"], config_of(layer).sizes()
     if saved.keys() != wanted.keys():
         raise KeyError(f"config of {[*saved]}")
     for size, value in wanted.items():
@@ -247,11 +248,11 @@ def _check_same_sizes(path: object, name: str, layer: nn.Module, described: dict
         )
 
 
-def _new_class(layer: nn.Module) -> type[PersistentLayer] | None:
-    """What a layer becomes when it is loaded; None for what is no recurrent layer."""
-    if isinstance(layer, PersistentLayer):
+def _new_class(layer: nn.Module) -> type[PersistentModule] | None:
+    """What a layer becomes when it is loaded; None for what is no recurrent and no linear layer."""
+    if isinstance(layer, PersistentModule):
         return type(layer)
-    return persistent_class(layer) if isinstance(layer, (RNN, GRU, LSTM)) else None
+    return persistent_class(layer) if isinstance(layer, (RNN, GRU, LSTM)) or is_linear(layer) else None
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -259,21 +260,21 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _dtype(layer: Any) -> torch.dtype:
-    return layer.dtype if isinstance(layer, PersistentLayer) else layer.weight_ih_l0.dtype
+    if isinstance(layer, PersistentModule):
+        return layer.dtype
+    return getattr(layer, config_of(layer).weight_names()[0]).dtype
 
 
 def _build(
     path: object, name: str, layer: Any, described: dict[str, Any], tensors: Mapping[str, Tensor]
-) -> PersistentLayer:
+) -> PersistentModule:
     # What computes is the machine's affair and stays as the layer has it; what is computed comes from the file.
-    kept = ("backend", "num_threads") if isinstance(layer, PersistentLayer) else ()
+    kept = ("backend", "num_threads") if isinstance(layer, PersistentModule) else ()
     options: dict[str, Any] = {option: getattr(layer, option) for option in kept}
     options["activation_dtype"] = _ACTIVATION_DTYPES[described["activation_dtype"]]
     try:
         new_class: Any = _new_class(layer)
-        new = new_class(
-            LayerConfig.of(layer), _read_weights(_prefix(name), layer, tensors), dtype=_dtype(layer), **options
-        )
+        new = new_class(config_of(layer), _read_weights(_prefix(name), layer, tensors), dtype=_dtype(layer), **options)
     except ValueError as error:
         raise SparseFileError(f"{path} holds '{name}' with weights that do not fit together: {error}") from error
     new.training = layer.training  # train() would say that it changes nothing
@@ -282,7 +283,7 @@ def _build(
 
 def _read_weights(prefix: str, layer: Any, tensors: Mapping[str, Tensor]) -> dict[str, BlockMatrix | Tensor]:
     """Return the weights of a layer, checked to be of its sizes before anything computes with them."""
-    config, dtype, device = LayerConfig.of(layer), _dtype(layer), next(iter(saved_tensors(layer).values())).device
+    config, dtype, device = config_of(layer), _dtype(layer), next(iter(saved_tensors(layer).values())).device
     held = {name: tensors[prefix + name].to(device) for name in buffer_names(config) if prefix + name in tensors}
     weights = {name: from_buffers(config, name, held) for name in config.weight_names()}
     for name, weight in weights.items():

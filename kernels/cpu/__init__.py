@@ -1,4 +1,4 @@
-"""Recurrent layers on a processor, as vector code that numba compiles at first use.
+"""Recurrent and linear layers on a processor, as vector code that numba compiles at first use.
 
 support.py         what can run here; the only module that callers may import without numba
 target.py          what the processor can do
@@ -15,10 +15,13 @@ products.py        kernel: many rows times a matrix
 step.py            kernel: one time step of every cell
 compilation.py     compiles kernels and keeps them
 intrinsics.py      what numba functions do with addresses
+multiply.py        rows times a matrix, packed first where they need it
 layer.py           the time loop and the batch, the same for every cell
+linear.py          any number of rows times a matrix
 team.py            work shared by threads; threads.py has the threads
 addresses.py       from tensors to the addresses that launchers give to kernels
 recurrent_layer.py the launcher: a layer ready to run
+linear_layer.py    the launcher of a linear layer
 
 and, in gate_gradients/, the backward of an LSTM whose small gate gradients become zero.
 """

@@ -28,6 +28,7 @@ from triton_sparse_rnn.kernels.cpu.gate_gradients.states import CellFormat, emit
 from triton_sparse_rnn.kernels.cpu.gate_gradients.step import GateGradientFormat, emit_gate_gradients, make_go_back
 from triton_sparse_rnn.kernels.cpu.intrinsics import intrinsic
 from triton_sparse_rnn.kernels.cpu.layer import make_run_layer
+from triton_sparse_rnn.kernels.cpu.linear import make_run_linear
 from triton_sparse_rnn.kernels.cpu.pack import PackFormat, emit_pack
 from triton_sparse_rnn.kernels.cpu.products import emit_product
 from triton_sparse_rnn.kernels.cpu.step import StepFormat, emit_step
@@ -81,6 +82,14 @@ def compiled_layer() -> Callable[..., bool]:
     signature = types.boolean(*[types.int64] * 13)
     with _compiling:
         return _cached(njit, signature, nogil=True)(make_run_layer(fingerprint())).get_overload(signature)
+
+
+@functools.cache
+def compiled_linear() -> Callable[..., bool]:
+    """Return `linear.run_linear`, compiled, as `compiled_layer` does."""
+    signature = types.boolean(*[types.int64] * 5)
+    with _compiling:
+        return _cached(njit, signature, nogil=True)(make_run_linear(fingerprint())).get_overload(signature)
 
 
 @functools.cache

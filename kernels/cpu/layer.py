@@ -24,8 +24,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from numba import njit
-
 from triton_sparse_rnn.kernels.cpu.intrinsics import (
     allocate,
     close_over,
@@ -38,8 +36,7 @@ from triton_sparse_rnn.kernels.cpu.intrinsics import (
     zero_rows,
 )
 from triton_sparse_rnn.kernels.cpu.matrix import MatrixFields
-from triton_sparse_rnn.kernels.cpu.pack import PackFields
-from triton_sparse_rnn.kernels.cpu.products import ProductFields
+from triton_sparse_rnn.kernels.cpu.multiply import MATRIX_WORDS, multiply, pack_rows, pad_constants, padded
 from triton_sparse_rnn.kernels.cpu.step import StepFields
 from triton_sparse_rnn.kernels.cpu.vector_code import FLOAT_BYTES
 
@@ -70,9 +67,7 @@ class LayerFields(NamedTuple):
     scratch_bytes: int
 
 
-_INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from compiled code only: less to compile
-_LAYER_WORDS, _MATRIX_WORDS = len(LayerFields._fields), len(MatrixFields._fields)
-KERNEL_BYTES = 8 * max(len(fields._fields) for fields in (PackFields, ProductFields, StepFields))
+_LAYER_WORDS = len(LayerFields._fields)
 
 
 def make_run_layer(fingerprint: str) -> Callable[..., bool]:
@@ -89,8 +84,8 @@ def make_run_layer(fingerprint: str) -> Callable[..., bool]:
         """
         close_over(fingerprint)
         fields = LayerFields(*load_tuple(layer, _LAYER_WORDS))
-        hh = MatrixFields(*load_tuple(fields.hh, _MATRIX_WORDS))
-        hr = MatrixFields(*load_tuple(fields.hr, _MATRIX_WORDS))
+        hh = MatrixFields(*load_tuple(fields.hh, MATRIX_WORDS))
+        hr = MatrixFields(*load_tuple(fields.hr, MATRIX_WORDS))
         H_bytes, P_bytes, state_bytes = hh.row_bytes, FLOAT_BYTES * hh.inputs, fields.state_bytes
         memory = allocate(fields.scratch_bytes + 64)
         if memory == 0:
@@ -101,12 +96,7 @@ def make_run_layer(fingerprint: str) -> Callable[..., bool]:
         zero_rows(2 * B, P_bytes, state_bytes, h, state_bytes)  # h_next lies behind h
         zero_rows(B if fields.has_projection else 0, H_bytes, state_bytes, hidden, state_bytes)
         for address in (fields.ih, fields.hh, fields.hr):
-            matrix = MatrixFields(*load_tuple(address, _MATRIX_WORDS))
-            gates, row_bytes, gate_bytes = matrix.gates, matrix.row_bytes, matrix.gate_bytes
-            if matrix.padded_bias >= 0:
-                copy_rows(gates, row_bytes, matrix.bias, row_bytes, scratch + matrix.padded_bias, gate_bytes)
-            if matrix.padded_scales >= 0:
-                copy_rows(gates, row_bytes, matrix.scales, row_bytes, scratch + matrix.padded_scales, gate_bytes)
+            pad_constants(scratch, address)
 
         running = 0  # rows of the batch that have begun and not ended
         row = N if fields.reverse else 0  # where the rows of the next step begin or, in reverse, end
@@ -132,15 +122,15 @@ def make_run_layer(fingerprint: str) -> Callable[..., bool]:
                 first = max(0, row + rows - fields.window) if fields.reverse else row
                 end = min(N, first + fields.window)
                 source = x + first * fields.x_bytes
-                _multiply(
+                multiply(
                     team, scratch, fields, fields.ih, end - first, source, fields.x_bytes,
                     projected, fields.projected_bytes,
                 )  # fmt: skip
 
             output = hidden if fields.has_projection else h_next
-            inputs = _pack(scratch, fields, hh, rows, h, state_bytes)
+            inputs = pack_rows(scratch, fields, hh, rows, h, state_bytes)
             store_tuple(kernel, StepFields(
-                fields.hh, _padded(scratch, hh.padded_scales, hh.scales), _padded(scratch, hh.padded_bias, hh.bias),
+                fields.hh, padded(scratch, hh.padded_scales, hh.scales), padded(scratch, hh.padded_bias, hh.bias),
                 inputs, scratch + fields.packed_scales,
                 projected + (row - first) * fields.projected_bytes, fields.projected_bytes, fields.projected_gate_bytes,
                 rows, h, c, state_bytes, output,
@@ -148,7 +138,7 @@ def make_run_layer(fingerprint: str) -> Callable[..., bool]:
             run_kernel(team, hh.product, kernel, hh.vectors)
             zero_rows(rows, H_bytes, hh.gate_bytes, output, state_bytes)
             if fields.has_projection:
-                _multiply(team, scratch, fields, fields.hr, rows, hidden, state_bytes, h_next, state_bytes)
+                multiply(team, scratch, fields, fields.hr, rows, hidden, state_bytes, h_next, state_bytes)
                 zero_rows(rows, P_bytes, hr.gate_bytes, h_next, state_bytes)
             copy_rows(rows, P_bytes, h_next, state_bytes, y + row * fields.y_bytes, fields.y_bytes)
             h, h_next = h_next, h
@@ -157,34 +147,3 @@ def make_run_layer(fingerprint: str) -> Callable[..., bool]:
         return True
 
     return run_layer
-
-
-@njit(**_INNER)
-def _multiply(team, scratch, fields, address, rows, source, source_bytes, output, output_bytes):
-    """W v + b for each row v, with the matrix at an address."""
-    matrix, kernel = MatrixFields(*load_tuple(address, _MATRIX_WORDS)), scratch + fields.kernel
-    inputs = _pack(scratch, fields, matrix, rows, source, source_bytes)
-    store_tuple(kernel, ProductFields(
-        address,
-        _padded(scratch, matrix.padded_scales, matrix.scales), _padded(scratch, matrix.padded_bias, matrix.bias),
-        inputs, scratch + fields.packed_scales, rows, output, output_bytes,
-    ))  # fmt: skip
-    run_kernel(team, matrix.product, kernel, matrix.vectors)
-
-
-@njit(**_INNER)
-def _pack(scratch, fields, matrix, rows, source, source_bytes):
-    """Return the address of rows as a product with the matrix reads them."""
-    if rows == 1 and not matrix.quantized and source_bytes >= matrix.input_bytes:
-        return source  # one row lies as it should, and is long enough
-    packed, kernel = scratch + fields.packed, scratch + fields.kernel
-    store_tuple(kernel, PackFields(
-        matrix.inputs, matrix.padded_inputs, source, source_bytes, packed, scratch + fields.packed_scales
-    ))  # fmt: skip
-    run_kernel(0, matrix.pack, kernel, rows)
-    return packed
-
-
-@njit(**_INNER)
-def _padded(scratch, offset, address):
-    return address if offset < 0 else scratch + offset

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from triton_sparse_rnn.kernels.cpu.compilation import compiled_layer, kernel_address
-from triton_sparse_rnn.kernels.cpu.layer import KERNEL_BYTES, LayerFields
+from triton_sparse_rnn.kernels.cpu.layer import LayerFields
 from triton_sparse_rnn.kernels.cpu.matrix import NO_MATRIX, MatrixFields, format_of, matrix_fields, padded_rows
+from triton_sparse_rnn.kernels.cpu.multiply import KERNEL_BYTES
 from triton_sparse_rnn.kernels.cpu.pack import PackFormat
 from triton_sparse_rnn.kernels.cpu.pick_words import PickWords, pick_words
 from triton_sparse_rnn.kernels.cpu.step import StepFormat

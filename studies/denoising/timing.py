@@ -19,7 +19,7 @@ from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor
 
-from studies.denoising.conversion import WEIGHT_DTYPES, convert, stored_bytes, warm_up
+from studies.denoising.conversion import WEIGHT_DTYPES, convert, stored_bytes
 from studies.denoising.model import Denoiser, load_original
 from studies.denoising.onnx_original import OnnxOriginal, OnnxStream, streaming_session
 from studies.denoising.rows import BY_NAME, TASK
@@ -27,6 +27,8 @@ from studies.denoising.signals import HOP, features, spectrum
 from studies.runs.progress import one_thread
 from studies.runs.records import Key, Lines, line_of
 from studies.runs.study import weights_path
+from triton_sparse_rnn import warm_up
+from triton_sparse_rnn.nn.persistent_module import PersistentModule
 
 SPEED_TASK = f"{TASK}, speed"
 ONNXRUNTIME, TORCH = "original, onnxruntime", "original, nn.GRU"
@@ -75,7 +77,8 @@ class Contender(NamedTuple):
 
     @classmethod
     def of(cls, name: str, model: Denoiser) -> Contender:
-        warm_up(model)
+        if any(isinstance(module, PersistentModule) for module in model.modules()):
+            warm_up(model)
         return cls(name, lambda features: model(features)[0], lambda: TorchStream(model), stored_bytes(model))
 
 

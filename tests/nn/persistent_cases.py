@@ -10,7 +10,7 @@ from rounding import assert_same_sums, rounding_of_sums, terms_of
 from torch import nn
 
 from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
-from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES
+from triton_sparse_rnn.nn.persistent_module import PERSISTENT_CLASSES
 from triton_sparse_rnn.sparse.blocks import count_blocks, expand_block_mask
 
 BLOCK_SIZE = (4, 1)

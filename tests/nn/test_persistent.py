@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 from triton_sparse_rnn import BackendUnavailableError, BlockMatrix, PersistentGRU, PersistentLSTM, PersistentRNN
-from triton_sparse_rnn.nn.persistent import PERSISTENT_CLASSES
+from triton_sparse_rnn.nn.persistent_module import PERSISTENT_CLASSES
 from triton_sparse_rnn.nn.persistent_tools import PersistentTools
 from triton_sparse_rnn.sparse.patterns import Blocks
 from triton_sparse_rnn.sparse.picks import Picks

@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from triton_sparse_rnn.kernels.cpu import support
-from triton_sparse_rnn.nn.storage_choice import DENSE_VECTOR_TIME, VECTOR_TIMES, fastest_storage
+from triton_sparse_rnn.nn.storage_choice import (
+    DENSE_ROW_VECTOR_TIME,
+    DENSE_VECTOR_TIME,
+    VECTOR_TIMES,
+    fastest_linear_storage,
+    fastest_storage,
+)
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.blocks import expand_block_mask
 from triton_sparse_rnn.sparse.patterns import Blocks
@@ -81,3 +87,41 @@ def test_blocks_do_not_reach_from_gate_to_gate():
     found = torch.zeros(2, 8, 4)
     found[0, :, 0], found[1, :, 1:] = 1, 1  # one full 16x4 block if rows were cut without regard to gates
     assert Blocks(16, 4).kept(found).sum() == 2
+
+
+def chosen_linear(found: torch.Tensor, *, may_stay_dense: bool = True, backend: str | None = None, activations=None):
+    return fastest_linear_storage(found, backend=backend, activation_dtype=activations, may_stay_dense=may_stay_dense)
+
+
+@pytest.mark.parametrize("density", [0, 0.02, 0.2, 0.3, 0.5, 1])
+@pytest.mark.parametrize("activations", [None, torch.int8])
+@pytest.mark.parametrize("like", [None, Blocks(16, 1)])
+def test_a_linear_layer_is_slower_than_torch_with_no_number_of_rows(vectors, density, activations, like):
+    found = weight(like, density)[:1]
+    whole = 5 * C  # vectors of 80 rows
+    shares = {
+        pattern: max(
+            BlockMatrix.from_dense(found[0], pattern).values.numel() / 16 * time / (dense * whole)
+            for time, dense in zip(times, (DENSE_ROW_VECTOR_TIME, DENSE_VECTOR_TIME), strict=True)
+        )
+        for pattern, times in VECTOR_TIMES[vectors][activations].items()
+    }
+    best = chosen_linear(found, activations=activations, may_stay_dense=False)
+    assert best is not None
+    assert shares[best] == min(shares.values())
+    assert (chosen_linear(found, activations=activations) is None) == (shares[best] > 1)
+
+
+def test_linear_layers_of_many_zeros_are_stored(monkeypatch):
+    monkeypatch.setattr(support, "vectors", lambda: "AVX-512 with bytes")
+    assert chosen_linear(weight(density=0.1)[:1]) == Picks()
+    assert chosen_linear(weight(Blocks(16, 1), 0.4)[:1]) == Blocks(16, 1)
+    assert chosen_linear(weight(density=0.6)[:1]) is None
+    assert chosen_linear(weight(density=1)[:1]) is None
+
+
+def test_on_a_gpu_one_row_counts_alone():
+    """Of many rows nothing is known there."""
+    found = weight(Blocks(16, 1), 0.75)[:1]
+    assert chosen_linear(found, backend="triton") == Blocks(16, 1)
+    assert chosen_linear(found, backend="cpu") is None

@@ -5,10 +5,9 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from triton_sparse_rnn.names import clean_name
+from triton_sparse_rnn.names import clean_name, name_matches
 from triton_sparse_rnn.pruning import ConstantMask, OneShot, Pruner
 from triton_sparse_rnn.pruning.targets import match_weights
-from triton_sparse_rnn.pruning.weights import name_matches
 from triton_sparse_rnn.sparse.patterns import Blocks
 from triton_sparse_rnn.sparse.picks import Picks
 

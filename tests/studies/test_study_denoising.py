@@ -13,7 +13,6 @@ from torch import nn
 from studies.denoising import study, timing
 from studies.denoising.conversion import UNCONVERTED, WEIGHT_DTYPES, convert, stored_bytes
 from studies.denoising.evaluation import SI_SDR, STOI, evaluate, gains_of, mean_stoi_percent, stoi, unchanged
-from studies.denoising.linear import BlockLinear
 from studies.denoising.model import Denoiser, load_original
 from studies.denoising.noise import held_out_pairs
 from studies.denoising.onnx_original import OnnxOriginal, OnnxStream, streaming_session
@@ -27,6 +26,7 @@ from studies.denoising.training import Settings, fine_tune
 from studies.runs.records import Key, Lines, key_of
 from studies.runs.study import Place, keep_weights, weights_path
 from studies.tasks.task import MissingDataError
+from triton_sparse_rnn import PersistentLinear
 
 HIDDEN, WIDE = 48, 64  # in whole blocks
 TINY = Settings(steps=4, batch_size=2, seconds=0.1)
@@ -115,17 +115,10 @@ def test_streams_are_whole_sequences(tiny, linear_too):
         assert torch.allclose(streamed_gains(TorchStream(fast), sequence), whole, atol=1e-6)
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Sigmoid()])
-def test_a_linear_layer_in_blocks(activation):
-    linear = nn.Linear(7, 33)
-    with torch.no_grad():
-        linear.weight[:, ::2] = 0
-    layer = BlockLinear(linear, activation)
-    x = torch.randn(3, 5, 7)
-    with torch.inference_mode():
-        expected = activation(linear(x))
-        assert torch.allclose(layer(x), expected, atol=1e-6)
-        assert torch.allclose(layer(x[:, 0]), expected[:, 0], atol=1e-6)
+def test_linear_layers_are_converted_where_they_were_pruned(tiny):
+    fast = convert(prune(tiny), linear_too=True)
+    assert [isinstance(layer, PersistentLinear) for layer in (*fast.fc_in[::2], *fast.fc_out[::2])] == [True] * 4
+    assert isinstance(convert(tiny, linear_too=False).fc_in[0], nn.Linear)
 
 
 def test_stored_bytes(tiny):

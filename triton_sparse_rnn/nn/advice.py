@@ -40,6 +40,7 @@ def warn_if_dense(
     kept_dense: bool = False,
     named: Pattern | None = None,
     backend: str | None = None,
+    recurrent: bool = True,
 ) -> None:
     """Say so when there is little to skip in a weight, and what would help.
 
@@ -52,6 +53,7 @@ def warn_if_dense(
         kept_dense: whether it stays an ordinary matrix.
         named: the pattern that the user named, None for what runs well there.
         backend: with which the layer is to run.
+        recurrent: whether it is a weight of a recurrent layer, for which the break-even was measured.
     """
     if density <= LITTLE_TO_SKIP_ABOVE:
         return
@@ -66,7 +68,7 @@ def warn_if_dense(
             found, advice = "", "to skip its zeros would take longer: prune more of it"
         elif isinstance(named, Blocks) and isinstance(finest, Picks):
             advice = "leave out storage, and it is stored in picks"
-    measured = "" if weight.is_cuda else f" ({break_even_text()})"
+    measured = "" if weight.is_cuda or not recurrent else f" ({break_even_text()})"
     warn(
         f"{in_layer(name)} is {zeros:.0%} zeros and {density:.0%} of the units of {pattern} hold other weights, so "
         f"there is little to skip and it {consequence}; {found}{advice}.{measured}"

@@ -1,4 +1,4 @@
-"""Which recurrent layers can be converted without losing what their class or their instance adds."""
+"""Which layers can be converted without losing what their class or their instance adds."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from torch import nn
 
 from triton_sparse_rnn.nn.computed_weights import lost_members
 from triton_sparse_rnn.nn.instance_state import what_is_lost
-from triton_sparse_rnn.nn.persistent import persistent_class
+from triton_sparse_rnn.nn.persistent_module import persistent_class
 from triton_sparse_rnn.nn.training import TRAINING_CLASSES
 
 _DERIVE = "derive a class from PersistentGRU and the like that has them too, with its class as dense_class"
 
 
-def why_not_converted(layer: nn.RNNBase) -> tuple[str, str]:
+def why_not_converted(layer: nn.Module) -> tuple[str, str]:
     """Return what a layer would lose if it were converted, and the way out; empty texts if nothing.
 
     >>> layer = nn.GRU(2, 3)

@@ -1,4 +1,4 @@
-"""Calls of a recurrent layer that torch.fx traces: the layer becomes one node of the graph, as torch.nn's layers do."""
+"""Calls of a converted layer that torch.fx traces: the layer becomes one node of the graph, as torch.nn's layers do."""
 
 from __future__ import annotations
 

@@ -12,12 +12,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.nn import GRU, LSTM, RNN, RNNBase  # bound here, so that a patched torch.nn.GRU may be a SparseGRU
+from torch.nn import (  # bound here, so that a patched torch.nn.GRU may be a SparseGRU
+    GRU,
+    LSTM,
+    RNN,
+    Conv1d,
+    Linear,
+    RNNBase,
+)
 from torch.nn.utils.parametrize import is_parametrized
 
 from triton_sparse_rnn.nn.storage import buffer_names
 from triton_sparse_rnn.notices import in_layer
-from triton_sparse_rnn.sparse.layer_config import LayerConfig
+from triton_sparse_rnn.sparse.linear_config import Config, LinearConfig, config_of
 
 HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
 _NOT_TAKEN = {
@@ -25,7 +32,7 @@ _NOT_TAKEN = {
     "gate_gradient_controller",  # for training only
     "flatten_parameters",  # some libraries put nothing in its place; it changes no result
 }
-# What PersistentLayer.__init__ sets; its tensors are those of `own_tensors`.
+# What PersistentModule.__init__ sets; its tensors are those of `own_tensors`.
 _PERSISTENT_ATTRIBUTES = {"_config", "_plan", "backend", "activation_dtype", "num_threads"}
 
 
@@ -46,11 +53,11 @@ class Added(NamedTuple):
 
 def own_tensors(layer: nn.Module) -> set[str]:
     """Return the names of the weights of a dense layer, or of all that a persistent one may hold them in."""
-    return _own_tensors(type(layer), LayerConfig.of(layer))
+    return _own_tensors(type(layer), config_of(layer))
 
 
 def added_state(layer: nn.Module) -> Added:
-    """Return what was added to a recurrent layer, dense or persistent; attributes that override a method too.
+    """Return what was added to a recurrent or linear layer, dense or persistent; attributes that override a method too.
 
     >>> layer = nn.GRU(2, 3)
     >>> layer.label = "encoder"
@@ -95,7 +102,7 @@ def overriding_attributes(layer: nn.Module) -> list[str]:
 def colliding_names(layer: nn.Module, new_class: type[nn.Module]) -> list[str]:
     """Return what was added to a layer under a name that the class it is converted to uses itself."""
     known: Any = _known_class(new_class)
-    taken = _own_attributes(known) | _own_tensors(known, LayerConfig.of(layer))
+    taken = _own_attributes(known) | _own_tensors(known, config_of(layer))
     attributes, *others, _ = added_state(layer)
     names = {name for name, value in attributes.items() if not _is_own_method(layer, name, value)}.union(*others)
     return sorted(name for name in names if name in taken or hasattr(known, name))
@@ -164,7 +171,7 @@ def become(layer: nn.Module, new: nn.Module) -> Callable[[], None]:
     """Make `layer` what `new` is, with what was added to it: whatever refers to it goes on doing so.
 
     Args:
-        layer: a recurrent layer.
+        layer: a recurrent or linear layer.
         new: not to be used afterwards.
     Returns:
         What undoes it.
@@ -210,19 +217,24 @@ def _is_own_method(layer: nn.Module, name: str, value: object) -> bool:
     )
 
 
-def _own_tensors(cls: type, config: LayerConfig) -> set[str]:
-    return {*config.weight_names()} if issubclass(cls, RNNBase) else buffer_names(config) | {"_marker"}
+def _own_tensors(cls: type, config: Config) -> set[str]:
+    if issubclass(cls, (Linear, Conv1d)):
+        return {"weight", "bias"}  # the bias may be None
+    if issubclass(cls, RNNBase):
+        return {*config.weight_names()}
+    return buffer_names(config) | {"_marker"} | ({"bias"} if isinstance(config, LinearConfig) else set())
 
 
 def _own_attributes(cls: type) -> set[str]:
     """What a layer of the class, and of no class of a user's, holds."""
-    dense = next((base for base in (RNN, GRU, LSTM) if issubclass(cls, base)), None)
+    dense = next((base for base in (RNN, GRU, LSTM, Linear, Conv1d) if issubclass(cls, base)), None)
     return {*vars(nn.Module()), *_NOT_TAKEN} | (_PERSISTENT_ATTRIBUTES if dense is None else _dense_attributes(dense))
 
 
 @functools.cache
 def _dense_attributes(dense: Any) -> set[str]:
-    return set(vars(dense(1, 1, device="meta")))
+    kernel_size = (1,) if dense is Conv1d else ()
+    return set(vars(dense(1, 1, *kernel_size, device="meta")))
 
 
 def _known_class(cls: type) -> type:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from triton_sparse_rnn.names import clean_name, clean_names
 from triton_sparse_rnn.nn.computed_weights import with_computed_weights
 from triton_sparse_rnn.nn.instance_state import own_tensors
-from triton_sparse_rnn.nn.persistent import PersistentLayer
+from triton_sparse_rnn.nn.persistent_module import PersistentModule
 from triton_sparse_rnn.nn.state_names import layers_by_prefix
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
@@ -18,8 +18,8 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor | BlockMatrix]:
     Names are without what wrappers put in, unless two of them would become one.
     """
     state = model.state_dict(keep_vars=True)
-    persistent = [module for module in model.modules() if isinstance(module, PersistentLayer)]
-    owners: dict[str, tuple[str, PersistentLayer]] = {}
+    persistent = [module for module in model.modules() if isinstance(module, PersistentModule)]
+    owners: dict[str, tuple[str, PersistentModule]] = {}
     for prefix, layer in layers_by_prefix(model, state, persistent)[0].items():
         owners |= {prefix + name: (prefix, layer) for name in own_tensors(layer)}
     found: dict[str, Tensor | BlockMatrix] = {}

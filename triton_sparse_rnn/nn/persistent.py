@@ -6,7 +6,6 @@ stored one (persistent_weights.py); what kernels derive from indices lies beside
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,12 +13,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_sparse_rnn.nn.advice import warn_if_slow
 from triton_sparse_rnn.nn.conversion_options import ConversionOptions, complete, shows_options
 from triton_sparse_rnn.nn.independent_copy import copy_with_replacements
-from triton_sparse_rnn.nn.instance_state import check_nothing_is_lost
-from triton_sparse_rnn.nn.persistent_tools import PersistentTools
-from triton_sparse_rnn.nn.plan import make_plan
+from triton_sparse_rnn.nn.plan import Plan, make_plan
+from triton_sparse_rnn.nn.recurrent_tools import RecurrentTools
 from triton_sparse_rnn.nn.storage import describe_storage, layer_weights, store_weights
 from triton_sparse_rnn.notices import warn
 from triton_sparse_rnn.ops.calls import (
@@ -32,90 +29,22 @@ from triton_sparse_rnn.ops.calls import (
     result_dtype,
     run_layers,
 )
-from triton_sparse_rnn.ops.dispatch import check_backend, choose_backend, unsupported_reason
+from triton_sparse_rnn.ops.dispatch import choose_backend, unsupported_reason
 from triton_sparse_rnn.ops.flop_counting import count_in_active_modes
 from triton_sparse_rnn.ops.layer_weights import RunLayer, StoredLayer
 from triton_sparse_rnn.ops.operators import is_observed, traced_layer
-from triton_sparse_rnn.ops.validation import check_activation_dtype, check_num_threads
-from triton_sparse_rnn.sparse.block_matrix import BlockMatrix, check_storage_dtype
-from triton_sparse_rnn.sparse.layer_config import LayerConfig
-from triton_sparse_rnn.sparse.patterns import as_pattern
+from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.patterns import Pattern
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-# What layers of a class, and of those derived from it, are converted to: one entry for each class with a `dense_class`.
-PERSISTENT_CLASSES: dict[type[nn.RNNBase], type[PersistentLayer]] = {}
 
-
-def persistent_class(layer: nn.RNNBase) -> type[PersistentLayer]:
-    """Return the entry of the layer's own class, or of the nearest one that this derives from."""
-    return next(PERSISTENT_CLASSES[cls] for cls in type(layer).__mro__ if cls in PERSISTENT_CLASSES)
-
-
-def shown_name(dense_class: type[nn.RNNBase]) -> str:
-    """Return what messages call a class.
-
-    >>> shown_name(nn.GRU), shown_name(type("Stateful", (nn.LSTM,), {}))
-    ('nn.GRU', 'Stateful')
-    """
-    name = dense_class.__name__
-    return f"nn.{name}" if getattr(nn, name, None) is dense_class else name
-
-
-class PersistentLayer(PersistentTools):
-    """What the three persistent modules share; see `PersistentGRU`. Layers of `dense_class` are converted to it.
-
-    A layer of a subclass of nn.LSTM, whose own methods a PersistentLSTM lacks, is converted once a subclass of
-    PersistentLSTM has them too and names it:
-
-        class PersistentStateful(PersistentLSTM):
-            dense_class = Stateful  # a subclass of nn.LSTM
-
-            def initial_state(self): ...
-
-    The last class that names a `dense_class` takes it over, for all models of the process. `to_dense()` builds that
-    class with the arguments of nn.LSTM.
-    """
+class PersistentLayer(RecurrentTools):
+    """What the three recurrent modules share; see `PersistentGRU`."""
 
     dense_class: ClassVar[type[nn.RNNBase]]
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "dense_class" in vars(cls):
-            PERSISTENT_CLASSES[cls.dense_class] = cls
-
-    def __init__(
-        self,
-        config: LayerConfig,
-        weights: Mapping[str, BlockMatrix | Tensor],
-        *,
-        dtype: torch.dtype,
-        backend: str | None = None,
-        activation_dtype: torch.dtype | None = None,
-        num_threads: int = 1,
-    ) -> None:
-        """Hold weights that are stored already; `from_dense` makes one from a dense layer.
-
-        Args:
-            config: of the dense layer.
-            weights: one for each name of `config.weight_names()`: a BlockMatrix for weight_hh and weight_hr, that or a
-                tensor of `dtype` for weight_ih, a tensor for biases.
-            dtype: of inputs and outputs.
-            backend, activation_dtype, num_threads: as for `from_dense`.
-        Raises:
-            TypeError, ValueError: an argument is wrong.
-            BackendUnavailableError: `backend` is named and cannot run this layer.
-        """
-        super().__init__(config, weights, dtype)
-        self.backend = check_backend(backend)
-        self.activation_dtype = activation_dtype
-        self.num_threads = check_num_threads(num_threads)
-        for weight in self.stored_weights().values():
-            if isinstance(weight, BlockMatrix):
-                check_activation_dtype(activation_dtype, weight.values.dtype)
-        if backend is not None:
-            self.chosen_backends()
+    _plan: Plan | None
 
     @classmethod
     @shows_options
@@ -157,51 +86,16 @@ class PersistentLayer(PersistentTools):
         return persistent
 
     @classmethod
-    def _from_weights(cls, dense: nn.RNNBase, options: Mapping[str, Any]) -> Self:
-        """Convert a layer without what was added to it, with all options; see `from_dense`."""
-        if not isinstance(dense, cls.dense_class):
-            wanted = shown_name(cls.dense_class)
-            raise TypeError(f"{cls.__name__}.from_dense takes a layer of class {wanted}, got {type(dense).__name__}")
-        check_nothing_is_lost(dense, cls)
-        run = {name: options[name] for name in ("backend", "activation_dtype", "num_threads")}
-        backend, activation_dtype = check_backend(run["backend"]), run["activation_dtype"]
-        check_num_threads(run["num_threads"])
-        pattern = None if options["storage"] is None else as_pattern(options["storage"], "storage")
-        dtype: torch.dtype = dense.weight_ih_l0.dtype  # type: ignore[assignment]
-        weight_dtype = dtype if options["weight_dtype"] is None else options["weight_dtype"]
-        check_activation_dtype(activation_dtype, check_storage_dtype(weight_dtype, "weight_dtype"))
-        weights = store_weights(dense, weight_dtype, pattern, backend=backend, activation_dtype=activation_dtype)
-        persistent = cls(LayerConfig.of(dense), weights, dtype=dtype, **run)
-        persistent.training = dense.training  # train() would say that it changes nothing
-        if backend is None and "reference" in (backends := persistent.chosen_backends()):
-            wanted = "triton" if persistent.device.type == "cuda" else "cpu"
-            warn_if_slow(wanted, unsupported_reason(wanted, persistent._layers()[backends.index("reference")]))
-        return persistent
-
-    def to_dense(self) -> nn.RNNBase:
-        """Return a layer of the dense class with these weights: bit for bit the original ones for an unchanged dtype.
-
-        The one exception is -0.0 that is not stored: it comes back as 0.0. What was added to this layer is
-        taken over as `from_dense` does.
-
-        Raises:
-            TypeError, ValueError: what was added cannot be copied or taken over, or indices of weights are wrong.
-        """
-        dense = self._to_weights()
-        copy_with_replacements(self, {"": dense})
-        return dense
-
-    def _to_weights(self) -> nn.RNNBase:
-        """Return the dense layer without what was added to this one; see `to_dense`."""
-        check_nothing_is_lost(self, self.dense_class)
-        dense = self._config.build(self.dense_class, device="meta", dtype=self.dtype).to_empty(device=self.device)
-        with torch.no_grad():
-            for name, weight in self.stored_weights().items():
-                if isinstance(weight, BlockMatrix):
-                    weight.check()  # somebody may have written into its indices
-                    weight = weight.to_dense()
-                getattr(dense, name).copy_(weight)
-        return dense.train(self.training)
+    def _store(
+        cls,
+        dense: Any,
+        dtype: torch.dtype,
+        pattern: Pattern | None,
+        *,
+        backend: str | None,
+        activation_dtype: torch.dtype | None,
+    ) -> dict[str, BlockMatrix | Tensor]:
+        return store_weights(dense, dtype, pattern, backend=backend, activation_dtype=activation_dtype)
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         """Run over whole sequences; arguments, results and errors are those of the dense class.
@@ -257,11 +151,8 @@ class PersistentLayer(PersistentTools):
         """Do now what the first call would do besides: check and prepare the weights, and compile kernels.
 
         Compiling takes up to seconds, which a service should not spend on its first request. It is done for batches of
-        one; on a GPU other batch sizes may take other kernels, so call the layer once with each. For a whole model:
-
-            for module in model.modules():
-                if hasattr(module, "warm_up"):
-                    module.warm_up()
+        one; on a GPU other batch sizes may take other kernels, so call the layer once with each. For a whole model
+        there is `triton_sparse_rnn.warm_up`.
         """
         with torch.inference_mode():
             for steps in (1, 2):  # on a GPU these are different kernels
@@ -291,6 +182,9 @@ class PersistentLayer(PersistentTools):
     def chosen_backends(self) -> list[str]:
         """The backend that runs each layer where it is now: the named one, or the fastest that fits."""
         return [choose_backend(self.backend, layer) for layer in self._layers()]
+
+    def _reason_against(self, backend: str) -> str | None:
+        return next(filter(None, (unsupported_reason(backend, layer) for layer in self._layers())), None)
 
     def _layers(self) -> list[StoredLayer]:
         """Each layer, as backends are asked for it."""

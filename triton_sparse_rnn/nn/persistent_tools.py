@@ -1,8 +1,7 @@
-"""What code written for nn.GRU, and torch's tools, ask of a persistent module, which has no weights as nn.GRU has."""
+"""What torch's tools, and code written for torch.nn, ask of a persistent module, which has no parameters of its own."""
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
@@ -18,12 +17,9 @@ from triton_sparse_rnn.notices import warn
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_DENSE_WEIGHT = re.compile(r"weight_(ih|hh|hr)_l\d+(_reverse)?")
-_LISTS_OF_WEIGHTS = {"_flat_weights", "_flat_weights_names", "_all_weights", "all_weights"}
-
 
 class PersistentTools(PersistentWeights):
-    """The part of a PersistentLayer that is there for others: idioms, torch.fx, torch.jit.script, a state's dtype."""
+    """The part of a persistent module that is there for others: idioms, torch.fx, torch.jit.script, a state's dtype."""
 
     _said_train_changes_nothing: ClassVar[bool] = False
     _marker: Tensor
@@ -41,23 +37,6 @@ class PersistentTools(PersistentWeights):
         if nothing:
             # torch.compile makes no Parameter, and what is to be asked of this one the marker tells as well.
             yield self._marker if is_compiling() else nn.Parameter(self._marker.new_empty(0), requires_grad=False)  # type: ignore[misc]
-
-    def __getattr__(self, name: str) -> Any:
-        """Say what there is instead of nn.GRU's weights: a dense copy would silently lose what is written to it."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if _DENSE_WEIGHT.fullmatch(name) is None and name not in _LISTS_OF_WEIGHTS:
-                raise
-        one = name if name.startswith("weight") else "weight_hh_l0"
-        raise AttributeError(
-            f"a {type(self).__name__} has no {name}: it was converted by to_sparse(), which stores no zeros. "
-            f"stored_weights()[{one!r}].to_dense() is a copy of one, to_dense() a layer of torch.nn with all of them, "
-            "and .dtype and .device are those of its inputs and states"
-        )
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: there is nothing to flatten. Here because code written for nn.RNN calls it."""
 
     def train(self, mode: bool = True) -> Self:
         """Set the flag that nn.Module.train sets; it changes nothing here, and a warning says so, once."""
@@ -103,7 +82,7 @@ class PersistentTools(PersistentWeights):
         tracer = tracer_of(args, {})
         if tracer is None:
             return None
-        args = args[:1] if args[1] is None else args
+        args = args[:1] if len(args) > 1 and args[1] is None else args
         if method == "forward" and not (self._forward_pre_hooks or self._forward_hooks):
             return record_call(tracer, self, args, {})
         return record_method(tracer, self, method, args, {})

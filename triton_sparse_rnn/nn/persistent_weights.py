@@ -1,22 +1,22 @@
 """The weights of a persistent module: its sizes, and the buffers that hold each weight once, in blocks.
 
 A weight such as weight_hh_l0 is held as the tensors of a BlockMatrix in buffers weight_hh_l0_values, _columns, _starts
-and, for int8, _scales; biases, and each weight_ih that was kept dense, are buffers under their own names.
+and, for int8, _scales; biases, and each weight_ih that was kept dense, are buffers under their own names. So is the
+weight of a linear layer, as weight_values and so on.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from triton_sparse_rnn.nn.plan import Plan, count_writes
+from triton_sparse_rnn.nn.plan import count_writes
 from triton_sparse_rnn.nn.storage import buffer_names, from_buffers, stored_density, to_buffers
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
-from triton_sparse_rnn.sparse.layer_config import LayerConfig
+from triton_sparse_rnn.sparse.linear_config import Config
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -24,38 +24,18 @@ if TYPE_CHECKING:
 _BESIDE_VALUES = tuple(f"_{part}" for part in BlockMatrix.PARTS if part != "values")  # buffers that are never cast
 
 
-def _held(name: str) -> Any:
-    """An attribute of nn.RNNBase that `_config` holds; who assigns to it gives the module another config."""
-
-    def read(module: PersistentWeights) -> Any:
-        return getattr(module._config, name)
-
-    def write(module: PersistentWeights, value: Any) -> None:
-        module._config = dataclasses.replace(module._config, **{name: value})
-
-    return property(read, write)
-
-
 class PersistentWeights(nn.Module):
     """What holds the weights, moves, casts and loads them."""
 
-    mode: str = _held("mode")
-    input_size: int = _held("input_size")
-    hidden_size: int = _held("hidden_size")
-    proj_size: int = _held("proj_size")
-    num_layers: int = _held("num_layers")
-    bias: bool = _held("bias")
-    batch_first: bool = _held("batch_first")
-    dropout: float = _held("dropout")
-    bidirectional: bool = _held("bidirectional")
+    _matrix: ClassVar[str]  # a weight that there always is, in blocks: its device is that of all
 
-    def __init__(self, config: LayerConfig, weights: Mapping[str, BlockMatrix | Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, weights: Mapping[str, BlockMatrix | Tensor], dtype: torch.dtype) -> None:
         super().__init__()
-        self._config = config
-        self._plan: Plan | None = None
+        self._config: Any = config
+        self._plan: Any = None  # how it runs eagerly, made at the first call
         for name in config.weight_names():
             weight = weights[name]
-            if name.startswith(("weight_hh", "weight_hr")) and not isinstance(weight, BlockMatrix):
+            if not name.startswith(("weight_ih", "bias")) and not isinstance(weight, BlockMatrix):
                 raise TypeError(f"{name} must be a BlockMatrix, got {type(weight).__name__}")
             for buffer, tensor in to_buffers(name, weight).items():
                 self.register_buffer(buffer, tensor)
@@ -63,14 +43,14 @@ class PersistentWeights(nn.Module):
         # Follows .to() like any buffer, and so tells the dtype and device of inputs even without biases.
         self.register_buffer("_marker", torch.empty(0, dtype=dtype, device=self.device), persistent=False)
 
-    def stored_weights(self, layer: int | None = None) -> dict[str, BlockMatrix | Tensor]:
-        """Return all weights, or one layer's, under their names in the dense class.
+    def stored_weights(self) -> dict[str, BlockMatrix | Tensor]:
+        """Return all weights under their names in the dense class.
 
-        weight_hh and weight_hr are BlockMatrix, and so is weight_ih unless it was kept dense; the others are tensors.
-        The tensors in them are the buffers of this module, not copies.
+        Matrices are BlockMatrix, unless it is a weight_ih that was kept dense; the others are tensors. The tensors in
+        them are the buffers of this module, not copies.
         """
         config = self._config
-        return {name: from_buffers(config, name, self._buffers) for name in config.weight_names(layer)}
+        return {name: from_buffers(config, name, self._buffers) for name in config.weight_names()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,7 +60,7 @@ class PersistentWeights(nn.Module):
     @property
     def device(self) -> torch.device:
         """Of all buffers, and so of inputs."""
-        return self._buffers["weight_hh_l0_values"].device  # type: ignore[union-attr]
+        return self._buffers[f"{self._matrix}_values"].device  # type: ignore[union-attr]
 
     @property
     def density(self) -> float:

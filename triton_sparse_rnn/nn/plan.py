@@ -14,11 +14,10 @@ from triton_sparse_rnn.nn.storage import buffer_names
 from triton_sparse_rnn.ops.backends.triton import PreparedLayer, PreparedStack, stack_layers
 from triton_sparse_rnn.ops.calls import CallLayout
 from triton_sparse_rnn.ops.dispatch import BACKENDS, choose_backend
-from triton_sparse_rnn.ops.layer_weights import RunLayer, StoredLayer
+from triton_sparse_rnn.ops.layer_weights import StoredLayer
 from triton_sparse_rnn.ops.operators import is_watched
 from triton_sparse_rnn.ops.validation import check_not_capturing, check_num_threads, check_weights
 from triton_sparse_rnn.sparse.block_matrix import INDEX_DTYPES
-from triton_sparse_rnn.sparse.layer_config import LayerConfig
 
 
 class Planned(Protocol):
@@ -27,8 +26,12 @@ class Planned(Protocol):
     backend: str | None
     activation_dtype: torch.dtype | None
     num_threads: int
-    _config: LayerConfig
+    _config: Any  # LayerConfig; of a linear layer LinearConfig
     _buffers: dict[str, Tensor | None]
+
+
+class PlannedLayer(Planned, Protocol):
+    """What a plan of a recurrent module reads besides."""
 
     @property
     def _call_layout(self) -> CallLayout: ...
@@ -40,15 +43,15 @@ class Plan(NamedTuple):
     """The layers of a module, prepared for what its settings and buffers were then."""
 
     settings: tuple[str | None, torch.dtype | None, int]  # backend, activation_dtype, num_threads
-    config: LayerConfig
-    layout: CallLayout
+    config: Any  # LayerConfig; of a linear layer LinearConfig
+    layout: Any  # CallLayout; of a linear layer LinearLayout
     on_cpu: bool
     buffers: list[Tensor | None]
     tensors: list[Tensor]  # those that hold anything
     addresses: list[int]
     indices: list[Tensor]  # BlockMatrix.INDICES
     versions: list[int]  # torch counts in them what is written into an index in place
-    layers: list[RunLayer]
+    layers: list[Any]  # RunLayer; of a linear layer one RunLinear
 
     def holds(self, module: Planned) -> bool:
         """Whether all is as it was, every tensor lies where it lay, and nothing was written into an index.
@@ -118,7 +121,7 @@ class Plan(NamedTuple):
         )
 
 
-def make_plan(module: Planned) -> Plan:
+def make_plan(module: PlannedLayer) -> Plan:
     """Check the weights of every layer of a module, and let its backend prepare it.
 
     Raises:
@@ -130,23 +133,7 @@ def make_plan(module: Planned) -> Plan:
     check_not_capturing(layout.device)
     backend, _, num_threads = settings = module.backend, module.activation_dtype, module.num_threads
     num_threads = check_num_threads(num_threads)
-    names = {*buffer_names(config), "_marker"}
-    count_writes(module._buffers, names)
-    buffers = [tensor for name, tensor in module._buffers.items() if name in names]
-    tensors = [tensor for tensor in buffers if tensor is not None and tensor.numel() > 0]
-    indices = [tensor for tensor in tensors if tensor.dtype in INDEX_DTYPES]
-    plan = Plan(
-        settings,
-        config,
-        layout,
-        layout.device.type == "cpu",
-        buffers,
-        tensors,
-        [tensor.data_ptr() for tensor in tensors],
-        indices,
-        [tensor._version for tensor in indices],
-        [],
-    )
+    plan = Plan(settings, config, layout, layout.device.type == "cpu", *watched(module), [])
     layers, input_size = module._layers(), layout.input_size
     for mode, directions, dtype, device, activation_dtype in layers:
         check_weights(directions, mode, input_size, dtype, device, activation_dtype=activation_dtype)
@@ -155,6 +142,19 @@ def make_plan(module: Planned) -> Plan:
         plan.layers.append(BACKENDS[choose_backend(backend, layer)].prepare_layer(layer, num_threads))
     plan.layers[:] = stack_layers(plan.layers)
     return plan
+
+
+def watched(
+    module: Planned,
+) -> tuple[list[Tensor | None], list[Tensor], list[int], list[Tensor], list[int]]:
+    """Return of a Plan all fields from `buffers` to `versions`."""
+    names = {*buffer_names(module._config), "_marker"}
+    count_writes(module._buffers, names)
+    buffers = [tensor for name, tensor in module._buffers.items() if name in names]
+    tensors = [tensor for tensor in buffers if tensor is not None and tensor.numel() > 0]
+    indices = [tensor for tensor in tensors if tensor.dtype in INDEX_DTYPES]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    return buffers, tensors, addresses, indices, [tensor._version for tensor in indices]
 
 
 def count_writes(buffers: dict[str, Tensor | None], names: Collection[str]) -> None:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from triton_sparse_rnn.names import clean_names
 from triton_sparse_rnn.nn.instance_state import own_tensors
 from triton_sparse_rnn.nn.storage import buffer_names
-from triton_sparse_rnn.sparse.layer_config import LayerConfig
+from triton_sparse_rnn.sparse.linear_config import config_of
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
 
 
 def saved_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of a recurrent layer, dense or persistent, as far as they belong into a state_dict."""
+    """Return the weights of a layer, dense or persistent, as far as they belong into a state_dict."""
     own, held = own_tensors(layer), layer._parameters | layer._buffers
     return {
         name: tensor
@@ -37,16 +37,16 @@ def names_in_file(state: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> 
 
     Args:
         state: of a model.
-        layers: its recurrent layers by prefix.
+        layers: its recurrent and linear layers by prefix.
     """
-    stored = (f"{prefix}{name}" for prefix, layer in layers.items() for name in buffer_names(LayerConfig.of(layer)))
+    stored = (f"{prefix}{name}" for prefix, layer in layers.items() for name in buffer_names(config_of(layer)))
     return clean_names({**state, **dict.fromkeys(stored)})
 
 
 def layers_by_prefix(
     model: nn.Module, state: Mapping[str, Any], layers: Iterable[LayerT]
 ) -> tuple[dict[str, LayerT], list[LayerT]]:
-    """Find recurrent layers in a state_dict.
+    """Find recurrent and linear layers in a state_dict.
 
     Args:
         model: that they are in.

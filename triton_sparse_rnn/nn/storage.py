@@ -1,4 +1,4 @@
-"""How each weight of a recurrent layer is stored when it is converted, and the buffers that hold it then."""
+"""How each weight of a recurrent layer is stored when it is converted, and the buffers that hold one of any layer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from triton_sparse_rnn.ops.layer_weights import LayerWeights
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.blocks import VECTOR_ROWS
 from triton_sparse_rnn.sparse.layer_config import LayerConfig
+from triton_sparse_rnn.sparse.linear_config import Config
 from triton_sparse_rnn.sparse.patterns import Blocks, Pattern
 
 
-def buffer_names(config: LayerConfig) -> set[str]:
+def buffer_names(config: Config) -> set[str]:
     """Return the names of all buffers that may hold weights of such a layer: each as a tensor, or as its parts."""
     weights = config.weight_names()
     return {*weights, *(f"{weight}_{part}" for weight in weights for part in BlockMatrix.PARTS)}
@@ -31,7 +32,7 @@ def to_buffers(name: str, weight: BlockMatrix | Tensor) -> dict[str, Tensor]:
     return {f"{name}_{part}": tensor for part, tensor in weight.parts().items() if tensor is not None}
 
 
-def from_buffers(config: LayerConfig, name: str, buffers: Mapping[str, Tensor | None]) -> BlockMatrix | Tensor:
+def from_buffers(config: Config, name: str, buffers: Mapping[str, Tensor | None]) -> BlockMatrix | Tensor:
     """Undo `to_buffers`; a weight has the tensors themselves, not copies, and `check` tells whether parts are missing.
 
     Raises:

@@ -6,6 +6,9 @@ At batch 1 a product takes the time of the vectors that are stored, 16 weights e
 
 and an ordinary matrix, multiplied by torch, that of all its vectors times DENSE_VECTOR_TIME. Patterns are compared by
 what they would store of this weight, zeros that fill them up included.
+
+A linear layer meets one row at a time and many at once, and is to be slower than torch in neither case: what counts is
+the larger of the two estimates, each as a share of torch's.
 """
 
 from __future__ import annotations
@@ -60,6 +63,8 @@ VECTOR_TIMES: dict[str, dict[torch.dtype | None, _Times]] = {
 GPU_VECTOR_TIMES: _Times = {Blocks(16, 1): (1, 1), Picks(16, 32): (1.5, 4)}
 # Of W_ih x, by torch. On one thread it was 1.45, but torch may have more, and what is not pruned at all is left to it.
 DENSE_VECTOR_TIME = 0.7
+# Of one row, by torch: the vectors are in a row in memory, and those of a block are not. Not measured as carefully.
+DENSE_ROW_VECTOR_TIME = 0.8
 
 
 def fastest_storage(
@@ -85,6 +90,26 @@ def fastest_storage(
     return min(estimates, key=lambda pattern: estimates[pattern])
 
 
+def fastest_linear_storage(
+    weight: Tensor, *, backend: str | None, activation_dtype: torch.dtype | None, may_stay_dense: bool
+) -> Pattern | None:
+    """Return the pattern in which a linear layer is never much slower than in another, or None for a dense one.
+
+    On a GPU one row counts alone: of many, nothing was measured.
+
+    Args:
+        weight: [1, rows, columns].
+        backend, activation_dtype, may_stay_dense: as for `fastest_storage`.
+    """
+    whole = Blocks(16, 1).full_mask(*weight.shape).numel()
+    dense = (DENSE_ROW_VECTOR_TIME * whole, DENSE_VECTOR_TIME * whole)[: 1 if _on_gpu(weight.device, backend) else None]
+    shares: dict[Pattern | None, float] = {None: 1.0} if may_stay_dense else {}
+    for pattern, times in _vector_times(weight.device, backend)[activation_dtype].items():
+        vectors = pattern.vectors * int(pattern.kept(weight).sum())
+        shares[pattern] = max(time * vectors / other for time, other in zip(times, dense, strict=False))
+    return min(shares, key=lambda pattern: shares[pattern])
+
+
 def pattern_to_prune_in(device: torch.device, backend: str | None) -> Pattern:
     """Return what to prune a layer in that is to run there: picks, where they do not take twice the time of blocks."""
     time = _vector_times(device, backend)[None].get(Picks())
@@ -93,6 +118,10 @@ def pattern_to_prune_in(device: torch.device, backend: str | None) -> Pattern:
 
 def _vector_times(device: torch.device, backend: str | None) -> dict[torch.dtype | None, _Times]:
     """What can run there, of the row of this processor or, where its kernels do not run, of the first."""
-    if device.type == "cuda" or backend == "triton":
+    if _on_gpu(device, backend):
         return dict.fromkeys((None, torch.int8), GPU_VECTOR_TIMES)
     return VECTOR_TIMES.get(support.vectors() if device.type == "cpu" else "none", VECTOR_TIMES["AVX-512 with bytes"])
+
+
+def _on_gpu(device: torch.device, backend: str | None) -> bool:
+    return device.type == "cuda" or backend == "triton"

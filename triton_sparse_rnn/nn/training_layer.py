@@ -11,7 +11,8 @@ from torch.nn import RNNBase
 from triton_sparse_rnn.nn.conversion_options import ConversionOptions, shows_options
 from triton_sparse_rnn.nn.fx_tracing import record_call, tracer_of
 from triton_sparse_rnn.nn.instance_state import HOOKS, take_over, what_is_lost
-from triton_sparse_rnn.nn.persistent import PersistentLayer, persistent_class
+from triton_sparse_rnn.nn.persistent import PersistentLayer
+from triton_sparse_rnn.nn.persistent_module import persistent_class
 from triton_sparse_rnn.nn.replace import added_members
 from triton_sparse_rnn.notices import warn
 from triton_sparse_rnn.sparse.layer_config import LayerConfig

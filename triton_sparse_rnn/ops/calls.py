@@ -137,7 +137,7 @@ def _check_axes(states: list[Tensor], input_axes: int) -> None:
 
 
 def _check_input(x: Tensor, axes: int, layout: CallLayout) -> None:
-    if not _dtypes_match(x, layout.dtype):
+    if not dtypes_match(x, layout.dtype):
         raise ValueError(
             f"RNN input dtype ({x.dtype}) does not match weight dtype ({layout.dtype}). "
             f"Convert input: input.to({layout.dtype}), or convert model: model.to({x.dtype})"
@@ -170,7 +170,7 @@ def _check_states(states: list[Tensor] | None, x: Tensor, B: int, layout: CallLa
                 "Input and hidden tensors are not at the same device, "
                 f"found input tensor at {x.device} and hidden tensor at {state.device}"
             )
-        if not _dtypes_match(state, x.dtype):
+        if not dtypes_match(state, x.dtype):
             raise RuntimeError(
                 "Input and hidden tensors are not the same dtype, "
                 f"found input tensor with {x.dtype} and hidden tensor with {state.dtype}"
@@ -211,7 +211,7 @@ def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]  # to() alone takes its time
 
 
-def _dtypes_match(tensor: Tensor, dtype: torch.dtype) -> bool:
+def dtypes_match(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether they are the same, or autocast makes them the same; it leaves float64 and integers alone."""
     narrow = (torch.float32, torch.float16, torch.bfloat16)
     if tensor.dtype == dtype or tensor.is_meta:  # torch knows no autocast on the meta device

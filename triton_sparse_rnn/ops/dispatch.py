@@ -10,6 +10,7 @@ import torch
 from triton_sparse_rnn.errors import BackendUnavailableError
 from triton_sparse_rnn.ops.backends import cpu, reference, triton
 from triton_sparse_rnn.ops.layer_weights import RunLayer, StoredLayer
+from triton_sparse_rnn.ops.stored_linear import RunLinear, StoredLinear
 
 
 class Backend(Protocol):
@@ -25,6 +26,14 @@ class Backend(Protocol):
 
     def prepare_layer(self, layer: StoredLayer, num_threads: int) -> RunLayer:
         """Return a supported layer, ready to run."""
+        ...
+
+    def unsupported_linear_reason(self, layer: StoredLinear) -> str | None:
+        """Return the same as `unsupported_reason` of a linear layer."""
+        ...
+
+    def prepare_linear(self, layer: StoredLinear, num_threads: int) -> RunLinear:
+        """Return a supported linear layer, ready to run."""
         ...
 
 
@@ -56,6 +65,16 @@ def choose_backend(backend: str | None, layer: StoredLayer) -> str:
         BackendUnavailableError: `backend` is named and cannot run it.
     """
     return choose(backend, layer.device, lambda name: unsupported_reason(name, layer), "this layer")
+
+
+def linear_reason(backend: str, layer: StoredLinear) -> str | None:
+    """Why a backend cannot run this linear layer here; None if it can."""
+    return unavailable_reason(backend) or BACKENDS[backend].unsupported_linear_reason(layer)
+
+
+def choose_linear_backend(backend: str | None, layer: StoredLinear) -> str:
+    """Return the backend that runs this linear layer; arguments and errors as of `choose_backend`."""
+    return choose(backend, layer.device, lambda name: linear_reason(name, layer), "this layer")
 
 
 def choose(backend: str | None, device: torch.device, reason_of: Callable[[str], str | None], what: str) -> str:

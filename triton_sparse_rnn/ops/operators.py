@@ -76,7 +76,7 @@ def refuse_backward(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[T
     """
     raise RuntimeError(
         "this layer was converted by to_sparse() and has no backward: it is for inference. "
-        "Train the SparseRNN, SparseGRU or SparseLSTM that it was made from, and convert again."
+        "Train the SparseRNN, SparseGRU, SparseLSTM or nn.Linear that it was made from, and convert again."
     )
 
 
@@ -103,7 +103,7 @@ def refuse_tangents(tensors: list[Tensor]) -> None:
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError(
             "this layer was converted by to_sparse() and has no derivatives, forward-mode ones neither: it is for "
-            "inference. Differentiate the SparseRNN, SparseGRU or SparseLSTM that it was made from."
+            "inference. Differentiate the SparseRNN, SparseGRU, SparseLSTM or nn.Linear that it was made from."
         )
 
 

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from triton_sparse_rnn.kernels.cpu.addresses import reached_bytes
 from triton_sparse_rnn.ops.layer_weights import LayerWeights
+from triton_sparse_rnn.ops.stored_linear import StoredLinear
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.layer_config import GATES
 
@@ -163,6 +164,17 @@ def check_call(
     elif x.shape[0] % B if B else x.shape[0]:
         raise ValueError(f"x must hold whole steps of {B} rows, got {x.shape[0]} rows")
     check_weights(directions, mode, x.shape[1], x.dtype, x.device, activation_dtype=activation_dtype, indices=False)
+
+
+def check_linear(layer: StoredLinear, *, indices: bool = True) -> None:
+    """Raise ValueError unless weight and bias of a linear layer fit together; `indices` as for `check_weights`."""
+    weight, bias, dtype, device, activation_dtype = layer
+    _check_blocks("weight", weight, weight.shape, device, indices)
+    check_activation_dtype(activation_dtype, weight.values.dtype)
+    if weight.gates != 1:
+        raise ValueError(f"weight must be of one gate, got {weight.gates}")
+    if bias is not None:
+        _check_tensor("bias", bias, weight.shape[:1], dtype, device)
 
 
 def _check_blocks(name: str, matrix: BlockMatrix, shape: tuple[int, int], device: torch.device, indices: bool) -> None:

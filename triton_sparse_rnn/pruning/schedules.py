@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from triton_sparse_rnn.names import clean_name
-from triton_sparse_rnn.pruning.weights import gate_names, name_matches, recurrent_weights, split_gates
+from triton_sparse_rnn.names import clean_name, name_matches
+from triton_sparse_rnn.pruning.weights import gate_names, recurrent_weights, split_gates
 from triton_sparse_rnn.sparse.patterns import PatternLike, as_pattern
 from triton_sparse_rnn.sparse.picks import DEFAULT_PATTERN
 

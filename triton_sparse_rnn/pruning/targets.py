@@ -9,13 +9,12 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from triton_sparse_rnn.names import clean_name
+from triton_sparse_rnn.names import checked_globs, clean_name, name_matches
 from triton_sparse_rnn.notices import warn
 from triton_sparse_rnn.pruning.schedules import Schedule
 from triton_sparse_rnn.pruning.weights import (
     find_parameter,
     gate_names,
-    name_matches,
     parameter_paths,
     recurrent_weights,
     split_gates,
@@ -84,7 +83,7 @@ def match_weights(
     """
     targets = {} if targets is None else targets
     _check_schedules(schedule, targets)
-    globs = _checked_globs(include)
+    globs = checked_globs(include)
     unused, found = set(targets), []
     for candidate in (*_recurrent(model), *_included(model, globs)):
         name = clean_name(candidate.path)
@@ -160,13 +159,6 @@ def warn_of_emptied_gates(weights: Iterable[Weight], pattern: Pattern, *, balanc
                 f"{pattern.describe(units)} in each {part}; take a finer pattern, "
                 f"or leave it dense by targets={{{weight.name!r}: None}}"
             )
-
-
-def _checked_globs(include: Iterable[str]) -> tuple[str, ...]:
-    globs = tuple(include) if isinstance(include, Iterable) else (include,)
-    if isinstance(include, str) or not all(isinstance(glob, str) for glob in globs):
-        raise TypeError(f"include must be a sequence of globs, such as ('decoder.weight',), got {include!r}")
-    return globs
 
 
 def _check_schedules(schedule: Schedule | None, targets: Mapping[str, Target]) -> None:

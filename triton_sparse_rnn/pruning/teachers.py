@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from triton_sparse_rnn.names import clean_names
+from triton_sparse_rnn.names import clean_names, name_matches
 from triton_sparse_rnn.nn.independent_copy import copy_with_replacements
 from triton_sparse_rnn.notices import warn
 from triton_sparse_rnn.pruning.recorded_calls import drop_hooks
-from triton_sparse_rnn.pruning.weights import name_matches, recurrent_weights
+from triton_sparse_rnn.pruning.weights import recurrent_weights
 from triton_sparse_rnn.sparse.layer_config import LayerConfig
 
 _FEW_ZEROS = 0.1  # of the weights of a model that is still dense; trained ones are hardly ever exactly 0

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.sparse.layer_config import LayerConfig
 
 
@@ -54,13 +52,3 @@ def gate_names(module: nn.RNNBase) -> str:
 def split_gates(weight: Tensor, gates: int) -> Tensor:
     """View a weight [G * H, ...] as [G, H, C], its trailing axes flattened."""
     return weight.flatten(1).unflatten(0, (gates, -1))
-
-
-def name_matches(name: str, pattern: str) -> bool:
-    """Whether a glob matches a name; "*.weight_hh_l0" also matches the bare "weight_hh_l0" of a layer on its own.
-
-    >>> name_matches("rnn.weight_hh_l0", "*.weight_hh*"), name_matches("weight_hh_l0", "*.weight_hh*")
-    (True, True)
-    """
-    pattern = clean_name(pattern)
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(f".{name}", pattern)

@@ -1,4 +1,4 @@
-"""The recurrent layer on the CPU by numba vector code: the twin of `reference.recurrent_layer` for what it supports."""
+"""Recurrent and linear layers on the CPU by numba vector code: twins of those of reference.py for what they support."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from triton_sparse_rnn.kernels.cpu import support
 from triton_sparse_rnn.ops.layer_weights import MATRICES, LayerWeights, RunLayer, StoredLayer, plain
+from triton_sparse_rnn.ops.stored_linear import RunLinear, StoredLinear
 
 
 def availability() -> str | None:
@@ -18,10 +19,8 @@ def availability() -> str | None:
 
 def unsupported_reason(layer: StoredLayer) -> str | None:
     """Why the kernels cannot run this layer; None if they can."""
-    if layer.device.type != "cpu":
-        return f"it needs tensors on the CPU, these are on {layer.device}"
-    if layer.dtype == torch.float64:
-        return "it computes in float32, the layer's dtype is torch.float64"
+    if (reason := _unsupported_place(layer)) is not None:
+        return reason
     weights = ((name, getattr(direction, name)) for direction in layer.directions for name in MATRICES)
     quantized = layer.activation_dtype is not None
     reasons = (support.unreadable_reason(*weight, quantized=quantized) for weight in weights if weight[1] is not None)
@@ -49,6 +48,39 @@ def prepare_layer(layer: StoredLayer, num_threads: int) -> RunLayer:
         return [result.to(layer.dtype) for result in results]
 
     return run if layer.dtype == torch.float32 else run_wider
+
+
+def unsupported_linear_reason(layer: StoredLinear) -> str | None:
+    """Why the kernels cannot run this linear layer; None if they can."""
+    quantized = layer.activation_dtype is not None
+    return _unsupported_place(layer) or support.unreadable_reason("weight", layer.weight, quantized=quantized)
+
+
+def prepare_linear(layer: StoredLinear, num_threads: int) -> RunLinear:
+    """Argument and result of the callable are those of `reference.linear_layer`."""
+    from triton_sparse_rnn.kernels.cpu.linear_layer import LinearLayer  # loads numba
+
+    bias, quantized = layer.bias, layer.activation_dtype is not None
+    wide_bias = _float(bias)
+    prepared = LinearLayer(layer.weight, wide_bias, quantized=quantized, num_threads=num_threads)
+
+    def run(x: Tensor) -> Tensor:
+        return prepared(plain(x))
+
+    def run_wider(x: Tensor) -> Tensor:
+        if bias is not None:
+            wide_bias.copy_(bias)  # whatever was written into it since counts
+        return prepared(plain(x).float()).to(layer.dtype)
+
+    return run if layer.dtype == torch.float32 else run_wider
+
+
+def _unsupported_place(layer: StoredLayer | StoredLinear) -> str | None:
+    if layer.device.type != "cpu":
+        return f"it needs tensors on the CPU, these are on {layer.device}"
+    if layer.dtype == torch.float64:
+        return "it computes in float32, the layer's dtype is torch.float64"
+    return None
 
 
 def _float(weight: Any) -> Any:

@@ -1,4 +1,4 @@
-r"""The recurrent layer in plain torch: every cell, dtype and device. All other backends are checked against it.
+r"""Recurrent and linear layers in plain torch: every cell, dtype and device. All other backends are checked against it.
 
     RNN   h = act(p + W_hh h + b_hh)                                        with p = W_ih x + b_ih
     GRU   r = s(p_r + W_hr h + b_hr)   z = s(p_z + W_hz h + b_hz)
@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from triton_sparse_rnn.ops.layer_weights import LayerWeights, RunLayer, StoredLayer
+from triton_sparse_rnn.ops.stored_linear import RunLinear, StoredLinear
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 
 Linear = Callable[[Tensor], Tensor]  # [n, columns] -> [n, rows]
@@ -54,6 +55,40 @@ def prepare_layer(layer: StoredLayer, num_threads: int) -> RunLayer:
         return recurrent_layer(x, states, directions, batch_sizes, mode, activation_dtype=activation_dtype)
 
     return run_layer
+
+
+def unsupported_linear_reason(layer: StoredLinear) -> str | None:
+    """Return None: it runs every linear layer."""
+    return None
+
+
+def prepare_linear(layer: StoredLinear, num_threads: int) -> RunLinear:
+    """Return `linear_layer` of this weight; torch takes the threads of torch.set_num_threads."""
+    weight, bias, *_, activation_dtype = layer
+    return lambda x: linear_layer(x, weight, bias, activation_dtype=activation_dtype)
+
+
+def linear_layer(
+    x: Tensor, weight: BlockMatrix, bias: Tensor | None, *, activation_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return W x + b for each row of x, in float32 as those of `recurrent_layer`.
+
+    Args:
+        x: [..., columns].
+        weight: [rows, columns].
+        bias: [rows], dtype of x; or None.
+        activation_dtype: as for `recurrent_layer`.
+    Returns:
+        y [..., rows], in the dtype of x.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide_x = x.to(dtype).reshape(-1, weight.shape[1]).contiguous()
+    make = dense_linear if activation_dtype is None else quantized_linear
+    with torch.autocast(x.device.type, enabled=False):
+        y = make(weight, bias, dtype)(wide_x)
+        if activation_dtype is None and not (wide_x.isfinite().all() and y.isfinite().all()):
+            y = block_linear(weight, bias, dtype)(wide_x)
+    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 def recurrent_layer(

@@ -1,4 +1,4 @@
-"""The recurrent layer on a GPU by Triton kernels: the twin of `reference.recurrent_layer` for what it supports.
+"""Recurrent and linear layers on a GPU by Triton kernels: twins of those of reference.py for what they support.
 
 With TRITON_INTERPRET=1 in the environment, Triton interprets its kernels instead of compiling them, and this backend
 takes tensors on the CPU: slow, but the same computation.
@@ -22,6 +22,7 @@ from triton_sparse_rnn.ops.layer_weights import (
     plain,
     unpack_layer_weights,
 )
+from triton_sparse_rnn.ops.stored_linear import RunLinear, StoredLinear
 from triton_sparse_rnn.ops.validation import check_not_capturing
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
 from triton_sparse_rnn.sparse.layer_config import GATES
@@ -56,6 +57,24 @@ def availability() -> str | None:
 
 def unsupported_reason(layer: StoredLayer) -> str | None:
     """Why the kernels cannot run this layer, where `availability` is None; None if they can."""
+    if (reason := _unsupported_place(layer)) is not None:
+        return reason
+    for direction in layer.directions:
+        if direction.weight_hr is not None:
+            return "the layer has proj_size, which would take two exchanges between programs at every step, not one"
+        for name in ("weight_ih", "weight_hh"):
+            weight = getattr(direction, name)
+            if isinstance(weight, BlockMatrix) and (reason := _unreadable_reason(name, weight)) is not None:
+                return reason
+    return None
+
+
+def unsupported_linear_reason(layer: StoredLinear) -> str | None:
+    """Why the kernels cannot run this linear layer, where `availability` is None; None if they can."""
+    return _unsupported_place(layer) or _unreadable_reason("weight", layer.weight)
+
+
+def _unsupported_place(layer: StoredLayer | StoredLinear) -> str | None:
     from triton_sparse_rnn.kernels.triton.exchange import INTERPRETED
 
     device = layer.device
@@ -69,22 +88,15 @@ def unsupported_reason(layer: StoredLayer) -> str | None:
         return "it computes in float32, the layer's dtype is torch.float64"
     if layer.activation_dtype is not None:
         return f"it does not quantise activations, and activation_dtype is {layer.activation_dtype}"
-    for direction in layer.directions:
-        if direction.weight_hr is not None:
-            return "the layer has proj_size, which would take two exchanges between programs at every step, not one"
-        for name in ("weight_ih", "weight_hh"):
-            weight = getattr(direction, name)
-            if isinstance(weight, BlockMatrix) and (reason := _unreadable(weight)) is not None:
-                return f"{name} {reason}"
     return None
 
 
-def _unreadable(weight: BlockMatrix) -> str | None:
+def _unreadable_reason(name: str, weight: BlockMatrix) -> str | None:
     dtype, columns = weight.values.dtype, weight.shape[1]
     if dtype not in WEIGHT_DTYPES:
-        return f"is stored as {dtype}, and only {', '.join(map(str, WEIGHT_DTYPES))} run here"
+        return f"{name} is stored as {dtype}, and only {', '.join(map(str, WEIGHT_DTYPES))} run here"
     if weight.is_picked and dtype != torch.float32 and columns > MOST_PICKED_COLUMNS:
-        return f"has {columns:,} columns, and picks of {dtype} run here with {MOST_PICKED_COLUMNS:,} at most"
+        return f"{name} has {columns:,} columns, and picks of {dtype} run here with {MOST_PICKED_COLUMNS:,} at most"
     return None
 
 
@@ -208,6 +220,64 @@ def prepare_layer(layer: StoredLayer, num_threads: int) -> RunLayer:
     prepared = _PREPARED.get(key)
     if prepared is None or not prepared.is_made_from(layer.mode, layer.directions):
         _PREPARED[key] = prepared = PreparedLayer(layer.mode, layer.directions)
+    return prepared
+
+
+class PreparedLinear:
+    """A LinearLayer, and the tensors it was made from; after a write into one of them it is made again.
+
+    What is said of `PreparedLayer` holds for it.
+    """
+
+    def __init__(self, weight: BlockMatrix, bias: Tensor | None) -> None:
+        """Read the weight, which waits for the GPU.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured.
+        """
+        parts = {name: None if part is None else part.detach() for name, part in weight.parts().items()}
+        self._weight = BlockMatrix.from_parts(parts, shape=weight.shape, gates=weight.gates)
+        self._bias = None if bias is None else bias.detach()
+        self._tensors = [*parts.values(), self._bias]
+        self._captured: list[object] = []
+        self._counted = [tensor for tensor in self._tensors if tensor is not None and not tensor.is_inference()]
+        self._make()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Argument and result are those of `reference.linear_layer`."""
+        if self._versions != [tensor._version for tensor in self._counted]:
+            self._make()
+        _keep_for_capture(self._captured, self._layer)
+        return self._layer(x.resolve_neg() if x.is_neg() else x)
+
+    def is_made_from(self, weight: BlockMatrix, bias: Tensor | None) -> bool:
+        """Whether these are the tensors; whether they were written to is another question."""
+        tensors = [*weight.parts().values(), bias]
+        return (
+            weight.shape == self._weight.shape
+            and all(map(_is_alias, self._tensors, tensors))
+            and not any(tensor is not None and tensor.is_inference() for tensor in tensors)
+        )
+
+    def _make(self) -> None:
+        from triton_sparse_rnn.kernels.triton.linear_layer import LinearLayer
+
+        check_not_capturing(self._weight.values.device)
+        versions = [tensor._version for tensor in self._counted]
+        with torch.inference_mode(False), torch.no_grad():
+            self._layer = LinearLayer(self._weight, self._bias)
+        self._versions = versions
+
+
+_PREPARED_LINEAR = WeakTensorKeyDictionary()  # by the values of the weight, as _PREPARED
+
+
+def prepare_linear(layer: StoredLinear, num_threads: int) -> RunLinear:
+    """Argument and result of the callable are those of `reference.linear_layer`."""
+    key = layer.weight.values
+    prepared = _PREPARED_LINEAR.get(key)
+    if prepared is None or not prepared.is_made_from(layer.weight, layer.bias):
+        _PREPARED_LINEAR[key] = prepared = PreparedLinear(layer.weight, layer.bias)
     return prepared
 
 
