@@ -62,20 +62,31 @@ def build(name: str, source: Path, *, library: bool = False, more: tuple[str, ..
     for program in (chosen.compiler, *chosen.runner):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
-    if not chosen.runner and any(flag.startswith("-mavx") for flag in chosen.flags):
-        if not set(_NEEDED[chosen.instructions]) <= _processor_flags():
-            pytest.skip(f"this processor has no {chosen.instructions}")
+    if not set(_NEEDED.get(chosen.instructions, [])) <= _processor_flags():
+        pytest.skip(f"this processor has no {chosen.instructions}")
     output = _folder() / f"{source.stem}-{name.replace(' ', '-')}{'.so' if library else ''}"
     sources = [source] if source.name == "tsr_runtime.c" else [source, RUNTIME / "tsr_runtime.c"]
     shared = ["-shared", "-fPIC"] if library else []
-    command = [chosen.compiler, *STRICT, *chosen.flags, *more, *shared, f"-I{RUNTIME}", *map(str, sources), "-o", output]
+    command = [
+        chosen.compiler,
+        *STRICT,
+        *chosen.flags,
+        *more,
+        *shared,
+        f"-I{RUNTIME}",
+        *map(str, sources),
+        "-o",
+        output,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     return output
 
 
-def run(name: str, program: Path, arguments: Sequence[object], given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def run(
+    name: str, program: Path, arguments: Sequence[object], given: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
     """Run what `build` made."""
     command = [*BUILDS[name].runner, str(program), *map(str, arguments)]
     return subprocess.run(command, input=given, capture_output=True, timeout=600)
@@ -145,13 +156,13 @@ class Running:
         return ctypes.byref(self.stream), ctypes.byref(self.model)
 
     def step(self, x: Tensor) -> Tensor:
-        """x [I] -> y [O]."""
+        """X [I] -> y [O]."""
         y = torch.full((self.model.outputs,), torch.nan)
         assert self.library.tsr_step(ctypes.byref(self.stream), *map(pointer, (x, y))) == OK
         return y
 
     def run(self, x: Tensor) -> Tensor:
-        """x [T, I] -> y [T, O]."""
+        """X [T, I] -> y [T, O]."""
         steps = ctypes.c_size_t(len(x))
         y = torch.full((len(x), self.model.outputs), torch.nan)
         needed = self.library.tsr_run_bytes(ctypes.byref(self.model), steps)

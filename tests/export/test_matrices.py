@@ -1,6 +1,5 @@
 """Weights in the form of the C runtime: read back here, they are the same weights."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -20,14 +19,14 @@ def read_back(matrix: CMatrix) -> Tensor:
     for row in whole.flatten(0, 1):
         if matrix.pattern == PICKS:
             for size in (4, 3, 2, 1):
+                word = np.zeros(16, dtype=np.uint32)
                 for entry in range(int(next(counts))):
-                    within = entry % (5 - size)
-                    word = next(words) if within == 0 else word
+                    word = next(words) if entry % (5 - size) == 0 else word
                     bank = int(next(places))
-                    for unit in range(size):
-                        picks = (word >> np.uint32(5 * (within * size + unit))) & np.uint32(31)
-                        columns = torch.from_numpy(picks.astype(np.int64)) + 32 * bank
+                    for _ in range(size):
+                        columns = torch.from_numpy((word & 31).astype(np.int64)) + 32 * bank
                         row[torch.arange(16), columns] += next(vectors)
+                        word = word >> np.uint32(5)
             continue
         for column in range(matrix.columns if matrix.pattern == DENSE else int(next(counts))):
             row[:, column if matrix.pattern == DENSE else int(next(places))] += next(vectors)
@@ -54,7 +53,7 @@ def read_back(matrix: CMatrix) -> Tensor:
 def test_weights_come_back(pattern, stored, dtype, gates, H, columns):
     torch.manual_seed(0)
     weight = torch.randn(gates * H, columns) * (torch.rand(gates * H, columns) < 0.3)
-    if isinstance(pattern, Blocks) and not (H >= pattern.rows and columns >= pattern.columns):
+    if isinstance(pattern, Blocks) and not (pattern.rows <= H and columns >= pattern.columns):
         pattern = Blocks(min(H, pattern.rows), min(columns, pattern.columns))
         stored = (BLOCKS, PICKS)
     matrix = BlockMatrix.from_dense(weight, pattern, gates=gates, dtype=dtype)

@@ -31,9 +31,8 @@ def make_blob(layers: Sequence[CLayer]) -> bytes:
         ValueError: a layer is larger than the runtime takes.
     """
     for layer in layers:
-        if largest := max(size for size in (layer.inputs, layer.hidden) if size >= 0):
-            if largest > MOST_UNITS:
-                raise ValueError(f"a layer of {largest} units is wider than the C runtime takes, {MOST_UNITS}")
+        if (largest := max(layer.inputs, layer.hidden)) > MOST_UNITS:
+            raise ValueError(f"a layer of {largest} units is wider than the C runtime takes, {MOST_UNITS}")
     matrices = [matrix for layer in layers for matrix in layer.matrices]
     arrays = _Arrays(_HEADER.size + _LAYER.size * len(layers) + _MATRIX.size * len(matrices))
     described, table = [], []

@@ -38,11 +38,11 @@ def model_header(name: str, layers: Sequence[CLayer], blob: bytes, maker: str, *
     defined = "".join(
         f"#define {f'{prefix}_{size}':<{width}} {number} /* {meaning} */\n" for size, (number, meaning) in sizes.items()
     )
-    array = f'{_BEGIN_C}extern const unsigned char {name}_blob[{prefix}_BLOB_BYTES];\n{_END_C}\n' if is_array else ""
+    array = f"{_BEGIN_C}extern const unsigned char {name}_blob[{prefix}_BLOB_BYTES];\n{_END_C}\n" if is_array else ""
     described = "".join(f" *   {_describe(layer)}\n" for layer in layers)
     text = (
-        f"/* A model for tsr_runtime.c:\n *\n{described} *\n{_licence(maker)} */\n#ifndef {prefix}_H\n#define {prefix}_H"
-        f"\n\n{defined}\n{array}#endif\n"
+        f"/* A model for tsr_runtime.c:\n *\n{described} *\n{_licence(maker)} */\n"
+        f"#ifndef {prefix}_H\n#define {prefix}_H\n\n{defined}\n{array}#endif\n"
     )
     return text.encode()
 
@@ -51,7 +51,7 @@ def array_source(name: str, blob: bytes, maker: str) -> bytes:
     """Return NAME.c, which has the blob of NAME.bin as an array."""
     lines = (",".join(map(str, blob[first : first + _PER_LINE])) for first in range(0, len(blob), _PER_LINE))
     text = (
-        f"/* The weights of {name}.h.\n *\n{_licence(maker)} */\n#include <stdalign.h>\n\n#include \"{name}.h\"\n\n"
+        f'/* The weights of {name}.h.\n *\n{_licence(maker)} */\n#include <stdalign.h>\n\n#include "{name}.h"\n\n'
         f"alignas(64) const unsigned char {name}_blob[{name.upper()}_BLOB_BYTES] = {{\n"
     )
     return (text + ",\n".join(lines) + "\n};\n").encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -190,5 +189,3 @@ def _check_dtypes(name: str, module: nn.Module, dtype: torch.dtype, weights: dic
             )
         if stored.is_meta:
             raise ValueError(f"{name} is on the meta device: there are no numbers to export")
-        if math.prod(getattr(weight, "shape", ())) >= 2**47:
-            raise ValueError(f"{name} has a {weight_name} of shape {tuple(weight.shape)}, too large for C")
