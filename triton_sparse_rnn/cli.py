@@ -79,7 +79,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("file", type=Path, metavar="FILE")
     export.add_argument("folder", type=Path, metavar="FOLDER")
-    export.add_argument("--chain", nargs="+", metavar="LAYER", help="names of layers in the model, in their order")
+    export.add_argument(
+        "--chain",
+        nargs="+",
+        metavar="LAYER",
+        help="names of layers in the model, linear ones too, and relu, sigmoid, tanh",
+    )
     export.add_argument("--name", metavar="NAME", help="of the files and constants [the layers' names, or model]")
     export.add_argument("--array", action="store_true", help="write weights as a C array, not as a file to be read")
     export.set_defaults(run=_export_c)
@@ -141,22 +146,14 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _export_c(arguments: argparse.Namespace) -> int:
-    from torch import nn
-
     from triton_sparse_rnn.errors import SparseFileError
     from triton_sparse_rnn.export.c_export import export_c
-    from triton_sparse_rnn.export.saved_layers import as_model, read_layers
+    from triton_sparse_rnn.export.saved_layers import read_model
 
+    data = "array" if arguments.array else "blob"
     try:
-        layers = read_layers(arguments.file)
-        if arguments.chain is not None and (missing := [name for name in arguments.chain if name not in layers]):
-            return _fail(f"{arguments.file} holds no layer {missing[0]!r}, but {', '.join(map(repr, layers))}")
-        data = "array" if arguments.array else "blob"
-        if arguments.chain is not None:
-            chain: nn.Module | list[nn.Module] = [layers[name] for name in arguments.chain]
-        else:
-            chain = layers[""] if "" in layers else as_model(layers)
-        written = export_c(chain, arguments.folder, name=arguments.name, data=data)
+        model = read_model(arguments.file, arguments.chain)
+        written = export_c(model, arguments.folder, chain=arguments.chain, name=arguments.name, data=data)
     except SparseFileError as error:
         return _fail(str(error))
     except (TypeError, ValueError) as error:

@@ -80,15 +80,13 @@ def in_c(layer: Any, x: Tensor) -> Callable[[], Tensor]:
     y = torch.empty(*x.shape[:2], layer.hidden_size)
     places = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_size_t(len(x))
     nothing = ctypes.c_size_t(0)
-    kept = aligned, memory, model
 
-    def run() -> Tensor:
-        assert kept
+    def run(*kept: object) -> Tensor:
         library.tsr_reset(stream)
         library.tsr_run(stream, *places, None, nothing)
         return y
 
-    return run
+    return functools.partial(run, aligned, memory, model)  # which must live as long
 
 
 def by_kernel(layer: Any, x: Tensor) -> Callable[[], Tensor]:

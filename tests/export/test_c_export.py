@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from c_builds import RUNTIME, STRICT
+from c_builds import RUNTIME, STRICT, Running
+from rounding import assert_same_sums
 from torch import nn
 
-from triton_sparse_rnn import Picks, cli, export_c, save_sparse, to_sparse
+from triton_sparse_rnn import Blocks, Picks, cli, export_c, save_sparse, to_sparse
 from triton_sparse_rnn.export.c_export import RUNTIME_FILES
+from triton_sparse_rnn.export.saved_layers import OneWeight
 from triton_sparse_rnn.sparse.block_matrix import BlockMatrix
+from triton_sparse_rnn.sparse.files import write_file
 
 
 def pruned(layer: nn.RNNBase) -> nn.RNNBase:
@@ -122,19 +125,31 @@ def test_an_array_is_the_blob(denoiser, compiler, tmp_path):
         subprocess.run([*command, "-o", tmp_path / "cpp.o"], check=True)
 
 
-def linear_of(weight, bias=None) -> nn.Module:
-    module = nn.Module()
-    module.stored_weights = lambda: {"weight": weight, "bias": bias}
-    module.bias = bias
-    return module
-
-
-def test_a_linear_layer_of_stored_blocks(tmp_path):
-    """As a persistent linear layer holds it."""
+def stored_linear(pattern, **options) -> OneWeight:
+    """As a persistent linear layer holds its numbers."""
+    torch.manual_seed(0)
     weight = torch.randn(20, 40) * (torch.rand(20, 40) < 0.2)
-    layer = linear_of(BlockMatrix.from_dense(weight, Picks()), torch.randn(20))
+    return OneWeight(BlockMatrix.from_dense(weight, pattern, **options), torch.randn(20), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("pattern", [Picks(), Blocks(16, 1)], ids=str)
+def test_a_linear_layer_without_its_zeros(pattern, dtype, tmp_path):
+    layer = stored_linear(pattern, dtype=dtype)
+    assert names(export_c(nn.ModuleDict({"a": layer}), tmp_path)) == ["a.h", "a.bin"]
     assert names(export_c(layer, tmp_path)) == ["model.h", "model.bin"]
-    assert "LINEAR, 40 -> 20, float32 in picks" in (tmp_path / "model.h").read_text()
+    stored = "picks of 16x1 in 32" if isinstance(pattern, Picks) else "blocks of 16x1"
+    assert f"LINEAR, 40 -> 20, {str(dtype).removeprefix('torch.')} in {stored}" in (tmp_path / "model.h").read_text()
+    x = torch.randn(3, 40)
+    expected = torch.nn.functional.linear(x, layer.weight.to_dense(), layer.bias)
+    assert_same_sums([Running(layer).run(x)], [expected], 41)
+
+
+def test_a_linear_layer_that_rounds_its_inputs_is_refused(tmp_path):
+    layer = stored_linear(Picks(), dtype=torch.int8)
+    layer.activation_dtype = torch.int8
+    with pytest.raises(ValueError, match=r"model has activation_dtype=torch\.int8"):
+        export_c(layer, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +237,26 @@ def test_command(denoiser, tmp_path, capsys):
     assert (tmp_path / "c" / "both.c").read_bytes() == (tmp_path / "python" / "both.c").read_bytes()
 
 
+def test_command_for_a_chain_with_what_was_not_converted(denoiser, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_sparse(denoiser, path)
+    assert cli.main(["export-c", str(path), str(tmp_path), "--chain", "decoder", "relu", "head", "tanh"]) == 0
+    blob = (tmp_path / "model.bin").read_bytes()
+    export_c([denoiser.decoder, nn.ReLU(), denoiser.head, nn.Tanh()], tmp_path)
+    assert (tmp_path / "model.bin").read_bytes() == blob
+
+
+def test_a_linear_layer_out_of_a_file(tmp_path):
+    layer = stored_linear(Picks())
+    parts = {f"out.weight_{name}": part for name, part in layer.weight.parts().items() if part is not None}
+    config = {"in_features": 40, "out_features": 20, "bias": True}
+    described = {"class": "PersistentLinear", "dtype": "float32", "activation_dtype": None, "config": config}
+    write_file(tmp_path / "file", {**parts, "out.bias": layer.bias}, {"modules": {"out": described}})
+    assert cli.main(["export-c", str(tmp_path / "file"), str(tmp_path), "--name", "a"]) == 0
+    export_c(layer, tmp_path, name="b")
+    assert (tmp_path / "a_out.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+
+
 def test_command_for_a_layer_that_is_the_model(tmp_path):
     layer = converted(nn.Sequential(OrderedDict(rnn=nn.LSTM(4, 5, bidirectional=True, proj_size=2))))[0]
     save_sparse(layer, tmp_path / "layer.safetensors")
@@ -234,8 +269,11 @@ def test_command_for_a_layer_that_is_the_model(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--chain", "head"], "holds no layer 'head', but 'encoder.rnn', 'decoder'"),
-        (["--chain", "decoder", "encoder.rnn"], "takes 8 inputs, but what is before it in the chain gives 20"),
+        (["--chain", "foot"], "it holds no layer 'foot', but 'encoder.rnn', 'decoder' that were converted, and 'head'"),
+        (
+            ["--chain", "decoder", "encoder.rnn"],
+            "'encoder.rnn', a PersistentGRU, takes 8 inputs, but what is before it in the chain gives 20",
+        ),
         (["--name", "a-b"], "name must be a C identifier"),
     ],
 )

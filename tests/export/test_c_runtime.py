@@ -195,8 +195,9 @@ def test_nan_and_infinity_travel_along_stored_weights(storage):
     with torch.no_grad():
         for parameter in dense.parameters():
             parameter.zero_()
-        dense.weight_ih_l0[64:80, 5] = -1.0  # the n of half of the units
-        dense.weight_ih_l0[64:80, 6] = torch.linspace(0.1, 1, 16)
+        weight: Any = dense.weight_ih_l0
+        weight[64:80, 5] = -1.0  # the n of half of the units
+        weight[64:80, 6] = torch.linspace(0.1, 1, 16)
     running = Running(converted("GRU", dense, storage=storage))
     x = torch.zeros(3, 40)
     x[0, 5], x[1, 7], x[2, 5] = torch.inf, torch.nan, torch.nan
@@ -222,7 +223,8 @@ def test_streams_share_a_model():
     one, other = Running(layer), Running(layer)
     x = torch.randn(2, T, 20)
     apart = [one.run(x[0]), other.run(x[1])]
-    one.reset(), other.reset()
+    one.reset()
+    other.reset()
     in_turn = [(one.step(x[0, t]), other.step(x[1, t])) for t in range(T)]
     assert torch.equal(torch.stack([a for a, _ in in_turn]), apart[0])
     assert torch.equal(torch.stack([b for _, b in in_turn]), apart[1])

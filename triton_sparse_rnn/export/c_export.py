@@ -14,7 +14,7 @@ from torch import nn
 from triton_sparse_rnn.atomic_files import write_atomically
 from triton_sparse_rnn.export.blob import make_blob
 from triton_sparse_rnn.export.c_text import array_source, model_header
-from triton_sparse_rnn.export.chain import c_layers, is_linear
+from triton_sparse_rnn.export.chain import c_layers, has_one_weight
 from triton_sparse_rnn.names import clean_name
 from triton_sparse_rnn.nn.persistent import PersistentLayer
 
@@ -92,7 +92,7 @@ def _chains(
         if isinstance(chain, str) or not chain:
             raise TypeError(f"chain must be a sequence of names of submodules, got {chain!r}")
         yield name or "model", [found for each in chain for found in _flat(each, _submodule(model, each))]
-    elif isinstance(model, (PersistentLayer, nn.Sequential)) or is_linear(model):
+    elif isinstance(model, PersistentLayer) or type(model) is nn.Sequential or has_one_weight(model):
         yield name or "model", list(_flat("", model))
     else:
         yield from _each_layer(model, name)
@@ -101,9 +101,9 @@ def _chains(
 def _each_layer(model: nn.Module, name: str | None) -> Iterator[tuple[str, list[tuple[str, nn.Module]]]]:
     found: dict[str, tuple[str, nn.Module]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, PersistentLayer) or (is_linear(module) and not isinstance(module, nn.Linear)):
+        if isinstance(module, PersistentLayer) or (has_one_weight(module) and not isinstance(module, nn.Linear)):
             place = clean_name(path)
-            identifier = re.sub(r"\W", "_", place, flags=re.ASCII)
+            identifier = re.sub(r"\W", "_", place or "model", flags=re.ASCII)
             identifier = identifier if name is None else f"{name}_{identifier}"
             identifier = f"layer_{identifier}" if identifier[:1].isdigit() else identifier
             if identifier in found:

@@ -20,6 +20,10 @@ FUNCTIONS: dict[type[nn.Module], int] = {nn.ReLU: 1, nn.Sigmoid: 2, nn.Tanh: 3}
 PASSED_OVER = (nn.Identity, nn.Dropout)  # at inference they do nothing
 # What makes of a layer's own numbers others when it is called.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_NOT_ROUNDED = (
+    "{} has activation_dtype={}, and the C runtime computes with float32 activations: convert it with "
+    "activation_dtype=None, which stores the same weights"
+)
 
 
 class CLayer(NamedTuple):
@@ -75,9 +79,9 @@ def c_layers(modules: Iterable[tuple[str, nn.Module]]) -> list[CLayer]:
     return chain
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module has one weight, dense or stored, and a bias or None, and is called as nn.Linear is."""
-    return isinstance(module, nn.Linear) or isinstance(_linear_weight(module), BlockMatrix)
+def has_one_weight(module: nn.Module) -> bool:
+    """Whether a module is linear: it has one weight, dense or stored, and a bias or None."""
+    return isinstance(module, nn.Linear) or isinstance(_only_weight(module), BlockMatrix)
 
 
 def _layers_of(name: str, module: nn.Module, before: CLayer | None) -> Iterator[CLayer]:
@@ -95,7 +99,7 @@ def _layers_of(name: str, module: nn.Module, before: CLayer | None) -> Iterator[
             raise ValueError(f"{name}, a {type(module).__name__}, must follow a layer, which says how wide it is")
         width = before.outputs * before.directions
         yield CLayer(KINDS["POINTWISE"], width, width, width, function=FUNCTIONS[type(module)])
-    elif is_linear(module):
+    elif has_one_weight(module):
         yield _linear(name, module)
     else:
         way_out = "; convert it with to_sparse()" if isinstance(module, nn.RNNBase) else ""
@@ -108,10 +112,7 @@ def _layers_of(name: str, module: nn.Module, before: CLayer | None) -> Iterator[
 
 def _recurrent(name: str, module: PersistentLayer) -> Iterator[CLayer]:
     if module.activation_dtype is not None:
-        raise ValueError(
-            f"{name} has activation_dtype={module.activation_dtype}, and the C runtime computes with float32 "
-            "activations: convert it with activation_dtype=None, which stores the same weights"
-        )
+        raise ValueError(_NOT_ROUNDED.format(name, module.activation_dtype))
     _check_dtypes(name, module, module.dtype, module.stored_weights())
     for layer in module._layers():
         yield _stacked_layer(layer)
@@ -151,12 +152,12 @@ def _biases(mode: str, direction: LayerWeights) -> Any:
 
 
 def _linear(name: str, module: nn.Module) -> CLayer:
-    weight, bias = _linear_weight(module), getattr(module, "bias", None)
+    weight, bias = _only_weight(module), getattr(module, "bias", None)
     assert isinstance(weight, (Tensor, BlockMatrix))
     if getattr(module, "activation_dtype", None) is not None:
-        raise ValueError(f"{name} has activation_dtype, and the C runtime computes with float32: convert it without")
-    weights = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    _check_dtypes(name, module, torch.float32, weights)
+        raise ValueError(_NOT_ROUNDED.format(name, module.activation_dtype))
+    weights: dict[str, Any] = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    _check_dtypes(name, module, getattr(module, "dtype", torch.float32), weights)
     rows, columns = weight.shape
     biases = by_group(torch.zeros(rows) if bias is None else bias, 1)
     return CLayer(
@@ -164,9 +165,9 @@ def _linear(name: str, module: nn.Module) -> CLayer:
     )
 
 
-def _linear_weight(module: nn.Module) -> Any:
+def _only_weight(module: nn.Module) -> Any:
     """The weight of a linear layer, however it holds it: as an attribute, or as persistent modules do."""
-    stored = getattr(module, "stored_weights", None)
+    stored: Any = getattr(module, "stored_weights", None)
     return stored().get("weight") if callable(stored) else getattr(module, "weight", None)
 
 
