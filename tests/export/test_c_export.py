@@ -249,9 +249,11 @@ def test_command_for_a_chain_with_what_was_not_converted(denoiser, tmp_path):
 def test_a_linear_layer_out_of_a_file(tmp_path):
     layer = stored_linear(Picks())
     parts = {f"out.weight_{name}": part for name, part in layer.weight.parts().items() if part is not None}
+    parts["out.bias"] = torch.ones(20)
+    layer.bias = parts["out.bias"]
     config = {"in_features": 40, "out_features": 20, "bias": True}
     described = {"class": "PersistentLinear", "dtype": "float32", "activation_dtype": None, "config": config}
-    write_file(tmp_path / "file", {**parts, "out.bias": layer.bias}, {"modules": {"out": described}})
+    write_file(tmp_path / "file", parts, {"modules": {"out": described}})
     assert cli.main(["export-c", str(tmp_path / "file"), str(tmp_path), "--name", "a"]) == 0
     export_c(layer, tmp_path, name="b")
     assert (tmp_path / "a_out.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()

@@ -168,7 +168,7 @@ def _linear(name: str, module: nn.Module) -> CLayer:
 def _only_weight(module: nn.Module) -> Any:
     """The weight of a linear layer, however it holds it: as an attribute, or as persistent modules do."""
     stored: Any = getattr(module, "stored_weights", None)
-    return stored().get("weight") if callable(stored) else getattr(module, "weight", None)
+    return getattr(module, "weight", None) if stored is None else stored().get("weight")
 
 
 def _check_dtypes(name: str, module: nn.Module, dtype: torch.dtype, weights: dict[str, Any]) -> None:
