@@ -1,13 +1,12 @@
 """A stream step by step, at batch 1: the C export, the package's kernel, and step().
 
-All three advance one step at a time and never see the next input, as a stream does not. The loop over the steps is C's
+Each is made of a converted layer and x [T, B, I]. All three advance one step at a time and never see the next input, as a stream does not. The loop over the steps is C's
 own for the export, and Python's for the others; of the kernel it is nothing but a call with 13 integers, about 0.3 us.
 """
 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
 import shutil
 import subprocess
@@ -28,35 +27,17 @@ from triton_sparse_rnn.kernels.cpu.recurrent_layer import RecurrentLayer
 FLAGS = ("-std=c11", "-O3", "-march=native", "-shared", "-fPIC")
 
 
-@dataclasses.dataclass(frozen=True)
-class StepByStep:
-    """What the three share.
+def precision(weight_dtype: torch.dtype) -> str:
+    """Return the arithmetic to whose budget a result is held."""
+    name = str(weight_dtype).removeprefix("torch.")
+    return name if weight_dtype == torch.float32 else f"{name} weights"
 
-    Attributes:
-        label: the contender's name.
-        ready: makes the call that is timed, from a converted layer and x [T, B, I]; it returns y [T, B, H].
-        weight_dtype: of the conversion.
-    """
 
-    label: str
-    ready: Callable[[Any, Tensor], Callable[[], Tensor]]
-    weight_dtype: torch.dtype = torch.float32
-
-    @property
-    def precision(self) -> str:
-        name = str(self.weight_dtype).removeprefix("torch.")
-        return name if self.weight_dtype == torch.float32 else f"{name} weights"
-
-    def __str__(self) -> str:
-        return self.label if self.weight_dtype == torch.float32 else f"{self.label}, {self.precision}"
-
-    def name(self, work: Workload) -> str:
-        return str(self)
-
-    def prepare(self, work: Workload) -> tuple[Workload, Callable[[], Tensor]]:
-        assert work.B == 1, "a stream is one sequence"
-        layer = persistent_layer(work.layer, work, backend="cpu", weight_dtype=self.weight_dtype)
-        return work, self.ready(layer, work.x)
+def ready(label: str, work: Workload, weight_dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
+    """Convert a workload's layer, and return the call that is timed: one of CONTENDERS, y [T, B, H]."""
+    assert work.B == 1, "a stream is one sequence"
+    layer = persistent_layer(work.layer, work, backend="cpu", weight_dtype=weight_dtype)
+    return CONTENDERS[label](layer, work.x)
 
 
 def in_c(layer: Any, x: Tensor) -> Callable[[], Tensor]:
@@ -121,7 +102,11 @@ def by_step(layer: Any, x: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-CONTENDERS = {"C": in_c, "kernel": by_kernel, "step()": by_step}
+CONTENDERS: dict[str, Callable[[Any, Tensor], Callable[[], Tensor]]] = {
+    "C export": in_c,
+    "kernel": by_kernel,
+    "step()": by_step,
+}
 
 
 @functools.cache
