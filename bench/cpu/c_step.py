@@ -1,7 +1,8 @@
 """A stream step by step, at batch 1: the C export, the package's kernel, and step().
 
-Each is made of a converted layer and x [T, B, I]. All three advance one step at a time and never see the next input, as a stream does not. The loop over the steps is C's
-own for the export, and Python's for the others; of the kernel it is nothing but a call with 13 integers, about 0.3 us.
+Each is made of a converted layer and x [T, B, I], and advances one step at a time: it never sees the next input, as a
+stream does not. The loop over the steps is C's own for the export, and Python's for the others; of the kernel it is
+nothing but a call with 13 integers, about 0.3 us.
 """
 
 from __future__ import annotations
