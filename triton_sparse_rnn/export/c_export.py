@@ -103,16 +103,17 @@ def _each_layer(model: nn.Module, name: str | None) -> Iterator[tuple[str, list[
     for path, module in model.named_modules():
         if isinstance(module, PersistentLayer) or (has_one_weight(module) and not isinstance(module, nn.Linear)):
             place = clean_name(path)
+            shown = _shown(place)
             identifier = re.sub(r"\W", "_", place or "model", flags=re.ASCII)
             identifier = identifier if name is None else f"{name}_{identifier}"
             identifier = f"layer_{identifier}" if identifier[:1].isdigit() else identifier
             if identifier in found:
                 raise ValueError(
-                    f"model has {found[identifier][0]!r} and {place!r}, which would both be {identifier} in C: export "
+                    f"model has {found[identifier][0]} and {shown}, which would both be {identifier} in C: export "
                     "them one at a time with chain= and name="
                 )
             _check_name(identifier)
-            found[identifier] = place, module
+            found[identifier] = shown, module
     if not found:
         raise ValueError(
             f"model must hold a layer that to_sparse() made, got a {type(model).__name__} with none; for layers as "
@@ -137,7 +138,12 @@ def _flat(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for child_name, child in module.named_children():
             yield from _flat(f"{name}.{child_name}" if name else child_name, child)
     else:
-        yield repr(clean_name(name)) if name else "model", module
+        yield _shown(clean_name(name)), module
+
+
+def _shown(place: str) -> str:
+    """What messages call a module."""
+    return repr(place) if place else "model"
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
