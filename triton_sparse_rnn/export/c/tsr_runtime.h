@@ -15,9 +15,9 @@
  *     while (...) tsr_step(&stream, x, y);     x[model.inputs] -> y[model.outputs]
  *     tsr_reset(&stream);                      and the next sequence begins
  *
- * Compile tsr_runtime.c as C11 with optimisation and for the processor that is to run it (-O3 -march=native, or
- * /O2 /arch:AVX2): AVX-512, AVX2 with FMA, NEON of 64-bit ARM, or plain C are chosen by what the compiler may use.
- * Define TSR_PLAIN for plain C anywhere. No library is needed, libm neither. Not for -ffast-math.
+ * Compile tsr_runtime.c as C11 with optimisation and for the processor that is to run it, as with -O3 -march=native:
+ * AVX-512, AVX2 with FMA, NEON of 64-bit ARM, or plain C are chosen by what the compiler may use. Define TSR_PLAIN for
+ * plain C anywhere. No library is needed, libm neither. Not for -ffast-math.
  */
 #ifndef TSR_RUNTIME_H
 #define TSR_RUNTIME_H
