@@ -25,8 +25,8 @@
  *             and then 1; `counts` says how many entries there are of each, `places` the bank of each entry. A word for
  *             each row holds the picks of 1, 2, 3 or 4 entries, 5 bits each
  *
- * `scales` is a float for each row, of int8 weights; `biases` one for each row and, of a GRU, each row of four gates: r,
- * z, the input's part of n, the recurrent part of n.
+ * `scales` is a float for each row, of int8 weights; `biases` one for each row and, of a GRU, each row of four gates:
+ * r, z, the input's part of n, the recurrent part of n.
  */
 #ifndef TSR_BLOB_H
 #define TSR_BLOB_H

@@ -29,8 +29,9 @@ TSR_INLINE uint32_t next_u32(const unsigned char **at)
 /* Four sums, so that an addition need not wait for the one before. */
 #define BEGIN_SUMS v16 sum_0 = v_set(0.0f), sum_1 = sum_0, sum_2 = sum_0, sum_3 = sum_0
 #define TOTAL v_add(v_add(sum_0, sum_1), v_add(sum_2, sum_3))
-#define ADD(sum, input) \
-    (sum = v_add_product(sum, v_load_weights(at->values, dtype), (input)), at->values += LANES * weight_bytes((uint32_t)dtype))
+#define ADD(sum, input)                                                     \
+    (sum = v_add_product(sum, v_load_weights(at->values, dtype), (input)), \
+     at->values += LANES * weight_bytes((uint32_t)dtype))
 
 TSR_INLINE v16 add_dense(const struct matrix *m, struct cursor *at, const float *x, int dtype)
 {

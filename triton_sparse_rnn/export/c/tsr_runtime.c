@@ -8,8 +8,8 @@
  *           n = tanh(W_in x + b_in + r (W_hn h + b_hn))   h = n + z (h - n)
  *     LSTM  i, f, o = s(W_ih x + W_hh h + b)   g = tanh(...)   c = f c + i g   h = W_hr (o tanh(c))
  *
- * The memory of a stream is x, and then, of each layer, for each direction of a recurrent one h, what becomes the next h
- * and an LSTM's c, or else its outputs. Each is filled up with zeros to whole banks and begins at a multiple of 64
+ * The memory of a stream is x, and then, of each layer, for each direction of a recurrent one h, what becomes the next
+ * h and an LSTM's c, or else its outputs. Each is filled up with zeros to whole banks and begins at a multiple of 64
  * bytes; what is filled up stays zero, as weights and biases of such rows are zeros.
  */
 #include "tsr_runtime.h"
@@ -161,8 +161,9 @@ static tsr_status check_header(const unsigned char *blob, size_t bytes)
         return TSR_ERROR_SIZE;
     if (header_at(blob, 6) != crc32_of(blob + CRC_FROM, bytes - CRC_FROM))
         return TSR_ERROR_CHECKSUM;
-    uint64_t tables = HEADER_BYTES + (uint64_t)LAYER_BYTES * header_at(blob, 7) + (uint64_t)MATRIX_BYTES * header_at(blob, 8);
-    return tables <= bytes && header_at(blob, 7) > 0 && header_at(blob, 9) <= MOST_UNITS ? TSR_OK : TSR_ERROR_LAYERS;
+    uint64_t layers = header_at(blob, 7), matrices = header_at(blob, 8), inputs = header_at(blob, 9);
+    uint64_t tables = HEADER_BYTES + LAYER_BYTES * layers + MATRIX_BYTES * matrices;
+    return tables <= bytes && layers > 0 && inputs <= MOST_UNITS ? TSR_OK : TSR_ERROR_LAYERS;
 }
 
 tsr_status tsr_open(tsr_model *model, const void *blob, size_t bytes)
