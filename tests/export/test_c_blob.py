@@ -34,6 +34,8 @@ from triton_sparse_rnn.export.blob import make_blob
 from triton_sparse_rnn.export.c_text import stream_bytes
 from triton_sparse_rnn.export.chain import c_layers
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*little to skip")  # of layers this small
+
 _LAYER_WORD, _LAYER_WORDS, _MATRIX_WORDS = 16, 8, 16
 
 
