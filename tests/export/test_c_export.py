@@ -271,7 +271,7 @@ def test_command_for_a_layer_that_is_the_model(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--chain", "foot"], "it holds no layer 'foot', but 'encoder.rnn', 'decoder' that were converted, and 'head'"),
+        (["--chain", "foot"], "it holds no layer 'foot', but 'decoder', 'encoder.rnn' that were converted, and 'head'"),
         (
             ["--chain", "decoder", "encoder.rnn"],
             "'encoder.rnn', a PersistentGRU, takes 8 inputs, but what is before it in the chain gives 20",
