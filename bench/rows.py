@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from bench.record import ended_rows
 
-BASELINES = ("nn.GRU", "nn.LSTM", "nn.RNN", "F.linear", "without pruner", "reading")
+BASELINES = ("nn.GRU", "nn.LSTM", "nn.RNN", "F.linear", "without pruner", "reading", "kernel")
 
 
 class Row(NamedTuple):

@@ -116,7 +116,7 @@ def module_faults(name: str, arguments: list[str]) -> list[str]:
 
 def help_faults(arguments: list[str], run: Callable[[list[str]], object]) -> list[str]:
     """Ask for --help, of the subcommand if there is one, and look for the options that are used."""
-    subcommand = arguments[:1] if arguments and re.fullmatch("[a-z]+", arguments[0]) else []
+    subcommand = arguments[:1] if arguments and re.fullmatch("[a-z][a-z-]*", arguments[0]) else []
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown), pytest.raises(SystemExit) as end:
         run([*subcommand, "--help"])
@@ -210,6 +210,7 @@ def test_every_page_and_drawing_is_linked_and_drawings_are_valid():
         "pytest bench/bench_nothing.py",
         "triton-sparse-rnn fly",
         "triton-sparse-rnn demo --fly",
+        "triton-sparse-rnn export-c --fly",
         "bash bench/gpu_check.sh --fly DIR",
         "bash bench/nothing.sh",
         "python examples/nothing.py --quick",

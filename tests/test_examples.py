@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NUMBER = r"\d+\.\d+"
 LAST_LINES = {
     "compile_and_export": r"torch\.export, saved and loaded +largest difference 0\.0e\+00",
+    "export_c": rf"in C +{NUMBER}  largest difference [0-9]e-0[67], [\d,]+ bytes of weights, [\d,]+ of program",
     "huggingface_callback": r"converted, saved and loaded +\d+\.\d\d% +[\d,]+ +\d+\.\d",
     "lightning_callback": r"converted, saved and loaded +0\.\d{4} +[\d,]+ +\d+\.\d",
     "lstm_gate_gradients": rf"and 90 % of the weights pruned +{NUMBER} +\d\d\.\d% +[45]\d\.\d% +{NUMBER} s",
@@ -19,6 +21,7 @@ LAST_LINES = {
     "unstructured_checkpoint": rf"converted, in picks +{NUMBER} bits per byte +{NUMBER} us a step",
     "streaming": rf"PersistentGRU, 90 % zeros +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER}",
 }
+PROGRAMS = {"export_c": ["cc"]}  # Skipped without these programs.
 # Skipped without these; and whose warnings are theirs.
 NEEDS = {"huggingface_callback": ["transformers", "accelerate"], "lightning_callback": ["lightning"]}
 
@@ -42,5 +45,8 @@ def test_every_example_is_tested():
 def test_example(example, tmp_path):
     for package in NEEDS.get(example, ()):
         pytest.importorskip(package)
+    for program in PROGRAMS.get(example, ()):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
     last = run(example, tmp_path).rstrip().splitlines()[-1]
     assert re.fullmatch(LAST_LINES[example], last)

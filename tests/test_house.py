@@ -18,7 +18,7 @@ PACKAGE = "triton_sparse_rnn"
 ORDER = [
     {"__init__", "cli"},
     {"demo"},
-    {"doctor", "report", "integrations"},
+    {"doctor", "export", "report", "integrations"},
     {"checkpoint_files", "recurrent_tensors", "report_values"},
     {"conversion", "pruning", "saving"},
     {"nn"},

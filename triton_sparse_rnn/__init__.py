@@ -2,6 +2,7 @@
 
 from triton_sparse_rnn.conversion import sparsify, to_dense, to_sparse, warm_up
 from triton_sparse_rnn.errors import BackendUnavailableError, SparseFileError
+from triton_sparse_rnn.export.c_export import export_c
 from triton_sparse_rnn.nn import (
     GateGradientSparsity,
     GateGradientStats,
@@ -55,6 +56,7 @@ __all__ = [
     "SparseRNN",
     "ThresholdRamp",
     "divergence",
+    "export_c",
     "forecast",
     "group_lasso",
     "l1",

@@ -70,6 +70,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("file", type=Path, metavar="FILE")
     report.set_defaults(run=_report)
+
+    export = commands.add_parser(
+        "export-c",
+        help="write the layers of a converted model as plain C",
+        description="Write a runtime in C11 and the weights of converted layers to FOLDER: each layer by itself, or "
+        "those that --chain names, one after another, as one. FILE is what save_sparse() wrote.",
+    )
+    export.add_argument("file", type=Path, metavar="FILE")
+    export.add_argument("folder", type=Path, metavar="FOLDER")
+    export.add_argument(
+        "--chain",
+        nargs="+",
+        metavar="LAYER",
+        help="names of layers in the model, linear ones too, and relu, sigmoid, tanh",
+    )
+    export.add_argument("--name", metavar="NAME", help="of the files and constants [the layers' names, or model]")
+    export.add_argument("--array", action="store_true", help="write weights as a C array, not as a file to be read")
+    export.set_defaults(run=_export_c)
     return parser
 
 
@@ -124,6 +142,26 @@ def _report(arguments: argparse.Namespace) -> int:
     except MemoryError:
         return _fail(f"{arguments.file}: there is not enough memory to read it")
     print(report)
+    return 0
+
+
+def _export_c(arguments: argparse.Namespace) -> int:
+    from triton_sparse_rnn.errors import SparseFileError
+    from triton_sparse_rnn.export.c_export import export_c
+    from triton_sparse_rnn.export.saved_layers import read_model
+
+    data = "array" if arguments.array else "blob"
+    try:
+        model = read_model(arguments.file, arguments.chain)
+        written = export_c(model, arguments.folder, chain=arguments.chain, name=arguments.name, data=data)
+    except SparseFileError as error:
+        return _fail(str(error))
+    except (TypeError, ValueError) as error:
+        return _fail(f"{arguments.file}: {error}")
+    except OSError as error:
+        return _fail(f"{error.filename or arguments.file}: {error.strerror or error}")
+    for path in written:
+        print(f"{path.stat().st_size:>12,} bytes  {path}")
     return 0
 
 

@@ -1,0 +1,1 @@
+"""Converted layers as plain C."""
