@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune as prune_utils
 
 from triton_sparse_rnn import (
     OneShot,
@@ -204,7 +205,7 @@ def test_a_parametrized_weight_is_converted_as_it_is():
     expected = layer.weight.detach() / 2
     nn.utils.parametrize.register_parametrization(layer, "weight", Halved())
     assert torch.equal(to_sparse(layer).weight.to_dense(), expected)
-    pruned = nn.utils.prune.random_unstructured(nn.Linear(SIZE, SIZE), "weight", 0.9)
+    pruned = prune_utils.random_unstructured(nn.Linear(SIZE, SIZE), "weight", 0.9)
     with pytest.raises(ValueError, match="weight is computed by a hook before each call"):
         to_sparse(pruned)
 

@@ -402,13 +402,13 @@ def make_head(zeros: float = 0.9) -> nn.Sequential:
 
 
 def test_linear_layers_that_are_named_count():
-    model = make_head()
+    model: Any = make_head()
     report = sparsity_report(model, include=("1.weight", "2.*"))
     named = [weight for weight in report.weights if not weight.recurrent]
     assert [weight.name for weight in named] == ["1.weight", "2.weight"]
     assert named[0].nonzero == int(model[1].weight.count_nonzero())
     assert named[1].shape == (16, 48)
-    fast = to_sparse(model, include=("1.weight", "2.*"))
+    fast: Any = to_sparse(model, include=("1.weight", "2.*"))
     assert [weight.stored_bytes for weight in named] == [fast[1].weight.nbytes, fast[2].weight.nbytes]
     assert "Recurrent and linear layers: " in str(report)
     assert sparsity_report(model.state_dict(), include=("1.weight", "2.*")) == report
@@ -422,8 +422,8 @@ def test_a_linear_layer_that_would_stay_dense_is_reported_so():
 
 
 def test_converted_linear_layers_count():
-    model = make_head()
-    fast = to_sparse(model, include=("1.weight",))
+    model: Any = make_head()
+    fast: Any = to_sparse(model, include=("1.weight",))
     report = sparsity_report(fast)
     (linear,) = (weight for weight in report.weights if not weight.recurrent)
     assert (linear.name, linear.nonzero) == ("1.weight", int(model[1].weight.count_nonzero()))

@@ -1,6 +1,7 @@
 """Models with converted linear layers are saved and loaded as those with recurrent ones are."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_a_tied_weight_stays_with_the_others(tmp_path):
         model[1].weight = model[0].weight
         return model
 
-    model = tied()
+    model: Any = tied()
     model[0].weight.data.masked_fill_(torch.rand(SIZE, SIZE) < 0.9, 0)
     fast = to_sparse(model, include=("1.weight",))
     save_sparse(fast, tmp_path / "model")
@@ -112,7 +113,7 @@ def test_other_models_are_refused(tmp_path, model, message):
 
 
 def test_wrong_indices_are_not_saved(tmp_path):
-    fast = convert(storage=(16, 1))
+    fast: Any = convert(storage=(16, 1))
     fast[1].weight_columns.fill_(1000)
     with pytest.raises(ValueError, match=r"stored parts of 1\.weight that do not fit together"):
         save_sparse(fast, tmp_path / "model")

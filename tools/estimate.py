@@ -122,10 +122,10 @@ def random_layer(H: int, dtype: torch.dtype, pattern: Pattern) -> RowBlocks:
 def sectors(blocks: RowBlocks, choice: Residency) -> int:
     """Of h at batch 1, that the program which reads the most reads in a step."""
     weights, columns = pack_tiles(blocks, choice.tile, choice.tiles)
+    if columns is None:  # of narrow picks, beside them
+        columns = weights[..., 1].view(torch.int16).int() & 0xFFFF
     if blocks.is_picked:
-        if columns is None:
-            columns = weights[..., 1].view(torch.int16).int() & 0xFFFF
-        else:
+        if choice.tile.itemsize == 4:
             columns = torch.stack([columns & 0xFFFF, columns >> 16 & 0xFFFF], dim=3).flatten(2, 3)[:, :, : choice.tiles]
         columns = columns.movedim(-1, -3).flatten(-2)  # what the threads of a warp read at once lies side by side
     at_once = columns.div(WORDS_OF_SECTOR, rounding_mode="floor").sort(dim=-1).values
@@ -135,7 +135,7 @@ def sectors(blocks: RowBlocks, choice: Residency) -> int:
 
 def table(arch: int) -> list[list[str]]:
     """Cells of the table, its head first."""
-    rows = [list(HEAD)]
+    rows: list[list[str]] = [[*HEAD]]
     for H in SIZES:
         for dtype in (torch.float32, torch.bfloat16):
             for pattern in PATTERNS:

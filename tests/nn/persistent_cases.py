@@ -42,7 +42,7 @@ def make_pruned(cell: type[nn.RNNBase], *sizes: int, **options: Any) -> Any:
 
 
 def convert(layer: nn.RNNBase, backend: str | None = "reference", **options: Any) -> Any:
-    cls = next(ours for dense, ours in PERSISTENT_CLASSES.items() if isinstance(layer, dense))
+    cls: Any = next(ours for dense, ours in PERSISTENT_CLASSES.items() if isinstance(layer, dense))
     given: dict[str, Any] = {"backend": backend, "storage": BLOCK_SIZE, **options}
     return cls.from_dense(layer, **given)
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from triton_sparse_rnn import PersistentGRU, SparseGRU, load_sparse, save_sparse, to_dense, to_sparse
 from triton_sparse_rnn.errors import SparseFileError
-from triton_sparse_rnn.nn.persistent import persistent_class
+from triton_sparse_rnn.nn.persistent_module import persistent_class
 
 little_to_skip = pytest.mark.filterwarnings("ignore:.*little to skip")  # nothing is pruned in these models
 

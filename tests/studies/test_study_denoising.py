@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_streams_are_whole_sequences(tiny, linear_too):
 
 
 def test_linear_layers_are_converted_where_they_were_pruned(tiny):
-    fast = convert(prune(tiny), linear_too=True)
+    fast: Any = convert(prune(tiny), linear_too=True)
     assert [isinstance(layer, PersistentLinear) for layer in (*fast.fc_in[::2], *fast.fc_out[::2])] == [True] * 4
     assert isinstance(convert(tiny, linear_too=False).fc_in[0], nn.Linear)
 

@@ -8,6 +8,7 @@ each variant, or for the first two, a list of problems.
 
 import dataclasses
 import importlib.util
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ LOADING_LOOP = f"""{LOOP}        if PICKED:
 
 def broken(name: str, *, loop: str = LOOP, appended: str = ""):
     """Return the kernel with another head of the time loop, or functions of its own instead of imported ones."""
-    source, product = (Path(module.__file__).read_text() for module in (resident, resident_product))
+    source, product = (inspect.getsource(module) for module in (resident, resident_product))
     assert source.count(LOOP) == 1
     Path(f"{name}_product.py").write_text(product + appended)
     source = source.replace(resident_product.__name__, f"{name}_product").replace(LOOP, loop)

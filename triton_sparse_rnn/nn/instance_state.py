@@ -233,8 +233,8 @@ def _own_attributes(cls: type) -> set[str]:
 
 @functools.cache
 def _dense_attributes(dense: Any) -> set[str]:
-    kernel_size = (1,) if dense is Conv1d else ()
-    return set(vars(dense(1, 1, *kernel_size, device="meta")))
+    more: dict[str, Any] = {"kernel_size": 1} if dense is Conv1d else {}
+    return set(vars(dense(1, 1, device="meta", **more)))
 
 
 def _known_class(cls: type) -> type:

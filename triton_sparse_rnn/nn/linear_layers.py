@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 from torch.nn import Conv1d, Linear  # bound here, so that a patched torch.nn.Linear may be another
@@ -27,8 +27,8 @@ def is_linear(module: nn.Module) -> TypeGuard[Linear | Conv1d]:
     (True, False, False)
     """
     if isinstance(module, Linear):
-        return min(module.in_features, module.out_features) > 0 and not is_lazy(module._parameters.get("weight"))
-    if not isinstance(module, Conv1d) or is_lazy(module._parameters.get("weight")):
+        return min(module.in_features, module.out_features) > 0 and not _is_lazy(module)
+    if not isinstance(module, Conv1d) or _is_lazy(module):
         return False
     return (
         module.kernel_size == module.stride == (1,)
@@ -81,3 +81,8 @@ def reader_of(model: nn.Module, name: str) -> str | None:
     parts = name.split(".")
     parents = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts)))
     return next((type(parent).__name__ for parent in parents if isinstance(parent, _READERS)), None)
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    weight: Any = module._parameters.get("weight")
+    return is_lazy(weight)

@@ -52,7 +52,8 @@ def store_linear(
         )
         assert own is not None
     else:
-        pattern.check_size(*weight.shape, "weight", "storage")
+        rows, columns = weight.shape
+        pattern.check_size(rows, columns, "weight", "storage")
         own = pattern
     density = own.kept(weight[None]).double().mean().item()
     warn_if_dense("weight", weight, own, density, named=pattern, backend=backend, recurrent=False)

@@ -66,7 +66,8 @@ class TrainingLayer(nn.Module, Generic[PersistentT]):
     def to_sparse(self, **options: Unpack[ConversionOptions]) -> PersistentT:
         """Return an inference module that skips the zeros; this layer stays. See `PersistentGRU.from_dense`."""
         layer = cast("RNNBase", self)
-        return cast("PersistentT", persistent_class(layer).from_dense(layer, **options))
+        cls: Any = persistent_class(layer)
+        return cls.from_dense(layer, **options)
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         """Be a leaf to torch.fx, as torch.nn's layers are: before hooks, which then run when the graph does."""

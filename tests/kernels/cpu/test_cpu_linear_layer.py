@@ -47,7 +47,7 @@ def test_products_of_every_dtype(pattern, dtype):
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_awkward_sizes(size, density):
-    weight, bias = sparse_matrix(*size, density), torch.randn(size[0])
+    weight, bias = sparse_matrix(size[0], size[1], density), torch.randn(size[0])
     for pattern in ((16, 1), Picks()):
         matrix = BlockMatrix.from_dense(weight, pattern)
         layer = LinearLayer(matrix, bias, quantized=False)

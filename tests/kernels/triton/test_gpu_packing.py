@@ -63,6 +63,7 @@ def test_every_stored_weight_is_packed_once(G: int, tile: ResidentTile, H: int):
         blocks = row_blocks(matrix)
     tiles = -(-longest_list(blocks) // tile.tile_columns)
     weights, columns = pack_tiles(blocks, tile, tiles)
+    assert columns is not None
     D, groups, programs = blocks.directions, blocks.groups, -(-blocks.groups // tile.groups)
     R = tile.groups * tile.slots
     assert weights.shape[:3] == columns.shape[:3] == (D, programs, tiles)
