@@ -183,7 +183,9 @@ def warm_up(model: nn.Module) -> None:
         ValueError: it has no persistent module.
 
     >>> from triton_sparse_rnn import SparseGRU
-    >>> warm_up(to_sparse(SparseGRU(4, 8), storage=(16, 1)))
+    >>> layer = SparseGRU(4, 8)
+    >>> _ = layer.weight_ih_l0.data.fill_(0), layer.weight_hh_l0.data.fill_(0)  # pruned
+    >>> warm_up(to_sparse(layer))
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")

@@ -49,7 +49,8 @@ class LinearLayer:
             num_threads: the most that work on a call, the calling one among them.
         """
         layout = format_of(weight, quantized)
-        self._tensors = weight, torch.zeros(padded_rows(weight), dtype=torch.float32) if bias is None else bias
+        like = {"dtype": torch.float32, "device": "cpu"}
+        self._tensors = weight, torch.zeros(padded_rows(weight), **like) if bias is None else bias
         self._matrix = matrix_fields(
             *self._tensors,
             layout,

@@ -57,7 +57,7 @@ def test_little_to_skip_is_said(kept, message, monkeypatch):
         ("none", None, "Picks"),
         ("AVX2", None, "Blocks"),
         ("generic", "cpu", "Blocks"),
-        ("AVX-512", "triton", "Blocks"),
+        ("AVX2", "triton", "Picks"),
     ],
 )
 def test_what_is_advised_runs_fast_there(vectors, backend, advised, monkeypatch):

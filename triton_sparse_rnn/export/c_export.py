@@ -55,7 +55,9 @@ def export_c(
 
     >>> import tempfile
     >>> from triton_sparse_rnn import PersistentGRU
-    >>> layer = PersistentGRU.from_dense(nn.GRU(4, 8), storage=(16, 1))
+    >>> layer = nn.GRU(4, 8)
+    >>> _ = layer.weight_ih_l0.data.fill_(0), layer.weight_hh_l0.data.fill_(0)  # pruned
+    >>> layer = PersistentGRU.from_dense(layer)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     print(*(path.name for path in export_c(layer, folder, name="gru")))
     tsr_runtime.h tsr_runtime.c tsr_blob.h tsr_products.h tsr_vectors.h gru.h gru.bin

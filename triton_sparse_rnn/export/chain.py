@@ -142,7 +142,7 @@ def _biases(mode: str, direction: LayerWeights) -> Any:
     """[unit groups, 1 or 4, 16]: both biases of a row in one, but apart where r stands between them, in a GRU's n."""
     rows = direction.weight_hh.shape[0]
     bias_ih, bias_hh = (
-        torch.zeros(rows) if bias is None else bias.detach().cpu().float()
+        torch.zeros(rows, dtype=torch.float32, device="cpu") if bias is None else bias.detach().cpu().float()
         for bias in (direction.bias_ih, direction.bias_hh)
     )
     if mode != "GRU":
@@ -159,7 +159,7 @@ def _linear(name: str, module: nn.Module) -> CLayer:
     weights: dict[str, Any] = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     _check_dtypes(name, module, getattr(module, "dtype", torch.float32), weights)
     rows, columns = weight.shape
-    biases = by_group(torch.zeros(rows) if bias is None else bias, 1)
+    biases = by_group(torch.zeros(rows, dtype=torch.float32, device="cpu") if bias is None else bias, 1)
     return CLayer(
         KINDS["LINEAR"], inputs=columns, hidden=rows, outputs=rows, matrices=(c_matrix(weight, 1),), biases=(biases,)
     )
