@@ -45,9 +45,9 @@ BUILDS = {
     "clang plain": Build("clang", ("-O2", "-DTSR_PLAIN"), instructions="plain C"),
     "clang AVX2": Build("clang", ("-O2", "-mavx2", "-mfma"), instructions="AVX2"),
     "sanitized": Build("gcc", ("-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover")),
-    "sanitized plain": Build(  # not optimised, which would take minutes
+    "sanitized plain": Build(  # neither optimised nor inlined, which takes minutes
         "gcc",
-        ("-O0", "-g", "-DTSR_PLAIN", "-fsanitize=address,undefined", "-fno-sanitize-recover"),
+        ("-O0", "-g", "-DTSR_PLAIN", "-Dalways_inline=unused", "-fsanitize=address,undefined", "-fno-sanitize-recover"),
         instructions="plain C",
     ),
     "NEON": Build("aarch64-linux-gnu-gcc", ("-O2", "-static"), ("qemu-aarch64",), "NEON"),
