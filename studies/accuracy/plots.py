@@ -89,9 +89,9 @@ def plot_all(lines: Lines, folder: Path) -> list[Path]:
     found = models_of(lines)
     paths = []
     tested = [section for section in found if any(model.split == "test" for model in section.models)]
-    if tested and lines.times:
+    if timed := [section for section in tested if any(shipped_us(model) is not None for model in section.models)]:
         paths.append(folder / "accuracy-time.png")
-        plot_trade_off(tested, shipped_us, "µs per step of the layer, batch 1, one thread", paths[-1])
+        plot_trade_off(timed, shipped_us, "µs per step of the layer, batch 1, one thread", paths[-1])
     if wide := [section for section in tested if any(model.row.width not in (1, None) for model in section.models)]:
         paths.append(folder / "accuracy-width.png")
         plot_side_by_side(wide, _draw_widths, (5.6, 4.6), 3, paths[-1])
