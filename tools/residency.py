@@ -1,6 +1,6 @@
 """What the machine code of the GPU kernels shows, for GPUs that need not be here.
 
-    python -m tools.residency [--arch 90 ...] [--markdown]
+    python -m tools.residency [--arch 90 ...] [--cells LSTM ...] [--markdown]
 
 Every row of the tile table (tiles.py) is compiled for every cell, dtype and target, and the code is held against what
 the kernels rely on; `problems` names what is broken, and the exit status is then 1. A second table says how large a
@@ -50,6 +50,7 @@ POINTERS = {
     "lengths_ptr": "*i32",
     "status_ptr": "*i32",
 }  # of resident_steps; "" has the dtype of the weights
+CELLS = ("RNN_TANH", "GRU", "LSTM")
 INTEGERS = ("spin_limit", "first_slice", "first", "S", "T", "B", "H")
 
 
@@ -76,11 +77,11 @@ class Finding:
     problems: tuple[str, ...]
 
 
-def cases(architectures: Sequence[int] = ARCHITECTURES) -> Iterator[TileCase]:
+def cases(architectures: Sequence[int] = ARCHITECTURES, cells: Sequence[str] = CELLS) -> Iterator[TileCase]:
     """Every row of the tile table, for every cell, dtype and target; an RNN's relu is a part of its tanh."""
     for tile in TABLE:
-        for mode, slots in SLOTS.items():
-            if slots == tile.slots and mode != "RNN_RELU":
+        for mode in cells:
+            if SLOTS[mode] == tile.slots:
                 for dtype in DTYPES[tile.itemsize]:
                     for arch in architectures:
                         yield TileCase(tile, mode, dtype, arch)
@@ -299,12 +300,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.residency", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), help="an LSTM has most state")
     parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
     options = parser.parse_args(arguments)
     if reason := uncompilable():
         print(f"kernels cannot be compiled here: {reason}", file=sys.stderr)
         return 2
-    results = findings(list(cases(options.arch)))
+    results = findings(list(cases(options.arch, options.cells)))
     show = markdown if options.markdown else align
     print("Machine code: registers and spilled bytes of a thread, shared bytes of a program; in one time step,")
     print("instructions, barriers and shuffles (a waiting loop counted once).\n")

@@ -67,7 +67,7 @@ TILES = (
     ProductTile(rows=64, block_k=32, num_warps=4, dot=True, maxnreg=255),
 )
 # Of picks, whose columns and words take registers too.
-PICKED_TILES = (TILES[0]._replace(block_k=64), *(tile for tile in TILES[1:] if not tile.dot))
+PICKED_TILES = tuple(tile._replace(block_k=tile.block_k // 2) for tile in TILES if not tile.dot)
 _TRANSPOSED_FROM = 32  # rows in a tile: then a column of it is a whole line of the cache, if they lie side by side
 
 

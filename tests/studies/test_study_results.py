@@ -22,6 +22,7 @@ COMMITTED = {
     "accuracy": (ACCURACY, ["accuracy.jsonl"], "accuracy.md"),
     "accuracy-short": (ACCURACY, ["accuracy-short.jsonl", "accuracy-short-times.jsonl"], "accuracy-short.md"),
     "denoising": (DENOISING, ["denoising.jsonl"], "denoising.md"),
+    "denoising-blocks": (DENOISING, ["denoising-blocks.jsonl"], "denoising.md"),
     "gate_gradients": (GATE_GRADIENTS, ["gate-gradients.jsonl"], "lstm-training.md"),
 }
 
@@ -104,7 +105,7 @@ def test_pictures_of_gate_gradients(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rows", [None, ("noisy",)])
 def test_pictures_of_denoising_from_what_is_there_so_far(tmp_path, rows):
-    lines = part("denoising", lambda key: rows is None or key.row in rows)
+    lines = part("denoising-blocks", lambda key: rows is None or key.row in rows)
     if rows is None:
         pruned = lines.runs[Key("denoising", "90 % in 16x1 blocks", 0, 800)]
         lines.runs.update({Key("denoising", row.name, 0, 800): pruned for row in ROWS if row.sparsity})
@@ -114,6 +115,6 @@ def test_pictures_of_denoising_from_what_is_there_so_far(tmp_path, rows):
 
 
 def test_denoisers_trained_for_different_times_are_not_mixed():
-    runs, times = committed("denoising")
+    runs, times = committed("denoising-blocks")
     with pytest.raises(ValueError, match="different numbers of steps"):
         denoising_tables(Lines(runs | {Key("denoising", "95 %", 0, 20): {}}, times))
