@@ -104,8 +104,8 @@ class Sounds(Task):
     validation, test: batches of examples, always the same.
     mean, scale: of each feature of the training split, [BANDS].
     sha256: of all recordings, and of the split of each.
-    peak_rate: for a long training: of 2e-3, 4e-3 and 7e-3, on validation, a dense net learns best with the first, with the
-        last unlearns again, and a net pruned to 90 % learns as well with the first two.
+    peak_rate: for a long training: of 2e-3, 4e-3 and 7e-3, on validation, a dense net learns best with the first, and
+        unlearns with the last; a net pruned to 90 % learns as well with the second.
     """
 
     name: ClassVar[str] = "sounds"
