@@ -189,12 +189,14 @@ TABLE: tuple[ResidentTile, ...] = (
     ResidentTile(slots=4, itemsize=2, num_warps=4, ko=1, tiles=8, registers=168, picked=True),
     ResidentTile(slots=4, itemsize=2, num_warps=4, ko=1, tiles=16, registers=255, picked=True),
     ResidentTile(slots=4, itemsize=2, num_warps=8, ko=2, tiles=16, registers=255, picked=True),
-    ResidentTile(slots=4, itemsize=2, num_warps=4, ko=1, tiles=33, ahead=4, registers=255, picked=True),
-    ResidentTile(slots=4, itemsize=2, num_warps=8, ko=2, tiles=33, ahead=4, registers=255, picked=True),
-    ResidentTile(slots=4, itemsize=2, rows=2, num_warps=4, ko=1, tiles=32, ahead=4, registers=255, picked=True),
-    ResidentTile(slots=4, itemsize=2, rows=2, num_warps=8, ko=2, tiles=31, ahead=4, registers=255, picked=True),
-    ResidentTile(slots=4, itemsize=2, rows=4, num_warps=4, ko=1, tiles=28, ahead=4, registers=255, picked=True),
-    ResidentTile(slots=4, itemsize=2, rows=4, num_warps=8, ko=2, tiles=28, ahead=4, registers=255, picked=True),
+    ResidentTile(
+        slots=4, itemsize=2, num_warps=4, ko=1, tiles=33, ahead=4, registers=255, picked=True, elsewhere=(30, 33)
+    ),
+    ResidentTile(slots=4, itemsize=2, num_warps=8, ko=2, tiles=30, ahead=4, registers=255, picked=True),
+    ResidentTile(slots=4, itemsize=2, rows=2, num_warps=4, ko=1, tiles=28, ahead=4, registers=255, picked=True),
+    ResidentTile(slots=4, itemsize=2, rows=2, num_warps=8, ko=2, tiles=27, ahead=4, registers=255, picked=True),
+    ResidentTile(slots=4, itemsize=2, rows=4, num_warps=4, ko=1, tiles=25, ahead=4, registers=255, picked=True),
+    ResidentTile(slots=4, itemsize=2, rows=4, num_warps=8, ko=2, tiles=25, ahead=4, registers=255, picked=True),
     ResidentTile(slots=1, itemsize=4, groups=4, num_warps=4, ko=1, tiles=8, registers=168, picked=True),
     ResidentTile(slots=1, itemsize=4, groups=8, num_warps=4, ko=1, tiles=12, ahead=2, registers=255, picked=True),
     ResidentTile(slots=1, itemsize=4, groups=16, num_warps=8, ko=1, tiles=12, ahead=2, registers=255, picked=True),
@@ -210,9 +212,9 @@ TABLE: tuple[ResidentTile, ...] = (
     ResidentTile(slots=1, itemsize=2, num_warps=4, ko=4, tiles=4, registers=96, picked=True),
     ResidentTile(slots=1, itemsize=2, num_warps=4, ko=4, tiles=8, registers=168, picked=True),
     ResidentTile(slots=1, itemsize=2, num_warps=4, ko=4, tiles=16, registers=255, picked=True),
-    ResidentTile(slots=1, itemsize=2, num_warps=4, ko=4, tiles=33, ahead=4, registers=255, picked=True),
-    ResidentTile(slots=1, itemsize=2, rows=2, num_warps=4, ko=4, tiles=31, ahead=4, registers=255, picked=True),
-    ResidentTile(slots=1, itemsize=2, rows=4, num_warps=4, ko=4, tiles=28, ahead=4, registers=255, picked=True),
+    ResidentTile(slots=1, itemsize=2, num_warps=4, ko=4, tiles=31, ahead=4, registers=255, picked=True),
+    ResidentTile(slots=1, itemsize=2, rows=2, num_warps=4, ko=4, tiles=28, ahead=4, registers=255, picked=True),
+    ResidentTile(slots=1, itemsize=2, rows=4, num_warps=4, ko=4, tiles=26, ahead=4, registers=255, picked=True),
 )
 
 
