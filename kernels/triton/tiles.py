@@ -183,7 +183,7 @@ TABLE: tuple[ResidentTile, ...] = (
     ResidentTile(slots=4, itemsize=4, rows=4, num_warps=8, ko=2, tiles=22, ahead=4, registers=255, picked=True),
     ResidentTile(slots=4, itemsize=2, groups=2, num_warps=4, ko=1, tiles=4, registers=168, picked=True),
     ResidentTile(slots=4, itemsize=2, groups=4, num_warps=8, ko=1, tiles=8, ahead=3, registers=255, picked=True),
-    ResidentTile(slots=4, itemsize=2, groups=8, num_warps=8, ko=1, tiles=5, ahead=2, registers=255, picked=True),
+    ResidentTile(slots=4, itemsize=2, groups=8, num_warps=8, ko=1, tiles=4, ahead=2, registers=255, picked=True),
     ResidentTile(slots=4, itemsize=2, groups=16, num_warps=8, ko=1, tiles=3, ahead=1, registers=255, picked=True),
     ResidentTile(slots=4, itemsize=2, num_warps=4, ko=1, tiles=4, registers=96, picked=True),
     ResidentTile(slots=4, itemsize=2, num_warps=4, ko=1, tiles=8, registers=168, picked=True),
