@@ -40,7 +40,7 @@ def gates_are_tied(blocks: RowBlocks) -> bool:
     counts = blocks.starts.diff().view(-1, blocks.gates)
     if blocks.gates == 1 or not bool((counts == counts[:, :1]).all()):
         return False
-    place, row = _places(blocks)
+    place, row = blocks.places()
     first_gate = row.div(blocks.gates, rounding_mode="floor") * blocks.gates
     return bool((blocks.columns == blocks.columns[blocks.starts[first_gate] + place]).all())
 
@@ -59,7 +59,7 @@ def chain_layers(recurrent: Sequence[RowBlocks], inputs: Sequence[RowBlocks]) ->
     slots = 4 if G == 3 else G
     rows, columns = [], []
     for layer, blocks, is_input in parts:
-        _, row = _places(blocks)
+        _, row = blocks.places()
         gate, group = row % G, row.div(G, rounding_mode="floor")
         slot = torch.where(gate == 2, 2 + is_input, gate) if G == 3 else gate  # a GRU keeps W_in x apart
         rows.append((layer * groups + group) * slots + slot)
@@ -88,7 +88,7 @@ def pack_tiles(blocks: RowBlocks, tile: ResidentTile, tiles: int) -> tuple[Tenso
     """
     G, H, D = blocks.gates, blocks.hidden_size, blocks.directions
     programs = -(-blocks.groups // tile.groups)
-    place, row = _places(blocks)  # in its list, and which list
+    place, row = blocks.places()  # in its list, and which list
     t, ko, lane = (
         place.div(tile.tile_entries, rounding_mode="floor"),
         place.div(tile.lanes, rounding_mode="floor") % tile.ko,
@@ -116,11 +116,3 @@ def pack_tiles(blocks: RowBlocks, tile: ResidentTile, tiles: int) -> tuple[Tenso
     low, high = columns[:, :, ::2], columns[:, :, 1::2]
     low[:, :, : high.shape[2]] += high << 16
     return weights, low.contiguous()
-
-
-def _places(blocks: RowBlocks) -> tuple[Tensor, Tensor]:
-    """Of each stored column: its place in its list, and the list (direction, unit group, gate)."""
-    counts = blocks.starts.diff()
-    like = {"dtype": torch.int64, "device": counts.device}
-    rows = torch.repeat_interleave(torch.arange(len(counts), **like), counts)
-    return torch.arange(len(rows), **like) - blocks.starts[rows], rows

@@ -9,8 +9,8 @@ cell and publishes its own h.
 
 | tensor   | shape                           | dtype          |                                                     |
 |----------|---------------------------------|----------------|-----------------------------------------------------|
-| weights  | [D, P, TILES, KO, R, LANES, 16] | f32, f16, bf16 | read once; tiles.py says what lies where            |
-| columns  | [D, P, TILES, KO, R, LANES]     | int32          | read once; H stands for padding; picks: tiles.py    |
+| weights  | [D, P, TILES, KO, R, LANES, 16] | f32, f16, bf16 | read once; packing.py says what lies where          |
+| columns  | [D, P, TILES, KO, R, LANES]     | int32          | read once; H stands for padding; picks: packing.py  |
 | sums     | [N, D, H, SLOTS]                | float32        | read; what each gate gets besides W_hh h            |
 | bias     | [D, H, SLOTS]                   | float32        | read if WAVEFRONT: instead of sums, for d > 0       |
 | h_in     | [D, B, H]                       | float32        | read                                                |

@@ -1,6 +1,6 @@
 """Device code of resident.py: a program's weights in registers, and their product with h in a step.
 
-tiles.py says in which order weights and columns are stored.
+packing.py says in which order weights and columns are stored.
 """
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # Device code is Triton's language, which only looks like Python to a type checker.

@@ -74,7 +74,7 @@ class TimeLoop:
 
         Args:
             mode: nn.RNNBase.mode.
-            weights: of all directions; or of all layers, from tiles.chain_layers.
+            weights: of all directions; or of all layers, from packing.chain_layers.
             device: where the tensors are.
             bias: [D, H, SLOTS] of a stack, whose chains are layers (WAVEFRONT in resident.py); else None.
         """

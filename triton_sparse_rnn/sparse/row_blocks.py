@@ -69,6 +69,13 @@ class RowBlocks(NamedTuple):
         """Whether each row has columns of its own."""
         return self.columns.dim() == 3
 
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Of each entry, [NB], int64: its place in its list, and the list (direction, unit group, gate)."""
+        counts = self.starts.diff()
+        like = {"dtype": torch.int64, "device": counts.device}
+        rows = torch.repeat_interleave(torch.arange(len(counts), **like), counts)
+        return torch.arange(len(rows), **like) - self.starts[rows], rows
+
     @property
     def weights(self) -> Tensor:
         """The values alone: [NB, 16], or of picks [NB, 16, 4]."""
@@ -132,9 +139,7 @@ def _as_picks(blocks: RowBlocks) -> RowBlocks:
     counts = blocks.starts.diff()
     entries = (counts + VECTORS - 1).div(VECTORS, rounding_mode="floor")
     starts = torch.cat([blocks.starts[:1], entries.cumsum(0)]).to(torch.int32)
-    like = {"dtype": torch.int64, "device": counts.device}
-    row = torch.repeat_interleave(torch.arange(len(counts), **like), counts)
-    number = torch.arange(len(row), **like) - blocks.starts[row]
+    number, row = blocks.places()
     entry, vector = starts[row] + number.div(VECTORS, rounding_mode="floor"), number % VECTORS
     values = blocks.values.new_zeros(int(starts[-1]), UNITS, VECTORS)
     columns = blocks.columns.new_full(values.shape, blocks.shape[1])
