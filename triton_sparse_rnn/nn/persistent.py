@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_sparse_rnn.nn.conversion_options import ConversionOptions, complete, shows_options
-from triton_sparse_rnn.nn.independent_copy import copy_with_replacements
+from triton_sparse_rnn.nn.conversion_options import ConversionOptions, shows_options
 from triton_sparse_rnn.nn.plan import Plan, make_plan
 from triton_sparse_rnn.nn.recurrent_tools import RecurrentTools
 from triton_sparse_rnn.nn.storage import describe_storage, layer_weights, store_weights
@@ -81,9 +80,7 @@ class PersistentLayer(RecurrentTools):
                 to the layer cannot be copied or taken over, such as a `forward` that was set on the layer itself.
             BackendUnavailableError: `backend` is named and cannot run this layer.
         """
-        persistent = cls._from_weights(dense, complete(f"{cls.__name__}.from_dense", options))
-        copy_with_replacements(dense, {"": persistent})
-        return persistent
+        return cls._converted(dense, options)
 
     @classmethod
     def _store(

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from triton_sparse_rnn.nn.conversion_options import ConversionOptions, complete, shows_options
-from triton_sparse_rnn.nn.independent_copy import copy_with_replacements
+from triton_sparse_rnn.nn.conversion_options import ConversionOptions, shows_options
 from triton_sparse_rnn.nn.linear_layers import is_linear
 from triton_sparse_rnn.nn.linear_plan import LinearPlan, make_linear_plan
 from triton_sparse_rnn.nn.linear_storage import store_linear
@@ -91,9 +90,7 @@ class PersistentLinear(PersistentModule):
                 to the layer cannot be copied or taken over.
             BackendUnavailableError: `backend` is named and cannot run this layer.
         """
-        persistent = cls._from_weights(dense, complete(f"{cls.__name__}.from_dense", options))
-        copy_with_replacements(dense, {"": persistent})
-        return persistent
+        return cls._converted(dense, options)
 
     @classmethod
     def _store(

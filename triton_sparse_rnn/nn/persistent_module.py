@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_sparse_rnn.nn.advice import warn_if_slow
+from triton_sparse_rnn.nn.conversion_options import ConversionOptions, complete
 from triton_sparse_rnn.nn.independent_copy import copy_with_replacements
 from triton_sparse_rnn.nn.instance_state import check_nothing_is_lost
 from triton_sparse_rnn.nn.persistent_tools import PersistentTools
@@ -93,6 +94,13 @@ class PersistentModule(PersistentTools):
                 check_activation_dtype(activation_dtype, weight.values.dtype)
         if backend is not None:
             self.chosen_backends()
+
+    @classmethod
+    def _converted(cls, dense: nn.Module, options: ConversionOptions) -> Self:
+        """Convert a layer with what was added to it: what `from_dense` of each class does with the options it got."""
+        persistent = cls._from_weights(dense, complete(f"{cls.__name__}.from_dense", options))
+        copy_with_replacements(dense, {"": persistent})
+        return persistent
 
     @classmethod
     def _from_weights(cls, dense: nn.Module, options: Mapping[str, Any]) -> Self:
